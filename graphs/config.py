@@ -1,0 +1,150 @@
+"""The architecture of a (sliced) Gemma 3n text decoder, read from a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SLIDING = "sliding_attention"
+FULL = "full_attention"
+
+
+class ConfigError(ValueError):
+    """The configuration is not one of a Gemma 3n that these graphs implement."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """One text decoder; every per-layer tuple has `num_layers` entries."""
+
+    vocab_size: int
+    vocab_size_per_layer_input: int
+    hidden_size: int
+    hidden_size_per_layer_input: int
+    intermediate_sizes: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layer_types: tuple[str, ...]
+    num_kv_shared_layers: int
+    activation_sparsity: tuple[float, ...]
+    sliding_window: int
+    rope_theta: Mapping[str, float]
+    rms_norm_eps: float
+    laurel_rank: int
+    altup_num_inputs: int
+    altup_active_idx: int
+    altup_correct_scale: bool
+    final_logit_softcapping: float | None
+    max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        layers = len(self.layer_types)
+        for name in ("intermediate_sizes", "activation_sparsity"):
+            if (found := len(getattr(self, name))) != layers:
+                raise ConfigError(f"{name} has {found} entries for {layers} layers; it needs one for each layer.")
+        if unknown := set(self.layer_types) - {SLIDING, FULL}:
+            raise ConfigError(f"Unknown layer type {sorted(unknown)[0]!r}; known are {SLIDING} and {FULL}.")
+        if not 0 <= self.num_kv_shared_layers < layers:
+            raise ConfigError(f"num_kv_shared_layers is {self.num_kv_shared_layers}; it must be below {layers}.")
+        missing = set(self.layer_types) - set(self.layer_types[: self.num_kv_layers])
+        if missing:
+            raise ConfigError(
+                f"A KV-shared layer has no donor: none of the first {self.num_kv_layers} layers "
+                f"is of type {sorted(missing)[0]}."
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly.")
+        if self.altup_active_idx != 0:
+            raise ConfigError(f"altup_active_idx is {self.altup_active_idx}; only 0 is known.")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_types)
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers that produce K and V; the others read a donor's. Also the number of caches."""
+        return self.num_layers - self.num_kv_shared_layers
+
+    def kv_source(self, layer: int) -> int:
+        """The layer whose K and V `layer` reads: itself, or the last producer of its type."""
+        if layer < self.num_kv_layers:
+            return layer
+        kind = self.layer_types[layer]
+        return max(i for i in range(self.num_kv_layers) if self.layer_types[i] == kind)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> TextConfig:
+        """Reads a full (`text_config` inside) or a text-only config, in the spelling of transformers 4 or 5.
+
+        Raises:
+            ConfigError: not a Gemma 3n, a key is missing, or a value is not implemented.
+        """
+        text = config.get("text_config", config)
+        if (model_type := text.get("model_type")) != "gemma3n_text":
+            raise ConfigError(f"model_type is {model_type!r}, not 'gemma3n_text': this is not a Gemma 3n config.")
+        for key, wanted in (("hidden_activation", "gelu_pytorch_tanh"), ("attention_bias", False)):
+            if (value := text.get(key, wanted)) != wanted:
+                raise ConfigError(f"{key} is {value!r}; only {wanted!r} is implemented.")
+        try:
+            layers = int(text["num_hidden_layers"])
+            width = text["intermediate_size"]
+            sparsity = text.get("activation_sparsity_pattern")
+            if sparsity is None:
+                sparse_layers = 10 if layers > 10 else 0
+                sparsity = [0.95] * sparse_layers + [0.0] * (layers - sparse_layers)
+            elif isinstance(sparsity, float | int):
+                sparsity = [sparsity] * layers
+            return cls(
+                vocab_size=text["vocab_size"],
+                vocab_size_per_layer_input=text["vocab_size_per_layer_input"],
+                hidden_size=text["hidden_size"],
+                hidden_size_per_layer_input=text["hidden_size_per_layer_input"],
+                intermediate_sizes=tuple(width) if isinstance(width, list | tuple) else (width,) * layers,
+                num_heads=text["num_attention_heads"],
+                num_kv_heads=text["num_key_value_heads"],
+                head_dim=text["head_dim"],
+                layer_types=_layer_types(text, layers),
+                num_kv_shared_layers=text["num_kv_shared_layers"],
+                activation_sparsity=tuple(float(s) for s in sparsity),
+                sliding_window=text["sliding_window"],
+                rope_theta=_rope_theta(text),
+                rms_norm_eps=text["rms_norm_eps"],
+                laurel_rank=text["laurel_rank"],
+                altup_num_inputs=text["altup_num_inputs"],
+                altup_active_idx=text["altup_active_idx"],
+                altup_correct_scale=text.get("altup_correct_scale", True),
+                final_logit_softcapping=text.get("final_logit_softcapping", 30.0),
+                max_position_embeddings=text["max_position_embeddings"],
+            )
+        except KeyError as error:
+            raise ConfigError(f"The Gemma 3n text config has no {error.args[0]!r}.") from error
+
+
+def _layer_types(text: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+    if text.get("layer_types"):
+        types = tuple(text["layer_types"])
+        if len(types) != layers:
+            raise ConfigError(f"layer_types has {len(types)} entries for {layers} layers.")
+        return types
+    return tuple(FULL if (i + 1) % 5 == 0 else SLIDING for i in range(layers))
+
+
+def _rope_theta(text: Mapping[str, Any]) -> dict[str, float]:
+    """`{layer type: theta}` from `rope_parameters` (transformers 5) or the two flat keys (transformers 4)."""
+    if text.get("rope_scaling"):
+        raise ConfigError("rope_scaling is set; only unscaled RoPE is implemented.")
+    parameters = text.get("rope_parameters") or {}
+    defaults = {
+        FULL: text.get("rope_theta", 1_000_000.0),
+        SLIDING: text.get("rope_local_base_freq", 10_000.0),
+    }
+    thetas = {}
+    for kind, default in defaults.items():
+        of_kind = parameters.get(kind) or {}
+        if (rope_type := of_kind.get("rope_type", "default")) != "default":
+            raise ConfigError(f"rope_type {rope_type!r} of the {kind} layers is not implemented.")
+        thetas[kind] = float(of_kind.get("rope_theta", default))
+    return thetas
