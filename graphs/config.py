@@ -30,7 +30,8 @@ class TextConfig:
     num_kv_shared_layers: int
     activation_sparsity: tuple[float, ...]
     sliding_window: int
-    rope_theta: Mapping[str, float]
+    rope_theta_full: float
+    rope_theta_sliding: float
     rms_norm_eps: float
     laurel_rank: int
     altup_num_inputs: int
@@ -58,6 +59,10 @@ class TextConfig:
             raise ConfigError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly.")
         if self.altup_active_idx != 0:
             raise ConfigError(f"altup_active_idx is {self.altup_active_idx}; only 0 is known.")
+
+    @property
+    def rope_theta(self) -> dict[str, float]:
+        return {FULL: self.rope_theta_full, SLIDING: self.rope_theta_sliding}
 
     @property
     def num_layers(self) -> int:
@@ -110,7 +115,8 @@ class TextConfig:
                 num_kv_shared_layers=text["num_kv_shared_layers"],
                 activation_sparsity=tuple(float(s) for s in sparsity),
                 sliding_window=text["sliding_window"],
-                rope_theta=_rope_theta(text),
+                rope_theta_full=_rope_theta(text, FULL, "rope_theta", 1_000_000.0),
+                rope_theta_sliding=_rope_theta(text, SLIDING, "rope_local_base_freq", 10_000.0),
                 rms_norm_eps=text["rms_norm_eps"],
                 laurel_rank=text["laurel_rank"],
                 altup_num_inputs=text["altup_num_inputs"],
@@ -132,19 +138,11 @@ def _layer_types(text: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     return tuple(FULL if (i + 1) % 5 == 0 else SLIDING for i in range(layers))
 
 
-def _rope_theta(text: Mapping[str, Any]) -> dict[str, float]:
-    """`{layer type: theta}` from `rope_parameters` (transformers 5) or the two flat keys (transformers 4)."""
+def _rope_theta(text: Mapping[str, Any], kind: str, flat_key: str, default: float) -> float:
+    """From `rope_parameters` (transformers 5) or the flat key of transformers 4."""
     if text.get("rope_scaling"):
         raise ConfigError("rope_scaling is set; only unscaled RoPE is implemented.")
-    parameters = text.get("rope_parameters") or {}
-    defaults = {
-        FULL: text.get("rope_theta", 1_000_000.0),
-        SLIDING: text.get("rope_local_base_freq", 10_000.0),
-    }
-    thetas = {}
-    for kind, default in defaults.items():
-        of_kind = parameters.get(kind) or {}
-        if (rope_type := of_kind.get("rope_type", "default")) != "default":
-            raise ConfigError(f"rope_type {rope_type!r} of the {kind} layers is not implemented.")
-        thetas[kind] = float(of_kind.get("rope_theta", default))
-    return thetas
+    of_kind = (text.get("rope_parameters") or {}).get(kind) or {}
+    if (rope_type := of_kind.get("rope_type", "default")) != "default":
+        raise ConfigError(f"rope_type {rope_type!r} of the {kind} layers is not implemented.")
+    return float(of_kind.get("rope_theta", text.get(flat_key, default)))

@@ -1,0 +1,146 @@
+"""Streams tensors from the checkpoint into data files: read rows, cut, cast, write. One block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, FileInfo
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, ExportError
+from .slicing import TensorCut
+from .trace import DTYPES
+from .writer import ALIGNMENT, HashedFile
+
+BLOCK_BYTES = 32 << 20
+
+IR_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a tensor lies: `shape` values of `dtype`, row-major, at `offset` bytes of `file`."""
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * BYTES_PER_VALUE[self.dtype]
+
+
+def lay_out(file: str, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, Placement]:
+    """Puts tensors one after another; those of a page or more begin on a page."""
+    placements, offset = {}, 0
+    for name, shape in shapes.items():
+        placement = Placement(file, 0, dtype, shape)
+        alignment = _alignment(placement.nbytes)
+        offset = -(-offset // alignment) * alignment
+        placements[name] = Placement(file, offset, dtype, shape)
+        offset += placement.nbytes
+    return placements
+
+
+def attach(model: ir.Model, placements: Mapping[str, Placement]) -> None:
+    """Points the graph's initializers at their places; a name without a place is a defect of the exporter."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            place = placements[name]
+            assert value.shape is not None
+            if tuple(value.shape.numpy()) != place.shape:
+                raise ExportError(f"The graph wants {name} as {value.shape}, the checkpoint gives {place.shape}.")
+            value.const_value = ir.ExternalTensor(
+                place.file,
+                place.offset,
+                place.nbytes,
+                IR_DTYPES[place.dtype],
+                shape=ir.Shape(place.shape),
+                name=name,
+                base_dir="",
+            )
+
+
+@dataclass
+class WeightStream:
+    """Reads each tensor of a checkpoint at most once, cut to the slice, and remembers which were read."""
+
+    checkpoint: Checkpoint
+    source_of: Callable[[str], TensorCut]
+    progress: Callable[[int], None]
+
+    def __post_init__(self) -> None:
+        self.consumed: set[str] = set()
+
+    def write_file(
+        self, path: Path, placements: Mapping[str, Placement], scale: float = 1.0
+    ) -> FileInfo:
+        """Writes all tensors of one data file, each multiplied by `scale`.
+
+        Raises:
+            CheckpointError: a tensor is missing, has another shape, or holds NaN or infinity.
+            ExportError: a value does not fit into the target dtype.
+        """
+        file = HashedFile(path)
+        for name, place in placements.items():
+            file.align(_alignment(place.nbytes))
+            assert file.size == place.offset
+            for block in self._blocks(name, place):
+                data = _cast(name, block, place.dtype, scale)
+                file.write(memoryview(data).cast("B"))
+                self.progress(data.nbytes)
+        return file.close()
+
+    def _blocks(self, name: str, place: Placement) -> Iterator[np.ndarray]:
+        cut = self.source_of(name)
+        spec = self.checkpoint.spec(cut.source)
+        found = _shape_after(spec.shape, cut)
+        if found != place.shape:
+            raise CheckpointError(
+                f"Tensor {cut.source} has shape {list(spec.shape)}, which does not give the {list(place.shape)} "
+                "that its config.json asks for; the checkpoint's config and weights do not belong together."
+            )
+        self.consumed.add(cut.source)
+        row_bytes = max(1, int(np.prod(spec.shape[1:]))) * 4
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start, stop in cut.rows or ((0, spec.shape[0]),):
+            for first in range(start, stop, step):
+                block = self.checkpoint.read_rows(cut.source, first, min(first + step, stop))
+                if cut.columns is not None:
+                    block = np.concatenate([block[:, a:b] for a, b in cut.columns], axis=1)
+                yield block
+
+
+def _shape_after(shape: tuple[int, ...], cut: TensorCut) -> tuple[int, ...]:
+    rows = sum(b - a for a, b in cut.rows) if cut.rows is not None else shape[0]
+    if cut.columns is None:
+        return (rows, *shape[1:])
+    return (rows, sum(b - a for a, b in cut.columns))
+
+
+def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:
+    """The block in the storage dtype; bf16 comes back as uint16 bits."""
+    contiguous = np.ascontiguousarray(block)
+    if contiguous.dtype.name == "bfloat16":
+        source = torch.from_numpy(contiguous.view(np.uint16)).view(torch.bfloat16)
+    else:
+        source = torch.from_numpy(contiguous)
+    if scale != 1.0:
+        source = source.float() * scale
+    target = source.to(DTYPES[dtype])
+    if not torch.isfinite(target).all():
+        if not torch.isfinite(source).all():
+            raise CheckpointError(f"Tensor {name} holds NaN or infinity; the checkpoint is damaged.")
+        raise ExportError(f"Tensor {name} does not fit into {dtype}; choose --precision bf16 or fp32.")
+    return target.view(torch.uint16).numpy() if dtype == "bf16" else target.numpy()
+
+
+def _alignment(nbytes: int) -> int:
+    return ALIGNMENT if nbytes >= ALIGNMENT else 64

@@ -1,0 +1,412 @@
+"""The text decoder, written to be traced: one graph serves prefill and decode.
+
+Parameters carry the checkpoint's names, so loading needs no mapping. Tokens are laid out flat, [T, ...]
+with T = batch * new tokens, so that every projection is one Gemm over the checkpoint's own weight layout.
+
+Sources of the maths: the Gemma 3n modules of Hugging Face transformers; AltUp (arXiv:2301.13310),
+LAuReL (arXiv:2411.07501), MatFormer (arXiv:2310.07707).
+
+Shape legend: B batch, S new tokens, T = B * S, H hidden, L layers, P per-layer-input width,
+A AltUp streams, N query heads, K KV heads, D head size, C cache capacity, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import ops
+from .config import FULL, SLIDING, TextConfig
+
+Logits = Literal["last", "all"]
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """One KV cache of the graph: `windowed` ones hold `window` positions or a little more, others all."""
+
+    layer: int
+    windowed: bool
+
+
+def cache_specs(config: TextConfig, logits: Logits) -> tuple[CacheSpec, ...]:
+    """The caches in graph order, one for each layer that produces K and V.
+
+    With logits for every position the KV-shared layers look back from every new position, further than a
+    windowed donor reaches, so the sliding donor then keeps all positions.
+    """
+    readers = range(config.num_kv_layers, config.num_layers)
+    donors = {config.kv_source(i) for i in readers} if logits == "all" else set()
+    return tuple(
+        CacheSpec(layer=i, windowed=config.layer_types[i] == SLIDING and i not in donors)
+        for i in range(config.num_kv_layers)
+    )
+
+
+class Linear(nn.Module):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+@dataclass
+class Step:
+    """What all layers share in one run; rebuilt at the start of the short tail.
+
+    `last_position` and `total_length` count, for each layer type, the rows that attention may look at.
+    """
+
+    batch: int
+    rope: dict[str, tuple[Tensor, Tensor]]  # layer type -> cos, sin [B, S, D / 2]
+    last_position: dict[str, Tensor]  # int32 [B]
+    total_length: dict[str, Tensor]  # int32 [1]
+
+
+class AltUp(nn.Module):
+    """Alternating updates over A streams of the hidden state; stream 0 is the active one."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.streams = config.altup_num_inputs
+        self.router_scale = 1.0 / config.hidden_size
+        self.correct_scale = config.altup_correct_scale
+        self.correct_output_scale = nn.Parameter(torch.zeros(config.hidden_size))
+        self.correction_coefs = Linear(self.streams, self.streams)
+        self.prediction_coefs = Linear(self.streams, self.streams**2)
+        self.modality_router = Linear(config.hidden_size, self.streams)
+        self.router_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("identity", torch.eye(self.streams, device="cpu")[None], persistent=False)
+
+    def route(self, x: Tensor) -> Tensor:
+        """x [T, H] -> modalities [T, A] in (-1, 1)."""
+        return torch.tanh(self.modality_router(self.router_norm(x)).float() * self.router_scale).type_as(x)
+
+    def predict(self, streams: Tensor) -> Tensor:
+        """streams [T, A, H] -> predictions [T, A, H]."""
+        coefs = self.prediction_coefs(self.route(streams[:, 0])).view(-1, self.streams, self.streams)
+        return torch.matmul(coefs + self.identity, streams)
+
+    def correct(self, predictions: Tensor, activated: Tensor) -> Tensor:
+        """predictions [T, A, H], activated [T, H] -> corrected streams [T, A, H]."""
+        coefs = self.correction_coefs(self.route(activated)) + 1.0
+        innovation = activated - predictions[:, 0]
+        return predictions + coefs.unsqueeze(2) * innovation.unsqueeze(1)
+
+    def scale_corrected(self, active: Tensor) -> Tensor:
+        return active * self.correct_output_scale if self.correct_scale else active
+
+
+class Laurel(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.linear_left = Linear(config.hidden_size, config.laurel_rank)
+        self.linear_right = Linear(config.laurel_rank, config.hidden_size)
+        self.post_laurel_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.post_laurel_norm(self.linear_right(self.linear_left(x)))
+
+
+class MLP(nn.Module):
+    """Gated tanh-GELU. On sparse layers only gate values above mean + z * std of their row pass."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        width = config.intermediate_sizes[layer]
+        sparsity = config.activation_sparsity[layer]
+        self.gate_proj = Linear(config.hidden_size, width)
+        self.up_proj = Linear(config.hidden_size, width)
+        self.down_proj = Linear(width, config.hidden_size)
+        self.deviations = NormalDist().inv_cdf(sparsity) if sparsity > 0.0 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        if self.deviations is not None:
+            wide = gate.float()
+            centered = wide - wide.mean(-1, keepdim=True)
+            std = centered.square().mean(-1, keepdim=True).sqrt()
+            gate = F.relu(centered - std * self.deviations).type_as(gate)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * self.up_proj(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. A KV-shared layer has no K and V of its own and reads its donor's present."""
+
+    def __init__(self, config: TextConfig, layer: int, windowed_cache: bool) -> None:
+        super().__init__()
+        self.kind = config.layer_types[layer]
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.window = config.sliding_window if self.kind == SLIDING else None
+        self.windowed_cache = windowed_cache
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.q_proj = Linear(hidden, self.heads * self.head_dim)
+        self.q_norm = RMSNorm(self.head_dim, eps)
+        self.o_proj = Linear(self.heads * self.head_dim, hidden)
+        if layer < config.num_kv_layers:
+            self.k_proj = Linear(hidden, self.kv_heads * self.head_dim)
+            self.v_proj = Linear(hidden, self.kv_heads * self.head_dim)
+            self.k_norm = RMSNorm(self.head_dim, eps)
+            self.register_buffer("v_norm", torch.ones(self.head_dim, device="cpu"), persistent=False)
+
+    def heads_of(self, x: Tensor, norm: Tensor, batch: int) -> Tensor:
+        """x [T, heads * D] -> normed by head, [B, S, heads * D]."""
+        normed = ops.rms_norm(x.view(-1, self.head_dim), norm, self.q_norm.eps)
+        return normed.view(batch, -1, x.shape[1])
+
+    def query(self, x: Tensor, step: Step) -> Tensor:
+        return ops.rotary_embedding(
+            self.heads_of(self.q_proj(x), self.q_norm.weight, step.batch), *step.rope[self.kind], self.heads
+        )
+
+    def produce(self, x: Tensor, past: tuple[Tensor, Tensor], step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, H] -> attention [T, N * D] (before `o_proj`) and the present K, V [B, K, C, D]."""
+        key = ops.rotary_embedding(
+            self.heads_of(self.k_proj(x), self.k_norm.weight, step.batch), *step.rope[self.kind], self.kv_heads
+        )
+        value = self.heads_of(self.v_proj(x), self.v_norm, step.batch)
+        output, present_key, present_value = ops.attend_and_cache(
+            self.query(x, step),
+            key,
+            value,
+            *past,
+            step.last_position[FULL],
+            step.total_length[FULL],
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            window=self.window,
+            windowed_cache=self.windowed_cache,
+        )
+        return output.view(-1, self.heads * self.head_dim), present_key, present_value
+
+    def read(self, x: Tensor, donor: tuple[Tensor, Tensor], step: Step) -> Tensor:
+        """x [T, H] -> attention [T, N * D] (before `o_proj`) over the donor's present K, V [B, K, C, D]."""
+        output = ops.attend_to_cache(
+            self.query(x, step),
+            *donor,
+            step.last_position[self.kind],
+            step.total_length[self.kind],
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            window=self.window,
+        )
+        return output.view(-1, self.heads * self.head_dim)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, layer: int, windowed_cache: bool) -> None:
+        super().__init__()
+        hidden, width, eps = config.hidden_size, config.hidden_size_per_layer_input, config.rms_norm_eps
+        self.self_attn = Attention(config, layer, windowed_cache)
+        self.mlp = MLP(config, layer)
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.altup = AltUp(config)
+        self.laurel = Laurel(config)
+        self.per_layer_input_gate = Linear(hidden, width)
+        self.per_layer_projection = Linear(width, hidden)
+        self.post_per_layer_input_norm = RMSNorm(hidden, eps)
+        inactive = [[float(i > 0)] for i in range(config.altup_num_inputs)]
+        self.register_buffer("inactive", torch.tensor([inactive], device="cpu"), persistent=False)
+
+    def before_attention(self, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """streams [T, A, H] -> predictions [T, A, H] and the normed active one [T, H]."""
+        predictions = self.altup.predict(streams)
+        return predictions, self.input_layernorm(predictions[:, 0])
+
+    def after_attention(
+        self, predictions: Tensor, normed: Tensor, attention: Tensor, per_layer_input: Tensor
+    ) -> Tensor:
+        """attention [T, N * D], per_layer_input [T, P] -> streams [T, A, H]."""
+        attended = predictions[:, 0] + self.post_attention_layernorm(self.self_attn.o_proj(attention))
+        mixed = (attended + self.laurel(normed)) * math.sqrt(0.5)
+        feedforward = self.mlp(self.pre_feedforward_layernorm(mixed))
+        activated = mixed + self.post_feedforward_layernorm(feedforward)
+        corrected = self.altup.correct(predictions, activated)
+
+        gate = self.per_layer_input_gate(self.altup.scale_corrected(corrected[:, 0]))
+        injected = self.per_layer_projection(F.gelu(gate, approximate="tanh") * per_layer_input)
+        return corrected + self.inactive * self.post_per_layer_input_norm(injected).unsqueeze(1)
+
+
+class Decoder(nn.Module):
+    """Embeddings in, logits and updated KV caches out.
+
+    Inputs and outputs of `forward` are those of the graph (see `input_names`, `output_names`):
+    `inputs_embeds` [B, S, H]; `per_layer_inputs` [B, S, L * P], the scaled rows of the PLE table;
+    `attention_mask` [B, past + S] int64, of which only the sums count: rows are padded on the right;
+    `position_ids` [B, S] int64; past K and V [B, K, C, D] for each producing layer. `logits` is
+    [B, 1, V] for the last valid position of each row (or [B, S, V]), always fp32.
+
+    With `logits="last"` everything above the last layer that produces K and V, and all of that layer
+    but its attention, runs for the last valid position of each row only: nothing else is ever read.
+    """
+
+    def __init__(self, config: TextConfig, logits: Logits) -> None:
+        super().__init__()
+        self.config = config
+        self.logits = logits
+        self.caches = cache_specs(config, logits)
+        hidden, streams, eps = config.hidden_size, config.altup_num_inputs, config.rms_norm_eps
+        windowed = {cache.layer for cache in self.caches if cache.windowed}
+        self.layers = nn.ModuleList(DecoderLayer(config, i, i in windowed) for i in range(config.num_layers))
+        self.norm = RMSNorm(hidden, eps)
+        per_layer = config.num_layers * config.hidden_size_per_layer_input
+        self.per_layer_model_projection = Linear(hidden, per_layer)
+        self.per_layer_projection_norm = RMSNorm(config.hidden_size_per_layer_input, eps)
+        self.altup_projections = nn.ModuleList(Linear(hidden, hidden) for _ in range(streams - 1))
+        self.altup_unembed_projections = nn.ModuleList(Linear(hidden, hidden) for _ in range(streams - 1))
+        self.lm_head = Linear(hidden, config.vocab_size)
+        for kind, theta in config.rope_theta.items():
+            exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+            self.register_buffer(f"inverse_frequency_{kind}", 1.0 / theta**exponent, persistent=False)
+
+    @property
+    def input_names(self) -> list[str]:
+        past = [f"past_key_values.{i}.{part}" for i in range(len(self.caches)) for part in ("key", "value")]
+        return ["inputs_embeds", "per_layer_inputs", "attention_mask", "position_ids", *past]
+
+    @property
+    def output_names(self) -> list[str]:
+        present = [f"present.{i}.{part}" for i in range(len(self.caches)) for part in ("key", "value")]
+        return ["logits", *present]
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        per_layer_inputs: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        batch, new_tokens = inputs_embeds.shape[:2]
+        step = self._step(attention_mask, position_ids, past)
+        embeds = inputs_embeds.flatten(0, 1)
+        per_layer = self._per_layer_inputs(embeds, per_layer_inputs)
+        streams = self._split(embeds)
+
+        present: list[Tensor] = []
+        last_producer = self.config.num_kv_layers - 1
+        for i, layer in enumerate(self.layers):
+            predictions, normed = layer.before_attention(streams)
+            if i <= last_producer:
+                pair = (past[2 * i], past[2 * i + 1])
+                attention, *pair_out = layer.self_attn.produce(normed, pair, step)
+                present += pair_out
+            else:
+                source = self.config.kv_source(i)
+                donor = (present[2 * source], present[2 * source + 1])
+                attention = layer.self_attn.read(normed, donor, step)
+            if i == last_producer and self.logits == "last":
+                last = _last_valid(attention_mask, batch, new_tokens)
+                predictions, normed, attention, per_layer = (
+                    x.index_select(0, last) for x in (predictions, normed, attention, per_layer)
+                )
+                step = _narrow(step, last)
+            streams = layer.after_attention(predictions, normed, attention, per_layer[:, i])
+
+        logits = self.lm_head(self.norm(self._merge(streams))).float()
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        if self.logits == "last":
+            return logits.unsqueeze(1), *present
+        return logits.view(batch, new_tokens, self.config.vocab_size), *present
+
+    def _step(self, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]) -> Step:
+        seen = attention_mask.sum(-1)
+        last_position = {FULL: (seen - 1).int()}
+        total_length = {FULL: ops.length_of_axis(attention_mask, 1).int()}
+        sliding_source = self._sliding_source()
+        if sliding_source is not None and self.caches[sliding_source].windowed:
+            capacity = ops.length_of_axis(past[2 * sliding_source], 2)
+            resident = _resident_length(seen, capacity, self.config.sliding_window)
+            last_position[SLIDING] = (resident - 1).int()
+            total_length[SLIDING] = resident.amax(0, keepdim=True).int()
+        else:
+            last_position[SLIDING], total_length[SLIDING] = last_position[FULL], total_length[FULL]
+        rope = {}
+        for kind in self.config.rope_theta:
+            angles = position_ids.unsqueeze(2).float() * getattr(self, f"inverse_frequency_{kind}")
+            dtype = self.norm.weight.dtype
+            rope[kind] = (angles.cos().to(dtype), angles.sin().to(dtype))
+        return Step(position_ids.shape[0], rope, last_position, total_length)
+
+    def _sliding_source(self) -> int | None:
+        sliding = [i for i in range(self.config.num_kv_layers, self.config.num_layers)
+                   if self.config.layer_types[i] == SLIDING]  # fmt: skip
+        return self.config.kv_source(sliding[0]) if sliding else None
+
+    def _per_layer_inputs(self, embeds: Tensor, rows: Tensor) -> Tensor:
+        """embeds [T, H], table rows [B, S, L * P] -> per-layer inputs [T, L, P]."""
+        shape = (-1, self.config.num_layers, self.config.hidden_size_per_layer_input)
+        projected = self.per_layer_model_projection(embeds) * self.config.hidden_size**-0.5
+        return (self.per_layer_projection_norm(projected.view(shape)) + rows.view(shape)) * math.sqrt(0.5)
+
+    def _split(self, embeds: Tensor) -> Tensor:
+        """embeds [T, H] -> AltUp streams [T, A, H], each of the magnitude of the first."""
+        target = _magnitude(embeds)
+        return torch.stack([embeds, *(_rescale(p(embeds), target) for p in self.altup_projections)], dim=1)
+
+    def _merge(self, streams: Tensor) -> Tensor:
+        """AltUp streams [T, A, H] -> hidden [T, H]."""
+        first = streams[:, 0]
+        target = _magnitude(first)
+        others = [
+            _rescale(p(streams[:, i]), target) for i, p in enumerate(self.altup_unembed_projections, start=1)
+        ]
+        return torch.stack([first, *others], dim=1).mean(1)
+
+
+def _magnitude(x: Tensor) -> Tensor:
+    return x.float().square().mean(-1, keepdim=True).sqrt()
+
+
+def _rescale(x: Tensor, target: Tensor) -> Tensor:
+    wide = x.float()
+    magnitude = wide.square().mean(-1, keepdim=True).clamp(min=1e-5).sqrt()
+    return (wide * (target / magnitude)).type_as(x)
+
+
+def _last_valid(attention_mask: Tensor, batch: int, new_tokens: int) -> Tensor:
+    """Flat index [B] of each row's last token that is not padding."""
+    valid = attention_mask[:, attention_mask.shape[1] - new_tokens :].sum(-1)
+    return torch.arange(batch) * new_tokens + valid - 1
+
+
+def _narrow(step: Step, index: Tensor) -> Step:
+    rope = {
+        kind: tuple(x.flatten(0, 1).index_select(0, index).unsqueeze(1) for x in pair)
+        for kind, pair in step.rope.items()
+    }
+    return Step(step.batch, rope, step.last_position, step.total_length)  # type: ignore[arg-type]
+
+
+def _resident_length(seen: Tensor, capacity: Tensor, window: int) -> Tensor:
+    """Rows of a windowed cache that are filled after `seen` [B] tokens; int64 [B].
+
+    A full cache drops `capacity - window + 1` positions at once (the operator's documented layout).
+    """
+    step = capacity - (window - 1)
+    over = (seen - capacity).clamp(min=0)
+    return seen - step * ops.integer_divide(over + (step - 1), step)

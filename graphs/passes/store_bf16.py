@@ -1,0 +1,33 @@
+"""Keeps the weights of an fp32 graph as bf16: half the file, the same fp32 arithmetic.
+
+Matches: every initializer named in `parameters`, which must be fp32.
+Refuses: nothing else is touched; other initializers and all nodes stay as they are.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+
+class StoreBf16(InPlacePass):
+    def __init__(self, parameters: set[str]) -> None:
+        super().__init__()
+        self.parameters = parameters
+
+    def call(self, model: ir.Model) -> PassResult:
+        graph = model.graph
+        casts = []
+        for name in sorted(self.parameters & graph.initializers.keys()):
+            stored = graph.initializers[name]
+            cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT}, name=f"{name}.to_fp32")
+            widened = cast.outputs[0]
+            widened.name = f"{name}.fp32"
+            widened.dtype = ir.DataType.FLOAT
+            stored.replace_all_uses_with(widened)
+            cast.replace_input_with(0, stored)
+            stored.dtype = ir.DataType.BFLOAT16
+            casts.append(cast)
+        if casts:
+            graph.insert_before(graph[0], casts)
+        return PassResult(model, modified=bool(casts))

@@ -1,0 +1,213 @@
+"""The artifact: a folder of graphs, tables and a `manifest.json` that says what they are.
+
+Owned by the runtime, because the reader decides what it can read; the exporter fills in the same
+dataclasses. Everything the runtime needs to know about a model is here, and nothing is recomputed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ArtifactError, ArtifactNotFoundError
+
+FORMAT = "gemma3n-onnx"
+FORMAT_VERSION = "1.0"
+MANIFEST = "manifest.json"
+
+BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "int32": 4, "bool": 1}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A graph input or output. `shape` holds sizes, or names for the dynamic axes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    file: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """One KV cache: two buffers [batch, kv_heads, capacity, head_dim], each bound as past and as present.
+
+    `window` positions are kept where it is set (see `kv_window`), all of them where it is None.
+    """
+
+    layer: int
+    past_key: str
+    past_value: str
+    present_key: str
+    present_value: str
+    dtype: str
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class TableInfo:
+    """A raw row-major file of `rows` x `width` values. A row read is multiplied by `scale`."""
+
+    file: str
+    dtype: str
+    rows: int
+    width: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of the exported text decoder; `effective` leaves out the two embedding tables."""
+
+    text: int
+    effective: int
+    per_layer_embeddings: int
+    token_embeddings: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    format: str
+    format_version: str
+    producer: str
+    source: str
+    slice: str
+    precision: str
+    compute_dtype: str
+    target: str
+    logits: str
+    modalities: tuple[str, ...]
+    parameters: ParameterCounts
+    num_layers: int
+    vocab_size: int
+    max_context: int
+    bos_token_id: int
+    pad_token_id: int
+    eos_token_ids: tuple[int, ...]
+    decoder: GraphInfo
+    embedding: GraphInfo
+    caches: tuple[CacheInfo, ...]
+    token_embeddings: TableInfo
+    per_layer_embeddings: TableInfo
+    files: Mapping[str, FileInfo]
+
+    def with_files(self, files: Mapping[str, FileInfo]) -> Manifest:
+        return dataclasses.replace(self, files=files)
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Reads and checks the manifest and the sizes of the files it names; reads no weights.
+
+    Raises:
+        ArtifactNotFoundError: no folder, or no manifest in it.
+        ArtifactError: unreadable manifest, unknown version, missing key, missing file, wrong size.
+    """
+    if not folder.is_dir():
+        raise ArtifactNotFoundError(f"There is no artifact folder {folder}; export one with gemma3n-export.")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactNotFoundError(
+            f"{folder} holds no {MANIFEST}, so it is not an exported artifact; export one with gemma3n-export."
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}); export the artifact again.") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ArtifactError(f"{path} does not describe a {FORMAT} artifact; export it with gemma3n-export.")
+    version = str(data.get("format_version"))
+    if version.split(".", maxsplit=1)[0] != FORMAT_VERSION.split(".", maxsplit=1)[0]:
+        raise ArtifactError(
+            f"{path} has format version {version} and this runtime reads {FORMAT_VERSION}; "
+            "install the matching gemma3n-onnx or export the artifact again."
+        )
+    manifest = _parse(Manifest, data, str(path))
+    for name, info in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise ArtifactError(f"{folder} lacks the file {name}; copy it again or export the artifact again.")
+        if (found := file.stat().st_size) != info.bytes:
+            raise ArtifactError(
+                f"{file} has {found:,} bytes and its manifest says {info.bytes:,}; "
+                "copy it again or export the artifact again."
+            )
+    return manifest
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def verify_checksums(
+    folder: Path, manifest: Manifest, progress: Callable[[str, int], None] | None = None
+) -> None:
+    """Reads every file and compares its SHA-256; `progress(file, bytes)` is called as it reads.
+
+    Raises:
+        ArtifactError: names the first file whose content is not what was exported.
+    """
+    for name, info in manifest.files.items():
+        digest = hashlib.sha256()
+        with (folder / name).open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+                if progress:
+                    progress(name, len(block))
+        if digest.hexdigest() != info.sha256:
+            raise ArtifactError(
+                f"{folder / name} is damaged: its SHA-256 differs from the manifest's; "
+                "copy it again or export the artifact again."
+            )
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """`value`, decoded from JSON, as the type `kind`; every mismatch is an ArtifactError that says where."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise _mismatch(where, "an object", value)
+        hints = typing.get_type_hints(kind)
+        if missing := hints.keys() - value.keys():
+            raise ArtifactError(f"{where} has no {sorted(missing)[0]!r}; export the artifact again.")
+        return kind(**{name: _parse(hint, value[name], f"{where}: {name}") for name, hint in hints.items()})  # type: ignore[operator]
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _mismatch(where, "a list", value)
+        return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        if not isinstance(value, dict):
+            raise _mismatch(where, "an object", value)
+        return {key: _parse(arguments[1], item, f"{where}: {key}") for key, item in value.items()}
+    options = arguments if origin in (typing.Union, types.UnionType) else (kind,)
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    for option in options:
+        if type(value) is option:
+            return value
+    raise _mismatch(where, " or ".join(getattr(o, "__name__", str(o)) for o in options), value)
+
+
+def _mismatch(where: str, wanted: str, value: Any) -> ArtifactError:
+    return ArtifactError(f"{where} is {value!r} and should be {wanted}; export the artifact again.")

@@ -1,0 +1,103 @@
+"""The decoder loop: token ids in, logits out. Knows nothing of text.
+
+Shape legend: B rows of the batch, S tokens of one run, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .artifact import Manifest
+from .errors import ArtifactError, OptionError
+from .kv_cache import KVCache
+from .session import Binding, Profile, Session
+from .tables import Table
+
+PREFILL_CHUNK = 512
+
+
+class Engine:
+    """A loaded decoder with its two tables."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        profile: Profile,
+        *,
+        threads: int | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        if prefill_chunk < 1:
+            raise OptionError(f"prefill_chunk is {prefill_chunk}; give a positive number of tokens.")
+        if manifest.logits != "last":
+            raise ArtifactError(
+                "This artifact gives the logits of every position (--logits all), which is for evaluation; "
+                "export it again without that option to generate text."
+            )
+        self.manifest, self.profile, self.prefill_chunk = manifest, profile, prefill_chunk
+        self._tokens = Table(folder, manifest.token_embeddings, manifest.compute_dtype)
+        self._per_layer = Table(folder, manifest.per_layer_embeddings, manifest.compute_dtype)
+        self._session = Session(folder / manifest.decoder.file, profile, threads)
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        return KVCache(self.manifest.caches, self.profile, rows, capacity)
+
+    def prefill(self, cache: KVCache, row: int, ids: list[int]) -> np.ndarray:
+        """Appends `ids` to one row, in chunks of bounded memory; logits [V] fp32 after the last."""
+        binding, logits = self._bind(cache, row, 1)
+        for first in range(0, len(ids), self.prefill_chunk):
+            chunk = np.array([ids[first : first + self.prefill_chunk]], dtype=np.int64)
+            self._run(binding, chunk, cache.lengths[row : row + 1])
+        return logits[0]
+
+    def decoder(self, cache: KVCache) -> Decoder:
+        return Decoder(self, cache)
+
+    def _bind(self, cache: KVCache, first_row: int, rows: int) -> tuple[Binding, np.ndarray]:
+        binding = self._session.bind()
+        cache.bind(binding, first_row, rows)
+        logits = np.empty((rows, 1, self.manifest.vocab_size), dtype=np.float32)
+        binding.output("logits", logits)
+        return binding, logits[:, 0]
+
+    def _run(self, binding: Binding, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Runs ids [B, S] after `lengths` [B] tokens and adds S to the lengths."""
+        rows, new = ids.shape
+        flat = ids.reshape(-1)
+        dtype = self.manifest.compute_dtype
+        table_rows = np.where(flat < self.manifest.per_layer_embeddings.rows, flat, 0)
+        binding.input("inputs_embeds", self._tokens.rows(flat).reshape(rows, new, -1), dtype)
+        binding.input("per_layer_inputs", self._per_layer.rows(table_rows).reshape(rows, new, -1), dtype)
+        binding.input("position_ids", lengths[:, None] + np.arange(new), "int64")
+        binding.input("attention_mask", _mask(lengths + new, new), "int64")
+        binding.run()
+        lengths += new
+
+
+class Decoder:
+    """One token a step for every row of a cache. What is bound is bound once."""
+
+    def __init__(self, engine: Engine, cache: KVCache) -> None:
+        self._engine, self._cache = engine, cache
+        self._binding, self._logits = engine._bind(cache, 0, cache.rows)
+
+    def step(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
+        """tokens [B] int64, running [B] bool -> logits [B, V] fp32, valid until the next step.
+
+        Rows that are not running compute along and are left as they are.
+        """
+        lengths = self._cache.lengths.copy()
+        self._engine._run(self._binding, tokens[:, None], lengths)
+        self._cache.lengths[running] = lengths[running]
+        return self._logits
+
+
+def _mask(lengths: np.ndarray, new: int) -> np.ndarray:
+    """A mask [B, max length] whose row sums are `lengths` and whose last `new` columns are ones."""
+    total = int(lengths.max())
+    columns = np.arange(total)
+    mask = (columns < (lengths - new)[:, None]) | (columns >= total - new)
+    return mask.astype(np.int64)

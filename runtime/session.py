@@ -1,0 +1,199 @@
+"""ONNX Runtime: providers, sessions, buffers and IO binding. The only importer of onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .artifact import BYTES_PER_VALUE, Manifest
+from .errors import ArtifactError, OptionError, ProviderError, RuntimeMissingError
+
+MINIMUM_VERSION = (1, 31)
+
+_ONNX_TYPES = {"fp32": 1, "int64": 7, "fp16": 10, "bf16": 16}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What differs between execution providers.
+
+    `window_slack` is how many rows a windowed cache has beyond its window, as a share of the window: the
+    CPU kernel moves its rows once in that many steps, the CUDA kernel wants exactly the window.
+    """
+
+    name: str
+    provider: str
+    device: str
+    compute_dtypes: tuple[str, ...]
+    window_slack: float
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+    session_entries: Mapping[str, str] = field(default_factory=dict)
+
+
+PROFILES = {
+    "cpu": Profile(
+        name="cpu",
+        provider="CPUExecutionProvider",
+        device="cpu",
+        compute_dtypes=("fp32", "fp16"),
+        window_slack=0.25,
+        # Float weights stay in the mapped file; packing would copy each of them into private memory.
+        session_entries={"session.disable_prepacking": "1"},
+    ),
+    "cuda": Profile(
+        name="cuda",
+        provider="CUDAExecutionProvider",
+        device="cuda",
+        compute_dtypes=("fp16", "bf16"),
+        window_slack=0.0,
+        provider_options={"arena_extend_strategy": "kSameAsRequested"},
+    ),
+}
+
+
+def choose_profile(name: str, manifest: Manifest) -> Profile:
+    """The profile for `provider=name` and this artifact; "auto" takes CUDA for an artifact made for it.
+
+    Raises:
+        OptionError: unknown name.
+        RuntimeMissingError: no ONNX Runtime, or one that is too old.
+        ProviderError: the provider is not installed, or cannot run the artifact's arithmetic.
+    """
+    available = _onnxruntime().get_available_providers()
+    if name == "auto":
+        name = "cuda" if manifest.target == "cuda" and PROFILES["cuda"].provider in available else "cpu"
+    if name not in PROFILES:
+        raise OptionError(f"Unknown provider {name!r}; choose auto, {' or '.join(PROFILES)}.")
+    profile = PROFILES[name]
+    if profile.provider not in available:
+        raise ProviderError(
+            f"This ONNX Runtime has no {profile.provider} (it has {', '.join(available)}); "
+            f'install it with: pip install "gemma3n-onnx[{name}]".'
+        )
+    if manifest.compute_dtype not in profile.compute_dtypes:
+        raise ProviderError(
+            f"The artifact computes in {manifest.compute_dtype}, which {profile.provider} does not run "
+            f"(it runs {', '.join(profile.compute_dtypes)}); export it again with --target {name}."
+        )
+    return profile
+
+
+class Buffer:
+    """Uninitialised memory on the provider's device, addressed by row (axis 0)."""
+
+    def __init__(self, profile: Profile, shape: tuple[int, ...], dtype: str) -> None:
+        self.profile, self.shape, self.dtype = profile, shape, dtype
+        ort = _onnxruntime()
+        self._value = ort.OrtValue.ortvalue_from_shape_and_type(
+            list(shape), _element_type(dtype), profile.device, 0
+        )
+        self.nbytes = int(np.prod(shape)) * BYTES_PER_VALUE[dtype]
+
+    def address(self, row: int) -> int:
+        return self._value.data_ptr() + row * (self.nbytes // self.shape[0])
+
+
+class Session:
+    """One graph, loaded."""
+
+    def __init__(self, path: Path, profile: Profile, threads: int | None = None) -> None:
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False
+        if threads is not None:
+            if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+                raise OptionError(f"threads is {threads!r}; give a positive number of threads.")
+            options.intra_op_num_threads = threads
+        for key, value in profile.session_entries.items():
+            options.add_session_config_entry(key, value)
+        providers = [(profile.provider, dict(profile.provider_options))]
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:
+            raise ArtifactError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
+        if (active := self._session.get_providers())[0] != profile.provider:
+            raise ProviderError(
+                f"{profile.provider} did not start and ONNX Runtime fell back to {active[0]}; "
+                "check the driver and the CUDA libraries that it needs."
+            )
+        self.profile = profile
+        self.output_names = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Host arrays in, host arrays out."""
+        return dict(zip(self.output_names, self._session.run(None, dict(inputs))))
+
+    def bind(self) -> Binding:
+        return Binding(self)
+
+
+class Binding:
+    """IO binding of one session. What is bound stays bound from run to run."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._binding = session._session.io_binding()
+        self._kept: dict[str, Any] = {}
+        ort = _onnxruntime()
+        self._options = ort.RunOptions()
+        self._options.log_severity_level = 3
+
+    def input(self, name: str, array: np.ndarray, dtype: str) -> None:
+        """A host array for the next runs; bf16 comes as uint16 bits."""
+        ort = _onnxruntime()
+        if dtype == "bf16":
+            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_TYPES[dtype])
+        else:
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._binding.bind_ortvalue_input(name, value)
+        self._kept[name] = (array, value)
+
+    def device_buffer(self, past: str, present: str, buffer: Buffer, first_row: int, rows: int) -> None:
+        """Rows of `buffer` as an input and as an output: the graph updates them in place."""
+        profile = self._session.profile
+        shape = [rows, *buffer.shape[1:]]
+        place = (profile.device, 0, _element_type(buffer.dtype), shape, buffer.address(first_row))
+        self._binding.bind_input(past, *place)
+        self._binding.bind_output(present, *place)
+        self._kept[past] = buffer
+
+    def output(self, name: str, array: np.ndarray) -> None:
+        """A host array that the next runs write to."""
+        self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        self._kept[name] = array
+
+    def run(self) -> None:
+        self._session._session.run_with_iobinding(self._binding, self._options)
+
+
+def _element_type(dtype: str) -> Any:
+    numpy_types = {"fp32": np.float32, "fp16": np.float16, "int64": np.int64}
+    return numpy_types.get(dtype, _ONNX_TYPES[dtype])
+
+
+def _onnxruntime() -> Any:
+    """The module, imported at first use so that the package itself imports without it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RuntimeMissingError(
+            'No ONNX Runtime is installed; install one with: pip install "gemma3n-onnx[cpu]" '
+            '(or "gemma3n-onnx[cuda]" for an NVIDIA GPU).'
+        ) from error
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if version < MINIMUM_VERSION:
+        wanted = ".".join(map(str, MINIMUM_VERSION))
+        raise RuntimeMissingError(
+            f"ONNX Runtime {onnxruntime.__version__} is too old, {wanted} is needed; "
+            f'upgrade with: pip install -U "onnxruntime>={wanted}" (or onnxruntime-gpu).'
+        )
+    return onnxruntime
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
