@@ -49,7 +49,8 @@ E4B = TextConfig(
 class ParameterCounts:
     """Parameters of a text decoder, counted as Google counts them.
 
-    The published figures include K and V projections of all layers, because the checkpoints have them; those of
+    The published figures include K and V projections of all layers, because the checkpoints have them; those
+    of
     KV-shared layers (`unused_kv`) are never read, and no exported graph holds them.
     """
 
@@ -104,7 +105,8 @@ def encoder_parameter_counts(hf_config: Mapping[str, Any]) -> dict[str, int]:
         architecture = vision.get("architecture", "mobilenetv5_300m_enc")
         if architecture not in VISION_TOWER_PARAMETERS or vision.get("model_args"):
             raise SliceError(
-                f"The parameters of vision tower {architecture!r} with model_args {vision.get('model_args')} are not "
+                f"The parameters of vision tower {architecture!r} with model_args "
+                f"{vision.get('model_args')} are not "
                 f"known; known is {', '.join(VISION_TOWER_PARAMETERS)} without model_args."
             )
         return {
@@ -143,7 +145,8 @@ def _audio_tower(audio: Mapping[str, Any]) -> int:
 def published_total(config: TextConfig, hf_config: Mapping[str, Any]) -> int:
     """All parameters, by the accounting of the published totals.
 
-    It counts the decoder, the four encoder parts as of timm 1.0.16, and the output head a second time although it
+    It counts the decoder, the four encoder parts as of timm 1.0.16, and the output head a second time
+    although it
     is tied to the token embedding.
 
     Raises:
@@ -157,14 +160,17 @@ def published_total(config: TextConfig, hf_config: Mapping[str, Any]) -> int:
 def disk_bytes(config: TextConfig, precision: str) -> int:
     """Bytes of an exported decoder and its two tables, without the encoders.
 
-    The output head counts beside the token table: the export writes the multimodal vectors into the rows of the
+    The output head counts beside the token table: the export writes the multimodal vectors into the rows of
+    the
     table, and the head keeps the checkpoint's.
 
     Raises:
         ExportOptionError: the precision is not fp32, fp16 or bf16.
     """
     if precision not in BYTES_PER_PARAMETER:
-        raise ExportOptionError(f"Precision {precision!r} is unknown; known are {', '.join(BYTES_PER_PARAMETER)}.")
+        raise ExportOptionError(
+            f"Precision {precision!r} is unknown; known are {', '.join(BYTES_PER_PARAMETER)}."
+        )
     counts = parameter_counts(config)
     return (counts.text - counts.unused_kv + counts.token_embedding) * BYTES_PER_PARAMETER[precision]
 
@@ -183,8 +189,11 @@ class SliceRow:
     """By precision."""
 
 
-def slices_table(config: TextConfig | None = None, specs: Iterable[SliceSpec] | None = None) -> list[SliceRow]:
-    """The slices that can be cut from a checkpoint (by default E4B); those that it is too small for are left out."""
+def slices_table(
+    config: TextConfig | None = None, specs: Iterable[SliceSpec] | None = None
+) -> list[SliceRow]:
+    """The slices that can be cut from a checkpoint (by default E4B); those that it is too small for are left
+    out."""
     rows = []
     for spec in load_slices() if specs is None else specs:
         try:
@@ -208,8 +217,8 @@ def slices_table(config: TextConfig | None = None, specs: Iterable[SliceSpec] | 
 
 def render_table(rows: Iterable[SliceRow]) -> str:
     """Aligned columns, one line a slice; parameters in billions, disk in 10^9 bytes."""
-    lines = [("name", "layers", "effective B", "published B", "text B", "MMLU %")]
-    lines[0] += tuple(f"{precision} GB" for precision in BYTES_PER_PARAMETER)
+    disk = tuple(f"{precision} GB" for precision in BYTES_PER_PARAMETER)
+    lines = [("name", "layers", "effective B", "published B", "text B", "MMLU %", *disk)]
     for row in rows:
         lines.append(
             (
@@ -224,6 +233,8 @@ def render_table(rows: Iterable[SliceRow]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
+        )
         for line in lines
     )

@@ -57,7 +57,9 @@ class SliceSpec:
             raise SliceError("FFN hidden dims is empty; it needs one width for each kept layer.")
         for layer, width in enumerate(self.widths):
             if width <= 0:
-                raise SliceError(f"FFN hidden dims: layer {layer} has width {width}; a width must be positive.")
+                raise SliceError(
+                    f"FFN hidden dims: layer {layer} has width {width}; a width must be positive."
+                )
         for layer in self.skipped:
             if layer < 0:
                 raise SliceError(f"Layers skipped: {layer} is not a layer number; the first layer is 0.")
@@ -93,11 +95,14 @@ _ELEMENT = re.compile(rf"({_INTEGER})(?:\s*\*\s*({_INTEGER}))?")
 def load_slices(path: Path | None = None) -> tuple[SliceSpec, ...]:
     """The published table, or a CSV with the same columns under their published or their tidy names.
 
-    A list cell holds integers (underscores allowed) and products `a * b`, in brackets; it must be quoted if it has
-    commas. The widths of a file are absolute; only those of the published table scale. Other columns are ignored.
+    A list cell holds integers (underscores allowed) and products `a * b`, in brackets; it must be quoted if
+    it has
+    commas. The widths of a file are absolute; only those of the published table scale. Other columns are
+    ignored.
 
     Raises:
-        SliceError: no such file, not a CSV, a column is missing, or a row breaks a rule; the message names the
+        SliceError: no such file, not a CSV, a column is missing, or a row breaks a rule; the message names
+        the
             line, the column and the rule.
     """
     if path is None:
@@ -133,7 +138,8 @@ def _parse(text: str, source: str, *, reference: bool) -> tuple[SliceSpec, ...]:
             where = f"{source}, line {reader.line_num}"
             if len(cells) != width:
                 raise SliceError(
-                    f"{where}: {len(cells)} cells under {width} columns; put a list with commas in double quotes."
+                    f"{where}: {len(cells)} cells under {width} columns; put a list with commas in double "
+                    f"quotes."
                 )
             spec = _row(cells, columns, where, reference)
             key = _key(spec.name)
@@ -166,9 +172,7 @@ def _header(cells: list[str], where: str) -> dict[str, tuple[int, str]]:
     return columns
 
 
-def _row(
-    cells: list[str], columns: Mapping[str, tuple[int, str]], where: str, reference: bool
-) -> SliceSpec:
+def _row(cells: list[str], columns: Mapping[str, tuple[int, str]], where: str, reference: bool) -> SliceSpec:
     def cell(field: str) -> tuple[str, str]:
         """The cell's text, and where it stands."""
         if field not in columns:
@@ -185,7 +189,8 @@ def _row(
         raise SliceError(f"{at}: {layers!r} is not an integer.")
     if int(layers) != len(widths):
         raise SliceError(
-            f"{at}: {layers} layers, but {columns['widths'][1]!r} has {len(widths)} widths; it needs one for each."
+            f"{at}: {layers} layers, but {columns['widths'][1]!r} has {len(widths)} widths; it needs one "
+            f"for each."
         )
     skipped = _integers(*cell("skipped"))
     effective, mmlu = _number(*cell("effective")), _number(*cell("mmlu"))
@@ -206,7 +211,8 @@ def _integers(cell: str, where: str) -> tuple[int, ...]:
         match = _ELEMENT.fullmatch(element.strip())
         if match is None:
             raise SliceError(
-                f"{where}: entry {place}, {element.strip()[:40]!r}, is neither an integer nor a product `a * b`."
+                f"{where}: entry {place}, {element.strip()[:40]!r}, is neither an integer nor a product `a "
+                f"* b`."
             )
         numbers.append(int(match[1]) * int(match[2] or 1))
     return tuple(numbers)
@@ -243,7 +249,8 @@ def _key(name: str) -> str:
 
 
 def find_slice(name: str, specs: Iterable[SliceSpec]) -> SliceSpec:
-    """The slice of that name: as in the table, as published, or short (`E2.49B`) where only one slice starts so.
+    """The slice of that name: as in the table, as published, or short (`E2.49B`) where only one slice starts
+    so.
 
     Raises:
         SliceError: unknown (the message names the nearest), or short for several (the message names them).
@@ -259,7 +266,11 @@ def find_slice(name: str, specs: Iterable[SliceSpec]) -> SliceSpec:
         choices = " or ".join(spec.name for spec in longer)
         raise SliceError(f"The slice name {name!r} is ambiguous; choose {choices}.")
     nearest = [by_key[match].name for match in difflib.get_close_matches(key, by_key)]
-    hint = f"the nearest are {', '.join(nearest)}" if nearest else f"known are {', '.join(s.name for s in by_key.values())}"
+    hint = (
+        f"the nearest are {', '.join(nearest)}"
+        if nearest
+        else f"known are {', '.join(s.name for s in by_key.values())}"
+    )
     raise SliceError(f"There is no slice {name!r}; {hint}.")
 
 
@@ -277,7 +288,8 @@ class TensorCut:
 
 @dataclass(frozen=True)
 class Slice:
-    """What is kept of one checkpoint. Tensor names are relative to the decoder (`layers.7.mlp.up_proj.weight`)."""
+    """What is kept of one checkpoint. Tensor names are relative to the decoder
+    (`layers.7.mlp.up_proj.weight`)."""
 
     name: str
     source: TextConfig
@@ -323,7 +335,9 @@ class Slice:
         if layer >= self.config.num_layers:
             raise SliceError(f"{name}: slice {self.name} has only {self.config.num_layers} layers.")
         if layer >= self.config.num_kv_layers and _KV_TENSOR.match(rest):
-            raise SliceError(f"{name}: layer {layer} of slice {self.name} reads a donor's K and V and has none.")
+            raise SliceError(
+                f"{name}: layer {layer} of slice {self.name} reads a donor's K and V and has none."
+            )
         original = self.keep[layer]
         source = f"layers.{original}.{rest}"
         width = self.config.intermediate_sizes[layer]
@@ -359,11 +373,14 @@ def whole(config: TextConfig, name: str = "whole") -> Slice:
 def resolve(spec: SliceSpec, config: TextConfig) -> Slice:
     """Checks a slice against a checkpoint, and says what is left of the checkpoint.
 
-    A full-size checkpoint, told by E4B's hidden size of 2048, is cut to the widths as they are written. A narrower
-    one is a scaled-down test model: the widths of a published slice shrink with it (times its FFN width / 16384),
+    A full-size checkpoint, told by E4B's hidden size of 2048, is cut to the widths as they are written. A
+    narrower
+    one is a scaled-down test model: the widths of a published slice shrink with it (times its FFN width /
+    16384),
     which needs one FFN width in all its layers.
 
-    A checkpoint that already is the slice comes back whole. It is one if it has as many layers as the slice keeps
+    A checkpoint that already is the slice comes back whole. It is one if it has as many layers as the slice
+    keeps
     of E4B's 35, and the slice's widths; a narrower checkpoint, widths in the same proportions.
 
     Raises:
@@ -376,7 +393,8 @@ def resolve(spec: SliceSpec, config: TextConfig) -> Slice:
     if layers != config.num_layers:
         raise SliceError(
             f"Slice {spec.name} needs a checkpoint of {layers} layers ({len(spec.widths)} FFN widths and "
-            f"{len(spec.skipped)} skipped layers), and this one has {config.num_layers}: the list of widths must have "
+            f"{len(spec.skipped)} skipped layers), and this one has {config.num_layers}: the list of widths "
+            f"must have "
             "one entry for each kept layer, and a slice can only take layers away."
         )
     _check_skipped(spec, config)
@@ -408,12 +426,14 @@ def _scaled(spec: SliceSpec, config: TextConfig) -> tuple[int, ...]:
     if set(config.intermediate_sizes) != {full}:
         raise SliceError(
             f"Slice {spec.name} cannot be scaled to this checkpoint: its layers differ in FFN width "
-            f"({min(config.intermediate_sizes)} to {max(config.intermediate_sizes)}), so it is a slice already."
+            f"({min(config.intermediate_sizes)} to {max(config.intermediate_sizes)}), so it is a slice "
+            f"already."
         )
     for width in spec.widths:
         if width * full % REFERENCE_WIDTH:
             raise SliceError(
-                f"Slice {spec.name} cannot be scaled to this checkpoint: {width} * {full} / {REFERENCE_WIDTH} "
+                f"Slice {spec.name} cannot be scaled to this checkpoint: {width} * {full} / "
+                f"{REFERENCE_WIDTH} "
                 "is not an integer."
             )
     return tuple(width * full // REFERENCE_WIDTH for width in spec.widths)
@@ -421,9 +441,13 @@ def _scaled(spec: SliceSpec, config: TextConfig) -> tuple[int, ...]:
 
 def _check_width(where: str, width: int, original: int) -> None:
     if width > original:
-        raise SliceError(f"{where}: FFN width {width} is above the checkpoint's {original}; a slice can only narrow.")
+        raise SliceError(
+            f"{where}: FFN width {width} is above the checkpoint's {original}; a slice can only narrow."
+        )
     if original % WIDTH_MULTIPLE == 0 and width % WIDTH_MULTIPLE:
-        raise SliceError(f"{where}: FFN width {width} is not a multiple of {WIDTH_MULTIPLE}, which the kernels need.")
+        raise SliceError(
+            f"{where}: FFN width {width} is not a multiple of {WIDTH_MULTIPLE}, which the kernels need."
+        )
 
 
 def _check_skipped(spec: SliceSpec, config: TextConfig) -> None:
@@ -433,17 +457,20 @@ def _check_skipped(spec: SliceSpec, config: TextConfig) -> None:
     for layer in spec.skipped:
         if layer >= config.num_layers:
             raise SliceError(
-                f"Slice {spec.name} skips layer {layer}, and the checkpoint's layers are 0 to {config.num_layers - 1}."
+                f"Slice {spec.name} skips layer {layer}, and the checkpoint's layers are 0 to "
+                f"{config.num_layers - 1}."
             )
         if layer in readers:
             raise SliceError(
-                f"Slice {spec.name} skips layer {layer}, a KV donor: layers {', '.join(map(str, readers[layer]))} read "
+                f"Slice {spec.name} skips layer {layer}, a KV donor: layers "
+                f"{', '.join(map(str, readers[layer]))} read "
                 f"its K and V, and without it they have no donor of their type, {config.layer_types[layer]}."
             )
     shared = set(range(config.num_kv_layers, config.num_layers))
     if shared and shared <= set(spec.skipped):
         raise SliceError(
-            f"Slice {spec.name} skips all KV-shared layers, {min(shared)} to {max(shared)}; at least one must stay."
+            f"Slice {spec.name} skips all KV-shared layers, {min(shared)} to {max(shared)}; at least one "
+            f"must stay."
         )
 
 
@@ -452,7 +479,8 @@ _KV_TENSOR = re.compile(r"self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
 
 def _split(name: str) -> tuple[int | None, str]:
-    """`layers.7.mlp.up_proj.weight` -> (7, `mlp.up_proj.weight`); no number for a tensor outside the layers."""
+    """`layers.7.mlp.up_proj.weight` -> (7, `mlp.up_proj.weight`); no number for a tensor outside the
+    layers."""
     match = _LAYER_TENSOR.fullmatch(name)
     return (int(match[1]), match[2]) if match else (None, name)
 

@@ -29,6 +29,7 @@ from gemma3n_onnx.export.slicing import (
 from gemma3n_onnx.graphs.config import TextConfig
 
 HEADER = "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped"
+HALF = f"[{', '.join(['2_048 * 4'] * 35)}]"
 SPECS = load_slices()
 E2B = resolve(find_slice("E2B", SPECS), E4B)
 NARROW_HF = {
@@ -53,7 +54,7 @@ NARROW_HF = {
 NARROW = TextConfig.from_hf(NARROW_HF)
 
 
-def row(name="mine", layers="35", widths="[" + ", ".join(["2_048 * 4"] * 35) + "]", skipped="", header=HEADER):
+def row(name="mine", layers="35", widths=HALF, skipped="", header=HEADER):
     return f'{header}\n{name},{layers},2.2,60.00%,"{widths}","{skipped}"\n'
 
 
@@ -145,8 +146,14 @@ def test_unknown_name_names_the_nearest():
 
 
 def test_published_csv_as_users_have_it(tmp_path):
-    text = "\ufeff" + row("Config for E2.54B (layer-level)", widths=str(list(find_slice("E2.54B", SPECS).widths)))
-    text += '\nConfig for official E2B Model, 30, 1.91, 50.90%, "[' + "2_048 * 4, " * 30 + ']", "[20, 21, 22,23,24]"\n'
+    text = "\ufeff" + row(
+        "Config for E2.54B (layer-level)", widths=str(list(find_slice("E2.54B", SPECS).widths))
+    )
+    text += (
+        '\nConfig for official E2B Model, 30, 1.91, 50.90%, "['
+        + "2_048 * 4, " * 30
+        + ']", "[20, 21, 22,23,24]"\n'
+    )
     first, second = load(tmp_path, text)
     assert first.widths == find_slice("E2.54B", SPECS).widths
     assert (second.widths, second.skipped, second.mmlu) == ((8192,) * 30, (20, 21, 22, 23, 24), 50.9)
@@ -155,7 +162,7 @@ def test_published_csv_as_users_have_it(tmp_path):
 
 
 def test_tidy_columns_and_own_names(tmp_path):
-    (spec,) = load(tmp_path, f'name,layers,ffn_hidden_dims,layers_skipped\nMy Slice,2,"[64, 2 * 3_2]",\n')
+    (spec,) = load(tmp_path, 'name,layers,ffn_hidden_dims,layers_skipped\nMy Slice,2,"[64, 2 * 3_2]",\n')
     assert find_slice("my slice", [spec]) == SliceSpec("My Slice", (64, 64))
 
 
@@ -235,7 +242,7 @@ def test_e2b_weights_are_e2b_already_and_nothing_larger():
     already = resolve(find_slice("E2B", SPECS), E2B.config)
     assert already == whole(E2B.config, "E2B")
     for larger in ("E4B", "E1.96B", "E2.54B"):
-        with pytest.raises(SliceError, match="can only take layers away|30"):
+        with pytest.raises(SliceError, match="can only take layers away"):
             resolve(find_slice(larger, SPECS), E2B.config)
 
 
@@ -260,9 +267,13 @@ def test_scaling_needs_one_divisible_width(widths, message):
 
 def test_cuts_of_e2b():
     groups = ((0, 20 * 256), (25 * 256, 35 * 256))
-    assert E2B.source_of("embed_tokens_per_layer.weight") == TensorCut("embed_tokens_per_layer.weight", columns=groups)
+    assert E2B.source_of("embed_tokens_per_layer.weight") == TensorCut(
+        "embed_tokens_per_layer.weight", columns=groups
+    )
     assert E2B.source_of("per_layer_model_projection.weight").rows == groups
-    assert E2B.source_of("layers.20.mlp.up_proj.weight") == TensorCut("layers.25.mlp.up_proj.weight", ((0, 8192),))
+    assert E2B.source_of("layers.20.mlp.up_proj.weight") == TensorCut(
+        "layers.25.mlp.up_proj.weight", ((0, 8192),)
+    )
     assert E2B.source_of("layers.3.mlp.down_proj.weight").columns == ((0, 8192),)
     assert E2B.source_of("norm.weight") == TensorCut("norm.weight")
     with pytest.raises(SliceError, match="only 30 layers"):
@@ -291,7 +302,11 @@ def test_cut_state_dict_loads_strictly_and_equals_brute_force(name):
     slice_ = resolve(find_slice(name, SPECS), NARROW)
     source = {key: value.numpy() for key, value in build(NARROW_HF).state_dict().items()}
     # Checkpoints still have K and V of the shared layers.
-    extra = {f"layers.{i}.self_attn.{part}.weight": np.zeros(1) for i in range(20, 35) for part in ("k_proj", "v_proj")}
+    extra = {
+        f"layers.{i}.self_attn.{part}.weight": np.zeros(1)
+        for i in range(20, 35)
+        for part in ("k_proj", "v_proj")
+    }
     sliced_hf = slice_.hf_config(NARROW_HF)
     model = build(sliced_hf)
     cuts = {key: slice_.source_of(key) for key in model.state_dict()}
@@ -310,7 +325,11 @@ def test_cut_state_dict_loads_strictly_and_equals_brute_force(name):
     np.testing.assert_array_equal(state["per_layer_model_projection.weight"], projection)
     for new, old in enumerate(kept):
         width = slice_.config.intermediate_sizes[new]
-        for part, wanted in (("gate_proj", np.s_[:width]), ("up_proj", np.s_[:width]), ("down_proj", np.s_[:, :width])):
+        for part, wanted in (
+            ("gate_proj", np.s_[:width]),
+            ("up_proj", np.s_[:width]),
+            ("down_proj", np.s_[:, :width]),
+        ):
             expected = source[f"layers.{old}.mlp.{part}.weight"][wanted]
             np.testing.assert_array_equal(state[f"layers.{new}.mlp.{part}.weight"], expected)
 
@@ -352,8 +371,14 @@ def test_counts_agree_with_transformers():
     encoders = encoder_parameter_counts(config.to_dict())
     with torch.device("meta"):
         assert count(hf.Gemma3nAudioEncoder(config.audio_config)) == encoders["audio_tower"]
-        assert count(hf.Gemma3nMultimodalEmbedder(config.audio_config, config.text_config)) == encoders["embed_audio"]
-        assert count(hf.Gemma3nMultimodalEmbedder(config.vision_config, config.text_config)) == encoders["embed_vision"]
+        assert (
+            count(hf.Gemma3nMultimodalEmbedder(config.audio_config, config.text_config))
+            == encoders["embed_audio"]
+        )
+        assert (
+            count(hf.Gemma3nMultimodalEmbedder(config.vision_config, config.text_config))
+            == encoders["embed_vision"]
+        )
         text = count(build(NARROW_HF))
     counts = parameter_counts(NARROW)
     assert text == counts.text - counts.unused_kv
