@@ -1,0 +1,240 @@
+"""How large a slice is: parameters, bytes on disk, and the table of both that `gemma3n slices` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gemma3n_onnx.export.errors import ExportOptionError, SliceError
+from gemma3n_onnx.export.slicing import SliceSpec, load_slices, resolve
+from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
+
+BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+VISION_TOWER_PARAMETERS = {"mobilenetv5_300m_enc": 294_126_912}
+"""By timm architecture, as timm 1.0.17 and later build it."""
+
+STEM_BIAS_PARAMETERS = 64
+"""The stem convolution's bias, which timm 1.0.16 did not have when the totals were published."""
+
+_PATTERN = (SLIDING,) * 4 + (FULL,)
+
+E4B = TextConfig(
+    vocab_size=262_400,
+    vocab_size_per_layer_input=262_144,
+    hidden_size=2048,
+    hidden_size_per_layer_input=256,
+    intermediate_sizes=(16384,) * 35,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=256,
+    layer_types=_PATTERN * 7,
+    num_kv_shared_layers=15,
+    activation_sparsity=(0.95,) * 10 + (0.0,) * 25,
+    sliding_window=512,
+    rope_theta={SLIDING: 10_000.0, FULL: 1_000_000.0},
+    rms_norm_eps=1e-6,
+    laurel_rank=64,
+    altup_num_inputs=4,
+    altup_active_idx=0,
+    altup_correct_scale=True,
+    final_logit_softcapping=30.0,
+    max_position_embeddings=32768,
+)
+"""The decoder of google/gemma-3n-E4B, for a table without a checkpoint."""
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a text decoder, counted as Google counts them.
+
+    The published figures include K and V projections of all layers, because the checkpoints have them; those
+    of
+    KV-shared layers (`unused_kv`) are never read, and no exported graph holds them.
+    """
+
+    text: int
+    ple_table: int
+    token_embedding: int
+    """Also the output head, which is tied to it."""
+    unused_kv: int
+
+    @property
+    def effective(self) -> int:
+        """What an accelerator must hold: all but the two tables that are read by rows."""
+        return self.text - self.ple_table - self.token_embedding
+
+
+def parameter_counts(config: TextConfig) -> ParameterCounts:
+    """The parameters of a decoder of this shape, without reading a checkpoint."""
+    hidden, ple, streams = config.hidden_size, config.hidden_size_per_layer_input, config.altup_num_inputs
+    query = config.num_heads * config.head_dim
+    kv_per_layer = 2 * config.num_kv_heads * config.head_dim * hidden + config.head_dim
+    attention = 2 * query * hidden + config.head_dim + kv_per_layer
+    laurel = 2 * config.laurel_rank * hidden + hidden
+    altup = 2 * hidden + streams * hidden + streams**2 + streams**3
+    ple_gate = 2 * ple * hidden + hidden
+    layer_norms = 4 * hidden
+    layer = attention + laurel + altup + ple_gate + layer_norms
+    feed_forward = 3 * hidden * sum(config.intermediate_sizes)
+
+    token_embedding = config.vocab_size * hidden
+    ple_table = config.vocab_size_per_layer_input * config.num_layers * ple
+    ple_projection = config.num_layers * ple * hidden + ple
+    stream_projections = 2 * (streams - 1) * hidden**2
+    outside = token_embedding + ple_table + ple_projection + stream_projections + hidden
+    return ParameterCounts(
+        text=outside + config.num_layers * layer + feed_forward,
+        ple_table=ple_table,
+        token_embedding=token_embedding,
+        unused_kv=config.num_kv_shared_layers * kv_per_layer,
+    )
+
+
+def encoder_parameter_counts(hf_config: Mapping[str, Any]) -> dict[str, int]:
+    """Parameters of `vision_tower`, `embed_vision`, `audio_tower` and `embed_audio` in a full `config.json`.
+
+    Raises:
+        ConfigError: a section or a key is missing.
+        SliceError: the vision tower is not a known timm architecture at its full width.
+    """
+    try:
+        vision, audio = hf_config["vision_config"], hf_config["audio_config"]
+        hidden = hf_config["text_config"]["hidden_size"]
+        architecture = vision.get("architecture", "mobilenetv5_300m_enc")
+        if architecture not in VISION_TOWER_PARAMETERS or vision.get("model_args"):
+            raise SliceError(
+                f"The parameters of vision tower {architecture!r} with model_args "
+                f"{vision.get('model_args')} are not "
+                f"known; known is {', '.join(VISION_TOWER_PARAMETERS)} without model_args."
+            )
+        return {
+            "vision_tower": VISION_TOWER_PARAMETERS[architecture],
+            "embed_vision": _embedder(vision, hidden),
+            "audio_tower": _audio_tower(audio),
+            "embed_audio": _embedder(audio, hidden),
+        }
+    except KeyError as error:
+        raise ConfigError(f"The Gemma 3n config has no {error.args[0]!r}.") from error
+
+
+def _embedder(config: Mapping[str, Any], text_hidden: int) -> int:
+    hidden = config["hidden_size"]
+    norms = 2 * hidden
+    return config["vocab_size"] * hidden + norms + text_hidden * hidden
+
+
+def _audio_tower(audio: Mapping[str, Any]) -> int:
+    hidden = audio["hidden_size"]
+    feed_forward = 2 * (4 * hidden) * hidden + 2 * hidden
+    # Five square matrices: q, k, v, the relative position's and the output projection.
+    attention = 5 * hidden**2 + hidden // audio["conf_num_attention_heads"] + 2 * hidden
+    convolution = 3 * hidden**2 + audio["conf_conv_kernel_size"] * hidden + 2 * hidden
+    conformer = audio["conf_num_hidden_layers"] * (2 * feed_forward + attention + convolution + hidden)
+
+    subsampling, channels, bins = 0, 1, audio["input_feat_size"]
+    for out_channels, (time_kernel, bin_kernel), (_, bin_stride) in zip(
+        audio["sscp_conv_channel_size"], audio["sscp_conv_kernel_size"], audio["sscp_conv_stride_size"]
+    ):
+        subsampling += out_channels * channels * time_kernel * bin_kernel + out_channels
+        channels, bins = out_channels, (bins + 2 - bin_kernel) // bin_stride + 1
+    return subsampling + channels * bins * hidden + conformer
+
+
+def published_total(config: TextConfig, hf_config: Mapping[str, Any]) -> int:
+    """All parameters, by the accounting of the published totals.
+
+    It counts the decoder, the four encoder parts as of timm 1.0.16, and the output head a second time
+    although it
+    is tied to the token embedding.
+
+    Raises:
+        ConfigError, SliceError: see `encoder_parameter_counts`.
+    """
+    counts = parameter_counts(config)
+    encoders = sum(encoder_parameter_counts(hf_config).values()) - STEM_BIAS_PARAMETERS
+    return counts.text + counts.token_embedding + encoders
+
+
+def disk_bytes(config: TextConfig, precision: str) -> int:
+    """Bytes of an exported decoder and its two tables, without the encoders.
+
+    The output head counts beside the token table: the export writes the multimodal vectors into the rows of
+    the
+    table, and the head keeps the checkpoint's.
+
+    Raises:
+        ExportOptionError: the precision is not fp32, fp16 or bf16.
+    """
+    if precision not in BYTES_PER_PARAMETER:
+        raise ExportOptionError(
+            f"Precision {precision!r} is unknown; known are {', '.join(BYTES_PER_PARAMETER)}."
+        )
+    counts = parameter_counts(config)
+    return (counts.text - counts.unused_kv + counts.token_embedding) * BYTES_PER_PARAMETER[precision]
+
+
+@dataclass(frozen=True)
+class SliceRow:
+    """One line of `gemma3n slices`."""
+
+    name: str
+    layers: int
+    effective: int
+    text: int
+    published_effective_b: float | None
+    mmlu: float | None
+    disk_bytes: Mapping[str, int]
+    """By precision."""
+
+
+def slices_table(
+    config: TextConfig | None = None, specs: Iterable[SliceSpec] | None = None
+) -> list[SliceRow]:
+    """The slices that can be cut from a checkpoint (by default E4B); those that it is too small for are left
+    out."""
+    rows = []
+    for spec in load_slices() if specs is None else specs:
+        try:
+            sliced = resolve(spec, config or E4B).config
+        except SliceError:
+            continue
+        counts = parameter_counts(sliced)
+        rows.append(
+            SliceRow(
+                spec.name,
+                sliced.num_layers,
+                counts.effective,
+                counts.text,
+                spec.effective_params_b,
+                spec.mmlu,
+                {precision: disk_bytes(sliced, precision) for precision in BYTES_PER_PARAMETER},
+            )
+        )
+    return rows
+
+
+def render_table(rows: Iterable[SliceRow]) -> str:
+    """Aligned columns, one line a slice; parameters in billions, disk in 10^9 bytes."""
+    disk = tuple(f"{precision} GB" for precision in BYTES_PER_PARAMETER)
+    lines = [("name", "layers", "effective B", "published B", "text B", "MMLU %", *disk)]
+    for row in rows:
+        lines.append(
+            (
+                row.name,
+                str(row.layers),
+                f"{row.effective / 1e9:.2f}",
+                "-" if row.published_effective_b is None else f"{row.published_effective_b:.2f}",
+                f"{row.text / 1e9:.2f}",
+                "-" if row.mmlu is None else f"{row.mmlu:.1f}",
+                *(f"{row.disk_bytes[precision] / 1e9:.1f}" for precision in BYTES_PER_PARAMETER),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
+        )
+        for line in lines
+    )
