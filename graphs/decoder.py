@@ -140,13 +140,12 @@ class MLP(nn.Module):
         self.deviations = NormalDist().inv_cdf(sparsity) if sparsity > 0.0 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
+        gate = self.gate_proj(x).float()
         if self.deviations is not None:
-            wide = gate.float()
-            centered = wide - wide.mean(-1, keepdim=True)
+            centered = gate - gate.mean(-1, keepdim=True)
             std = centered.square().mean(-1, keepdim=True).sqrt()
-            gate = F.relu(centered - std * self.deviations).type_as(gate)
-        return self.down_proj(F.gelu(gate, approximate="tanh") * self.up_proj(x))
+            gate = F.relu(centered - std * self.deviations)
+        return self.down_proj(F.gelu(gate, approximate="tanh").type_as(x) * self.up_proj(x))
 
 
 class Attention(nn.Module):
@@ -245,8 +244,9 @@ class DecoderLayer(nn.Module):
         activated = mixed + self.post_feedforward_layernorm(feedforward)
         corrected = self.altup.correct(predictions, activated)
 
-        gate = self.per_layer_input_gate(self.altup.scale_corrected(corrected[:, 0]))
-        injected = self.per_layer_projection(F.gelu(gate, approximate="tanh") * per_layer_input)
+        gate = self.per_layer_input_gate(self.altup.scale_corrected(corrected[:, 0])).float()
+        injected = F.gelu(gate, approximate="tanh").type_as(per_layer_input) * per_layer_input
+        injected = self.per_layer_projection(injected)
         return corrected + self.inactive * self.post_per_layer_input_norm(injected).unsqueeze(1)
 
 

@@ -5,6 +5,7 @@ Shape legend: B rows of the batch, S tokens of one run, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,6 @@ class Engine:
     ) -> None:
         if prefill_chunk < 1:
             raise OptionError(f"prefill_chunk is {prefill_chunk}; give a positive number of tokens.")
-        if manifest.logits != "last":
-            raise ArtifactError(
-                "This artifact gives the logits of every position (--logits all), which is for evaluation; "
-                "export it again without that option to generate text."
-            )
         self.manifest, self.profile, self.prefill_chunk = manifest, profile, prefill_chunk
         self._tokens = Table(folder, manifest.token_embeddings, manifest.compute_dtype)
         self._per_layer = Table(folder, manifest.per_layer_embeddings, manifest.compute_dtype)
@@ -45,23 +41,50 @@ class Engine:
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         return KVCache(self.manifest.caches, self.profile, rows, capacity)
 
-    def prefill(self, cache: KVCache, row: int, ids: list[int]) -> np.ndarray:
+    def prefill(self, cache: KVCache, row: int, ids: Sequence[int]) -> np.ndarray:
         """Appends `ids` to one row, in chunks of bounded memory; logits [V] fp32 after the last."""
-        binding, logits = self._bind(cache, row, 1)
-        for first in range(0, len(ids), self.prefill_chunk):
-            chunk = np.array([ids[first : first + self.prefill_chunk]], dtype=np.int64)
+        self._require_logits("last")
+        binding = self._bind(cache, row, 1)
+        logits = self._output(binding, 1, 1)
+        for chunk in self._chunks(ids):
             self._run(binding, chunk, cache.lengths[row : row + 1])
-        return logits[0]
+        return logits[0, 0]
+
+    def evaluate(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits [S, V] fp32 at every position of `ids`, from an artifact exported with `--logits all`."""
+        self._require_logits("all")
+        cache = self.new_cache(1, len(ids))
+        binding = self._bind(cache, 0, 1)
+        parts = []
+        for chunk in self._chunks(ids):
+            parts.append(self._output(binding, 1, chunk.shape[1]))
+            self._run(binding, chunk, cache.lengths)
+        return np.concatenate(parts, axis=1)[0]
 
     def decoder(self, cache: KVCache) -> Decoder:
         return Decoder(self, cache)
 
-    def _bind(self, cache: KVCache, first_row: int, rows: int) -> tuple[Binding, np.ndarray]:
+    def _require_logits(self, wanted: str) -> None:
+        if self.manifest.logits != wanted:
+            raise ArtifactError(
+                f"This artifact was exported with --logits {self.manifest.logits}; "
+                f"export it with --logits {wanted} for this."
+            )
+
+    def _chunks(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """ids, in order, as arrays [1, S] int64 with S up to `prefill_chunk`."""
+        for first in range(0, len(ids), self.prefill_chunk):
+            yield np.array([ids[first : first + self.prefill_chunk]], dtype=np.int64)
+
+    def _bind(self, cache: KVCache, first_row: int, rows: int) -> Binding:
         binding = self._session.bind()
         cache.bind(binding, first_row, rows)
-        logits = np.empty((rows, 1, self.manifest.vocab_size), dtype=np.float32)
+        return binding
+
+    def _output(self, binding: Binding, rows: int, positions: int) -> np.ndarray:
+        logits = np.empty((rows, positions, self.manifest.vocab_size), dtype=np.float32)
         binding.output("logits", logits)
-        return binding, logits[:, 0]
+        return logits
 
     def _run(self, binding: Binding, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Runs ids [B, S] after `lengths` [B] tokens and adds S to the lengths."""
@@ -82,7 +105,8 @@ class Decoder:
 
     def __init__(self, engine: Engine, cache: KVCache) -> None:
         self._engine, self._cache = engine, cache
-        self._binding, self._logits = engine._bind(cache, 0, cache.rows)
+        self._binding = engine._bind(cache, 0, cache.rows)
+        self._logits = engine._output(self._binding, cache.rows, 1)[:, 0]
 
     def step(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
         """tokens [B] int64, running [B] bool -> logits [B, V] fp32, valid until the next step.

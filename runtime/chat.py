@@ -1,0 +1,127 @@
+"""A conversation that keeps its KV cache: each turn runs only what the cache does not hold yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .errors import OptionError, PromptError
+from .kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from .model import Answer, GenerationResult, OnnxGemma3n
+
+
+class Chat:
+    """Made by `OnnxGemma3n.chat`. `messages` is the conversation so far.
+
+    The model's own tokens stay in the cache as they were made; text is tokenized once.
+    """
+
+    def __init__(self, model: OnnxGemma3n, system: str | None) -> None:
+        if model.template is None:
+            raise PromptError("This artifact has no chat template, so it cannot chat; use generate.")
+        if system is not None and not isinstance(system, str):
+            raise OptionError(f"system is {system!r}; give the system prompt as text.")
+        self._model = model
+        self._system = system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the conversation but the system prompt."""
+        self.messages: list[dict[str, Any]] = []
+        if self._system is not None:
+            self.messages.append({"role": "system", "content": self._system})
+        self._cache: KVCache | None = None
+        self._cached: list[int] = []
+        self._transcript: tuple[str, list[int]] | None = None
+
+    def send(self, text: str, **options: Any) -> GenerationResult:
+        """The answer to the next user message; options and errors as for `OnnxGemma3n.generate`."""
+        turn = self.stream(text, **options)
+        for _ in turn:
+            pass
+        return turn.result
+
+    def stream(self, text: str, **options: Any) -> Turn:
+        """The same as pieces of text; a turn that is not iterated to its end is forgotten."""
+        from .model import Answer, generation_options
+
+        chosen = generation_options(options)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        assert self._model.template is not None
+        rendered = self._model.template.render(messages)
+        ids = self._encode(rendered)
+        kept = self._keep(ids)
+        answer = Answer(self._model, [ids[kept:]], chosen, self._ready_cache(), ids[:kept])
+        return Turn(self, answer, messages, rendered, ids)
+
+    def _encode(self, rendered: str) -> list[int]:
+        """Ids of the whole conversation; the model's turns by the ids that it made."""
+        tokenizer = self._model.tokenizer
+        if self._transcript is not None:
+            text, ids = self._transcript
+            if rendered.startswith(text):
+                return ids + tokenizer.encode(rendered[len(text) :], add_bos=False)
+        return tokenizer.encode(rendered, add_bos=True)
+
+    def _keep(self, ids: list[int]) -> int:
+        """Cuts the cache to what it shares with `ids`, short of the last one; returns how many tokens."""
+        shared = 0
+        for ours, theirs in zip(self._cached, ids[:-1]):
+            if ours != theirs:
+                break
+            shared += 1
+        if self._cache is not None and not self._cache.truncate(0, shared):
+            self._cache.truncate(0, 0)
+            shared = 0
+        self._cached = self._cached[:shared]
+        return shared
+
+    def _ready_cache(self) -> KVCache:
+        if self._cache is None:
+            engine = self._model.engine
+            self._cache = engine.new_cache(1, engine.manifest.max_context)
+        return self._cache
+
+    def _record(self, turn: Turn) -> None:
+        """A turn has ended: keeps its messages and what its tokens left in the cache."""
+        result = turn.result
+        assert self._cache is not None
+        reply = result.text.strip()
+        made = list(result.token_ids)
+        self._cached = [*turn.ids, *made][: int(self._cache.lengths[0])]
+        ended = made[-1] in self._model.manifest.eos_token_ids
+        whole = self._model.tokenizer.decode(made[:-1] if ended else made).strip() == reply
+        self._transcript = (turn.rendered + reply, turn.ids + made[:-1]) if ended and whole else None
+        self.messages = [*turn.messages, {"role": "assistant", "content": reply}]
+
+    def _forget(self, turn: Turn) -> None:
+        """A turn was broken off: what it put into the cache stays usable as a prefix."""
+        assert self._cache is not None
+        made = [*turn.ids, *turn.answer.result.token_ids]
+        self._cached = made[: int(self._cache.lengths[0])]
+
+
+class Turn:
+    """One answer of a chat as it is made."""
+
+    def __init__(
+        self, chat: Chat, answer: Answer, messages: list[dict[str, Any]], rendered: str, ids: list[int]
+    ) -> None:
+        self.chat, self.answer, self.messages, self.rendered, self.ids = chat, answer, messages, rendered, ids
+
+    def __iter__(self) -> Iterator[str]:
+        ended = False
+        try:
+            yield from self.answer
+            ended = True
+        finally:
+            if ended:
+                self.chat._record(self)
+            else:
+                self.chat._forget(self)
+
+    @property
+    def result(self) -> GenerationResult:
+        return self.answer.result

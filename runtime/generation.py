@@ -1,0 +1,144 @@
+"""A batch being generated: prefill each prompt, then one token a step for all rows. Knows nothing of text."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .engine import Engine
+from .errors import ContextLengthError
+from .kv_cache import KVCache
+from .sampling import GenerationOptions, Sampler, TokenCounts, TokenLogprob, log_probabilities, rng_for
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """`finish` is set on the last token of a row: "stop" after an end token, else "length"."""
+
+    row: int
+    token_id: int
+    logprob: TokenLogprob | None
+    finish: str | None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds and tokens of one generation; a batch shares them. Rates count the tokens of all rows."""
+
+    prefill_tokens: int
+    prefill_seconds: float
+    decode_tokens: int
+    decode_seconds: float
+    time_to_first_token: float
+    peak_memory_bytes: int | None
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Generation:
+    """Iterate for tokens in the order in which they are made; `stop(row)` ends a row early.
+
+    With a `cache` of one row, `prompts[0]` is what follows the tokens that the cache already holds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        cache: KVCache | None = None,
+        cached_ids: Sequence[int] = (),
+    ) -> None:
+        longest = len(cached_ids) + max(len(ids) for ids in prompts)
+        check_context(engine.manifest.max_context, longest, options.max_new_tokens)
+        self._engine, self._options, self._prompts = engine, options, prompts
+        self._cache = cache or engine.new_cache(len(prompts), longest + options.max_new_tokens)
+        self._counts = [TokenCounts([*cached_ids, *ids]) for ids in prompts]
+        self._running = np.ones(len(prompts), dtype=bool)
+        self._sampler = Sampler(options)
+        self._prefill_seconds = self._decode_seconds = self._first_token = 0.0
+        self._decode_tokens = 0
+
+    def stop(self, row: int) -> None:
+        self._running[row] = False
+
+    def __iter__(self) -> Iterator[GeneratedToken]:
+        # 1. Prefill, row by row: no padding, and memory that does not grow with the batch.
+        started = time.perf_counter()
+        logits = np.stack([
+            self._engine.prefill(self._cache, row, ids).copy() for row, ids in enumerate(self._prompts)
+        ])
+        self._prefill_seconds = time.perf_counter() - started
+        # 2. One stream of random numbers for each row.
+        random = [rng_for(self._options.seed) for _ in self._prompts]
+        tokens = np.full(len(self._prompts), self._engine.manifest.pad_token_id, dtype=np.int64)
+        decoder = self._engine.decoder(self._cache)
+        for made in range(1, self._options.max_new_tokens + 1):
+            # 3. Choose a token for each running row.
+            for row in np.flatnonzero(self._running):
+                token = self._choose(int(row), logits[row], random[row], made)
+                tokens[row] = token.token_id
+                if token.finish:
+                    self.stop(int(row))
+                if not self._first_token:
+                    self._first_token = time.perf_counter() - started
+                yield token
+            if not self._running.any():
+                break
+            # 4. Run the chosen tokens.
+            step_started = time.perf_counter()
+            logits = decoder.step(tokens, self._running)
+            self._decode_seconds += time.perf_counter() - step_started
+            self._decode_tokens += int(self._running.sum())
+
+    def _choose(self, row: int, logits: np.ndarray, rng: np.random.Generator, made: int) -> GeneratedToken:
+        token = self._sampler.choose(logits, self._counts[row], rng)
+        self._counts[row].add(token)
+        wanted = self._options.logprobs
+        logprob = None if wanted is None else log_probabilities(logits, token, wanted)
+        finish = None
+        if token in self._engine.manifest.eos_token_ids:
+            finish = "stop"
+        elif made == self._options.max_new_tokens:
+            finish = "length"
+        return GeneratedToken(row, token, logprob, finish)
+
+    @property
+    def timings(self) -> Timings:
+        return Timings(
+            prefill_tokens=sum(map(len, self._prompts)),
+            prefill_seconds=self._prefill_seconds,
+            decode_tokens=self._decode_tokens,
+            decode_seconds=self._decode_seconds,
+            time_to_first_token=self._first_token,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+
+def check_context(max_context: int, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises ContextLengthError where prompt and answer together may exceed the context."""
+    if prompt_tokens + max_new_tokens > max_context:
+        raise ContextLengthError(
+            f"The prompt has {prompt_tokens:,} tokens and max_new_tokens is {max_new_tokens:,}, which is more "
+            f"than the context of {max_context:,}; shorten the prompt or lower max_new_tokens."
+        )
+
+
+def peak_memory_bytes() -> int | None:
+    """The process's largest resident size so far, mapped files included; None where the system has no count."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,214 @@
+"""`OnnxGemma3n`: an artifact, loaded, that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .artifact import Manifest, load_manifest
+from .chat import Chat
+from .engine import PREFILL_CHUNK, Engine
+from .errors import OptionError, PromptError
+from .generation import Generation, Timings
+from .kv_cache import KVCache
+from .prompt import ChatTemplate, IncrementalDetokenizer, StopMatcher, Tokenizer, encode_prompt
+from .sampling import GenerationOptions, TokenLogprob
+from .session import choose_profile
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One answer.
+
+    `text` leaves out special tokens and everything from a stop string on; `token_ids` are all that were
+    made. `finish_reason` is "stop" (an end token or a stop string) or "length" (`max_new_tokens`).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: str
+    logprobs: tuple[TokenLogprob, ...] | None
+    timings: Timings
+
+
+class OnnxGemma3n:
+    """A Gemma 3n artifact on ONNX Runtime.
+
+    >>> model = OnnxGemma3n.from_pretrained("gemma-3n-E2B")
+    >>> model.generate("The capital of France is", max_new_tokens=8).text
+    """
+
+    def __init__(
+        self, manifest: Manifest, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None
+    ) -> None:
+        self.manifest, self.engine, self.tokenizer, self.template = manifest, engine, tokenizer, template
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        provider: str = "auto",
+        *,
+        threads: int | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> OnnxGemma3n:
+        """Loads an exported folder.
+
+        Args:
+            provider: "cpu", "cuda", or "auto": CUDA for an artifact made for it where it is installed.
+            threads: of ONNX Runtime; None for one for each physical core.
+            prefill_chunk: tokens of a prompt that are run at once; less takes less memory.
+
+        Raises:
+            ArtifactError: the folder is missing, incomplete, damaged or of another version.
+            ProviderError: no ONNX Runtime, or one that cannot run this artifact.
+            OptionError: an argument is out of range.
+        """
+        folder = Path(folder)
+        manifest = load_manifest(folder)
+        profile = choose_profile(provider, manifest)
+        tokenizer = Tokenizer.from_folder(folder)
+        engine = Engine(folder, manifest, profile, threads=threads, prefill_chunk=prefill_chunk)
+        return cls(manifest, engine, tokenizer, _load_template(folder))
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
+        """The answer to a prompt, or a list of them to a batch of prompts of any lengths.
+
+        Args:
+            prompt: text, a list of messages `{"role", "content"}`, or token ids; or a list of such.
+            options: the fields of `GenerationOptions`; greedy by default.
+
+        Returns:
+            A `GenerationResult`, or a list of them in the order of the prompts.
+
+        Raises:
+            PromptError: a prompt that cannot be encoded. ContextLengthError: one that is too long.
+            OptionError: an option out of range. All are raised before any work is done.
+        """
+        chosen = generation_options(options)
+        batched = _is_batch(prompt)
+        encoded = [self.encode(p) for p in (prompt if batched else [prompt])]
+        answer = Answer(self, encoded, chosen)
+        for _ in answer:
+            pass
+        return answer.results() if batched else answer.results()[0]
+
+    def stream(self, prompt: Prompt, **options: Any) -> Answer:
+        """The answer to one prompt as it is made: iterate for pieces of text that are whole characters.
+
+        After the last piece, `result` holds the `GenerationResult`. Arguments and errors as for `generate`.
+        """
+        if _is_batch(prompt):
+            raise PromptError("stream takes one prompt; use generate for a batch.")
+        return Answer(self, [self.encode(prompt)], generation_options(options))
+
+    def chat(self, system: str | None = None) -> Chat:
+        """A conversation whose KV cache is kept from turn to turn."""
+        return Chat(self, system)
+
+    def encode(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt in any of its forms."""
+        return encode_prompt(prompt, self.tokenizer, self.template, self.manifest.vocab_size)
+
+
+class Answer:
+    """Text of a generation as it is made. Iterate for pieces; `results()` when done."""
+
+    def __init__(
+        self,
+        model: OnnxGemma3n,
+        prompts: list[list[int]],
+        options: GenerationOptions,
+        cache: KVCache | None = None,
+        cached_ids: Sequence[int] = (),
+    ) -> None:
+        self._prompts = [[*cached_ids, *ids] for ids in prompts]
+        self._options = options
+        self._generation = Generation(model.engine, prompts, options, cache, cached_ids)
+        self._rows = [_Row(model.tokenizer, options) for _ in prompts]
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _run(self) -> Iterator[str]:
+        for token in self._generation:
+            row = self._rows[token.row]
+            piece = row.push(token.token_id, token.logprob, token.finish)
+            if row.finish is not None:
+                self._generation.stop(token.row)
+            if piece:
+                yield piece
+
+    def results(self) -> list[GenerationResult]:
+        timings = self._generation.timings
+        return [
+            GenerationResult(
+                text="".join(row.text),
+                token_ids=tuple(row.token_ids),
+                prompt_token_ids=tuple(prompt),
+                finish_reason=row.finish or "stop",
+                logprobs=None if self._options.logprobs is None else tuple(row.logprobs),
+                timings=timings,
+            )
+            for row, prompt in zip(self._rows, self._prompts)
+        ]
+
+    @property
+    def result(self) -> GenerationResult:
+        return self.results()[0]
+
+
+class _Row:
+    """What has been made of one answer so far."""
+
+    def __init__(self, tokenizer: Tokenizer, options: GenerationOptions) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._matcher = StopMatcher(options.stop)
+        self.text: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish: str | None = None
+
+    def push(self, token_id: int, logprob: TokenLogprob | None, finish: str | None) -> str:
+        self.token_ids.append(token_id)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        piece = self._matcher.push(self._detokenizer.push(token_id))
+        if finish and self._matcher.matched is None:
+            piece += self._matcher.push(self._detokenizer.flush())
+            if self._matcher.matched is None:
+                piece += self._matcher.flush()
+        self.finish = "stop" if self._matcher.matched is not None else finish
+        self.text.append(piece)
+        return piece
+
+
+def generation_options(options: Mapping[str, Any]) -> GenerationOptions:
+    """Raises OptionError for an unknown option, as for a bad value."""
+    known = GenerationOptions.__dataclass_fields__
+    if unknown := options.keys() - known.keys():
+        raise OptionError(f"Unknown option {sorted(unknown)[0]!r}; known are {', '.join(known)}.")
+    return GenerationOptions(**options)
+
+
+def _is_batch(prompt: Any) -> bool:
+    """A list of prompts, as opposed to one prompt that is a list of messages or of token ids."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
+
+
+def _load_template(folder: Path) -> ChatTemplate | None:
+    path = folder / CHAT_TEMPLATE_FILE
+    if not path.is_file():
+        return None
+    return ChatTemplate(path.read_text(encoding="utf-8"), {"bos_token": "<bos>", "eos_token": "<eos>"})
