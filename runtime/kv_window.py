@@ -1,13 +1,15 @@
 """How many tokens a windowed KV cache holds, as arithmetic.
 
-A sliding-window layer reads the last `window` tokens. Its cache has room for `capacity` of them and is appended to
-until it is full; the token that finds no room first drops the oldest ones, down to the window that it attends. The
-drop is always of the same size, so the length depends on the number of tokens processed and on nothing else.
+A sliding-window layer reads the last `window` tokens. Its cache has room for `capacity` of them and is
+appended to until it is full; the token that finds no room first drops the oldest ones, down to the window
+that it attends. The drop is always of the same size, so the length depends on the number of tokens
+processed and on nothing else.
 """
 
 
 def resident_length(tokens: int, capacity: int, window: int) -> int:
-    """Tokens in the cache after `tokens` were processed: between min(tokens, window) and min(tokens, capacity).
+    """Tokens in the cache after `tokens` were processed: between min(tokens, window) and min(tokens,
+    capacity).
 
     ValueError: not 1 <= window <= capacity, or a negative number of tokens.
     """
@@ -21,10 +23,11 @@ def resident_length(tokens: int, capacity: int, window: int) -> int:
 
 
 def can_truncate(tokens: int, count: int, capacity: int, window: int) -> bool:
-    """Whether cutting the last `count` of `tokens` off the cache leaves what `tokens - count` would have left.
+    """Whether cutting the last `count` of `tokens` off the cache leaves what `tokens - count` would have
+    left.
 
-    False where a drop happened within those tokens: what it dropped is gone, and the shorter text still needs it.
-    ValueError: `count` outside [0, tokens], or what `resident_length` refuses.
+    False where a drop happened within those tokens: what it dropped is gone, and the shorter text still
+    needs it. ValueError: `count` outside [0, tokens], or what `resident_length` refuses.
     """
     if not 0 <= count <= tokens:
         raise ValueError(f"cannot cut {count} of {tokens} tokens")

@@ -65,14 +65,15 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
-        """Token ids of text, special tokens spelled in it included; `add_bos` puts one first unless one is there.
+        """Token ids of text, special tokens spelled in it included; `add_bos` puts one first unless one is
+        there.
 
         PromptError: the text is not valid Unicode.
         """
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
-            raise PromptError("The prompt holds a lone surrogate, which is not valid Unicode text.") from error
+            raise PromptError("The prompt holds a lone surrogate, which no text has.") from error
         return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -83,8 +84,9 @@ class Tokenizer:
 class IncrementalDetokenizer:
     """Text of token ids as they come; all its pieces together are `Tokenizer.decode` of all the ids.
 
-    Only byte tokens depend on their neighbours: a run of them decodes as a whole or, if it is not valid UTF-8, as one
-    U+FFFD a byte. So a run is held until another token ends it, and every token is decoded once.
+    Only byte tokens depend on their neighbours: a run of them decodes as a whole or, if it is not valid
+    UTF-8, as one U+FFFD a byte. So a run is held until another token ends it, and every token is decoded
+    once.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
@@ -113,8 +115,8 @@ class IncrementalDetokenizer:
 class StopMatcher:
     """Passes text on up to the first stop string to be completed, however the text is cut into pieces.
 
-    What could be the beginning of a stop string is held back. Where two are completed by the same character, the text
-    ends before the longer one. `matched` is the stop string that was met, or None.
+    What could be the beginning of a stop string is held back. Where two are completed by the same
+    character, the text ends before the longer one. `matched` is the stop string that was met, or None.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -170,7 +172,9 @@ def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, 
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, in the dialect of Hugging Face: sandboxed jinja2 that cannot change its inputs."""
+    """A checkpoint's chat template, in the dialect of Hugging Face: sandboxed jinja2 that cannot change
+    its inputs.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens`: the names that the template uses, such as {"bos_token": "<bos>"}.
@@ -186,13 +190,15 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise ArtifactError(f"The chat template cannot be read ({error}); export the model again.") from error
+            raise ArtifactError(f"The chat template cannot be read ({error}); export again.") from error
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Prompt text of messages that `check_messages` accepts; by default it ends where the model's turn begins.
+        """Prompt text of messages that `check_messages` accepts; by default it ends where the model's turn
+        begins.
 
-        PromptError: the messages, or the template refuses them (for instance because roles do not alternate).
+        PromptError: the messages, or the template refuses them (for instance because roles do not
+        alternate).
         """
         checked = check_messages(messages)
         try:
@@ -209,10 +215,11 @@ class ChatTemplate:
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages {"role", "content"} as a template expects them: roles user, assistant, and system for the first only.
+    """Messages {"role", "content"} as a template expects them: roles user, assistant, and system for the
+    first only.
 
-    Content is text, or a list of parts {"type": "text", "text": ...}. The parts of a system message become one, because
-    Gemma's template reads no other. PromptError: anything else, or no user message.
+    Content is text, or a list of parts {"type": "text", "text": ...}. The parts of a system message become
+    one, because Gemma's template reads no other. PromptError: anything else, or no user message.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise PromptError(f"Messages must be a list, not {type(messages).__name__}.")
@@ -224,11 +231,11 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 def _check_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise PromptError(f"Message {index} must be a mapping with role and content, not {type(message).__name__}.")
+        raise PromptError(f"Message {index} must be a mapping of role and content, not {message!r}.")
     written = message.get("role")
     role = TEMPLATE_ROLES.get(written) if isinstance(written, str) else None
     if role is None:
-        raise PromptError(f"Message {index} has the role {written!r}; use one of {', '.join(TEMPLATE_ROLES)}.")
+        raise PromptError(f"Message {index} has role {written!r}; known are {', '.join(TEMPLATE_ROLES)}.")
     if role == "system" and index > 0:
         raise PromptError(f"Message {index} is a {written} message, which can only come first.")
     content = message.get("content")
@@ -246,9 +253,9 @@ def _check_part(part: Any, index: int) -> str:
     if not isinstance(part, Mapping) or "type" not in part:
         raise PromptError(f"A part of message {index} must be a mapping with a type, not {part!r}.")
     if part["type"] != "text":
-        raise PromptError(f"Message {index} has a part of type {part['type']!r}, but this artifact reads text only.")
+        raise PromptError(f"Message {index} has a {part['type']!r} part, but this artifact reads text only.")
     if not isinstance(part.get("text"), str):
-        raise PromptError(f"A text part of message {index} must have its text as a string, not {part.get('text')!r}.")
+        raise PromptError(f"A text part of message {index} must hold its text as a string.")
     return part["text"]
 
 
@@ -258,7 +265,8 @@ def encode_prompt(
     template: ChatTemplate | None,
     vocab_size: int,
 ) -> list[int]:
-    """Token ids of a prompt: text (after one <bos>), messages (through the template), or ids in [0, vocab_size) as given.
+    """Token ids of a prompt: text (after one <bos>), messages (through the template), or ids in [0,
+    vocab_size) as given.
 
     PromptError: an empty prompt, another type, an id out of range, messages that cannot be rendered.
     """
@@ -267,7 +275,7 @@ def encode_prompt(
             raise PromptError("The prompt is empty.")
         return tokenizer.encode(prompt, add_bos=True)
     if not isinstance(prompt, (list, tuple, np.ndarray)):
-        raise PromptError(f"A prompt is text, a list of messages or a list of token ids, not {type(prompt).__name__}.")
+        raise PromptError(f"A prompt is text, messages or token ids, not {type(prompt).__name__}.")
     items = list(prompt)
     if not items:
         raise PromptError("The prompt is empty.")

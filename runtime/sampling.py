@@ -1,8 +1,8 @@
 """From the logits of one row to one token id: penalties, temperature, top-k, top-p, min-p, and a draw.
 
 Legend: V = vocabulary, n = candidates still in play; logits are float32 [V] or [n] and are never modified.
-The order and the definitions are those of transformers' logits processors (`generation/logits_process.py`); presence
-and frequency penalties are those of the OpenAI API.
+The order and the definitions are those of transformers' logits processors
+(`generation/logits_process.py`); presence and frequency penalties are those of the OpenAI API.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 
 from .errors import OptionError, ProviderError
 
-GROUP_SIZE = 128  # values that share one partial maximum or one partial sum; V / 128 groups are cheap to search
+GROUP_SIZE = 128  # values that share one partial maximum or sum; V / 128 groups are cheap to search
 LOWEST = np.finfo(np.float32).min  # the least logit that is not -inf
 
 
@@ -27,7 +27,8 @@ def _require_integer(name: str, value: Any, low: int, high: float = math.inf) ->
 
 
 def _require_real(name: str, value: Any, accepts: Callable[[float], bool], limits: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and accepts(float(value))):
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and accepts(float(value))):
         raise OptionError(f"{name} must be a number {limits}, not {value!r}.")
 
 
@@ -38,10 +39,12 @@ class GenerationOptions:
     temperature: 0 takes the most likely token, and top_k, top_p, min_p and seed then change nothing.
     top_k, top_p, min_p: None keeps every token.
     repetition_penalty: over prompt and generated tokens; 1 is none.
-    presence_penalty, frequency_penalty: over generated tokens only, once per token and once per occurrence; 0 is none.
+    presence_penalty, frequency_penalty: over generated tokens only, once per token and once per
+        occurrence; 0 is none.
     stop: the text ends before the first of these strings; one string may be given bare.
     seed: None draws differently each time.
-    logprobs: None reports none, 0 the chosen token's log-probability, N also those of the N most likely tokens.
+    logprobs: None reports none, 0 the chosen token's log-probability, N also those of the N most likely
+        tokens.
     """
 
     max_new_tokens: int = 256
@@ -113,7 +116,8 @@ def penalize(
 ) -> np.ndarray:
     """Logits [V] with the tokens already seen made less likely (more likely, for a penalty that says so).
 
-    Repetition (Keskar et al. 2019, arXiv 1909.05858) divides a positive logit and multiplies a negative one.
+    Repetition (Keskar et al. 2019, arXiv 1909.05858) divides a positive logit and multiplies a negative
+    one.
     """
     seen = logits[counts.ids]
     seen = np.where(seen < 0, seen * repetition, seen / repetition)
@@ -132,7 +136,9 @@ def apply_temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def _relative_weights(logits: np.ndarray) -> np.ndarray:
-    """exp(logits - max), float32 [n], in one new array: at this size each temporary costs as much as the arithmetic."""
+    """exp(logits - max), float32 [n], in one new array: at this size each temporary costs as much as the
+    arithmetic.
+    """
     weights = logits - logits.max()
     return np.exp(weights, out=weights)
 
@@ -148,17 +154,20 @@ def _kth_largest(values: np.ndarray, k: int) -> np.float32:
 
 
 def top_k_positions(logits: np.ndarray, k: int) -> np.ndarray:
-    """Positions, ascending, of the k largest of logits [n] and of those equal to the k-th; none whose logit is -inf."""
+    """Positions, ascending, of the k largest of logits [n] and of those equal to the k-th; none whose
+    logit is -inf.
+    """
     return np.flatnonzero(logits >= max(_kth_largest(logits, min(k, len(logits))), LOWEST))
 
 
 def top_p_positions(logits: np.ndarray, p: float) -> np.ndarray:
-    """Positions, ascending, of the fewest largest of logits [n] that hold probability p, and of those equal to the least.
+    """Positions, ascending, of the fewest largest of logits [n] that hold probability p, and of those
+    equal to the least.
 
     Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751).
     """
     wanted = p * _relative_weights(logits).sum(dtype=np.float64)
-    for count in (256, 4096, len(logits)):  # the nucleus is mostly small, and then only its neighbourhood is sorted
+    for count in (256, 4096, len(logits)):  # mostly the nucleus is small: sort no more than it needs
         head = logits if count >= len(logits) else logits[logits >= _kth_largest(logits, count)]
         head = np.sort(head)[::-1]
         mass = np.cumsum(_relative_weights(head), dtype=np.float64)
@@ -169,7 +178,9 @@ def top_p_positions(logits: np.ndarray, p: float) -> np.ndarray:
 
 
 def min_p_positions(logits: np.ndarray, p: float) -> np.ndarray:
-    """Positions, ascending, of the tokens at least p times as likely as the likeliest of logits [n] (arXiv 2407.01082)."""
+    """Positions, ascending, of the tokens at least p times as likely as the likeliest of logits [n] (arXiv
+    2407.01082).
+    """
     return np.flatnonzero(logits >= max(logits.max() + math.log(p), LOWEST))
 
 
@@ -181,7 +192,9 @@ def _draw_weighted(weights: np.ndarray, rng: np.random.Generator) -> int:
 
 
 def draw(logits: np.ndarray, rng: np.random.Generator) -> int:
-    """Position i of logits [n] with probability softmax(logits)[i]: first its group of neighbours, then itself."""
+    """Position i of logits [n] with probability softmax(logits)[i]: first its group of neighbours, then
+    itself.
+    """
     weights = _relative_weights(logits)
     starts = np.arange(0, len(weights), GROUP_SIZE)
     start = int(starts[_draw_weighted(np.add.reduceat(weights, starts, dtype=np.float64), rng)])
@@ -195,7 +208,8 @@ class Sampler:
     options: GenerationOptions
 
     def choose(self, logits: np.ndarray, counts: TokenCounts, rng: np.random.Generator) -> int:
-        """The next token's id from logits float32 [V], given the row's tokens so far and its own random stream.
+        """The next token's id from logits float32 [V], given the row's tokens so far and its own random
+        stream.
 
         -inf excludes a token. ProviderError: a logit is NaN or +inf, or every token is excluded.
         """
@@ -244,9 +258,9 @@ class TokenLogprob:
 def log_probabilities(logits: np.ndarray, chosen: int, top: int) -> TokenLogprob:
     """Log-probabilities under softmax(logits), logits float32 [V] as the model gave them.
 
-    That is before penalties, temperature and filters: what the model thinks, not what the sampler was told to do. `top`
-    is how many of the likeliest tokens to list, the chosen one among them if it is that likely; equals come in the order
-    of their ids, and tokens of probability 0 are not listed.
+    That is before penalties, temperature and filters: what the model thinks, not what the sampler was told
+    to do. `top` is how many of the likeliest tokens to list, the chosen one among them if it is that
+    likely; equals come in the order of their ids, and tokens of probability 0 are not listed.
     """
     log_total = float(logits.max()) + math.log(_relative_weights(logits).sum(dtype=np.float64))
     likeliest = top_k_positions(logits, top) if top else np.empty(0, np.int64)
@@ -261,7 +275,8 @@ def log_probabilities(logits: np.ndarray, chosen: int, top: int) -> TokenLogprob
 def rng_for(seed: int | None, sample: int = 0) -> np.random.Generator:
     """A row's own random stream.
 
-    The row's place in a batch is no part of it: with a seed, each prompt of a batch draws what it draws alone. `sample`
-    tells apart several continuations of one prompt, whose streams are independent. Without a seed every stream is new.
+    The row's place in a batch is no part of it: with a seed, each prompt of a batch draws what it draws
+    alone. `sample` tells apart several continuations of one prompt, whose streams are independent. Without
+    a seed every stream is new.
     """
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(sample,))))
