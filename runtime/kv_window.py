@@ -8,8 +8,7 @@ processed and on nothing else.
 
 
 def resident_length(tokens: int, capacity: int, window: int) -> int:
-    """Tokens in the cache after `tokens` were processed: between min(tokens, window) and min(tokens,
-    capacity).
+    """Tokens in the cache after `tokens` were processed: from min(tokens, window) to min(tokens, capacity).
 
     ValueError: not 1 <= window <= capacity, or a negative number of tokens.
     """
@@ -23,8 +22,7 @@ def resident_length(tokens: int, capacity: int, window: int) -> int:
 
 
 def can_truncate(tokens: int, count: int, capacity: int, window: int) -> bool:
-    """Whether cutting the last `count` of `tokens` off the cache leaves what `tokens - count` would have
-    left.
+    """Whether cutting the last `count` of `tokens` off the cache leaves what `tokens - count` leave.
 
     False where a drop happened within those tokens: what it dropped is gone, and the shorter text still
     needs it. ValueError: `count` outside [0, tokens], or what `resident_length` refuses.

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,8 +64,7 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
-        """Token ids of text, special tokens spelled in it included; `add_bos` puts one first unless one is
-        there.
+        """Token ids of text, special tokens spelled in it included; `add_bos` puts one first if none is there.
 
         PromptError: the text is not valid Unicode.
         """
@@ -172,9 +170,7 @@ def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, 
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, in the dialect of Hugging Face: sandboxed jinja2 that cannot change
-    its inputs.
-    """
+    """A checkpoint's chat template, in the dialect of Hugging Face: jinja2, sandboxed."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens`: the names that the template uses, such as {"bos_token": "<bos>"}.
@@ -194,8 +190,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Prompt text of messages that `check_messages` accepts; by default it ends where the model's turn
-        begins.
+        """Prompt text of messages that `check_messages` accepts; by default up to the model's turn.
 
         PromptError: the messages, or the template refuses them (for instance because roles do not
         alternate).
@@ -215,8 +210,7 @@ class ChatTemplate:
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages {"role", "content"} as a template expects them: roles user, assistant, and system for the
-    first only.
+    """Messages {"role", "content"} as a template expects them: user, assistant, and a first system one.
 
     Content is text, or a list of parts {"type": "text", "text": ...}. The parts of a system message become
     one, because Gemma's template reads no other. PromptError: anything else, or no user message.
@@ -265,8 +259,7 @@ def encode_prompt(
     template: ChatTemplate | None,
     vocab_size: int,
 ) -> list[int]:
-    """Token ids of a prompt: text (after one <bos>), messages (through the template), or ids in [0,
-    vocab_size) as given.
+    """Token ids of a prompt: text (after one <bos>), messages (by the template), or ids in [0, vocab_size).
 
     PromptError: an empty prompt, another type, an id out of range, messages that cannot be rendered.
     """
@@ -279,7 +272,7 @@ def encode_prompt(
     items = list(prompt)
     if not items:
         raise PromptError("The prompt is empty.")
-    if isinstance(items[0], Integral):
+    if isinstance(items[0], (int, np.integer)):
         return [_check_id(item, vocab_size) for item in items]
     if template is None:
         raise PromptError("This artifact has no chat template, so the prompt must be text or token ids.")
@@ -287,6 +280,6 @@ def encode_prompt(
 
 
 def _check_id(item: Any, vocab_size: int) -> int:
-    if isinstance(item, bool) or not isinstance(item, Integral) or not 0 <= item < vocab_size:
+    if isinstance(item, bool) or not isinstance(item, (int, np.integer)) or not 0 <= item < vocab_size:
         raise PromptError(f"{item!r} is not a token id from 0 to {vocab_size - 1}.")
     return int(item)

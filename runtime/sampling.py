@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ LOWEST = np.finfo(np.float32).min  # the least logit that is not -inf
 
 
 def _require_integer(name: str, value: Any, low: int, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
         raise OptionError(f"{name} must be a whole number {limits}, not {value!r}.")
 
@@ -82,7 +82,7 @@ class GenerationOptions:
 
 
 class TokenCounts:
-    """The distinct tokens of one row, and how often each was generated; adding one does not visit the others."""
+    """The distinct tokens of one row, and how often each was generated; adding one visits no other."""
 
     def __init__(self, prompt: Sequence[int] | np.ndarray) -> None:
         distinct = np.unique(np.asarray(prompt, dtype=np.int64))
@@ -128,7 +128,7 @@ def penalize(
 
 
 def apply_temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """(logits - max) / temperature, [n]: taking the maximum off first lets any temperature above 0 be finite."""
+    """(logits - max) / temperature, [n]: taking the maximum off first keeps any temperature finite."""
     scaled = logits - logits.max()
     with np.errstate(over="ignore"):  # a low temperature sends the unlikely to -inf, as it should
         scaled /= np.clip(temperature, np.finfo(np.float32).tiny, np.finfo(np.float32).max).astype(np.float32)
@@ -136,9 +136,7 @@ def apply_temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def _relative_weights(logits: np.ndarray) -> np.ndarray:
-    """exp(logits - max), float32 [n], in one new array: at this size each temporary costs as much as the
-    arithmetic.
-    """
+    """exp(logits - max), float32 [n], in one new array: a temporary costs as much as the arithmetic."""
     weights = logits - logits.max()
     return np.exp(weights, out=weights)
 
@@ -154,15 +152,12 @@ def _kth_largest(values: np.ndarray, k: int) -> np.float32:
 
 
 def top_k_positions(logits: np.ndarray, k: int) -> np.ndarray:
-    """Positions, ascending, of the k largest of logits [n] and of those equal to the k-th; none whose
-    logit is -inf.
-    """
+    """Positions, ascending, of the k largest of logits [n] and all equal to the k-th; none is -inf."""
     return np.flatnonzero(logits >= max(_kth_largest(logits, min(k, len(logits))), LOWEST))
 
 
 def top_p_positions(logits: np.ndarray, p: float) -> np.ndarray:
-    """Positions, ascending, of the fewest largest of logits [n] that hold probability p, and of those
-    equal to the least.
+    """Positions, ascending, of the fewest largest of logits [n] that hold p, and all equal to the least.
 
     Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751).
     """
@@ -178,9 +173,7 @@ def top_p_positions(logits: np.ndarray, p: float) -> np.ndarray:
 
 
 def min_p_positions(logits: np.ndarray, p: float) -> np.ndarray:
-    """Positions, ascending, of the tokens at least p times as likely as the likeliest of logits [n] (arXiv
-    2407.01082).
-    """
+    """Positions, ascending, of logits [n] at least p times as likely as the likeliest (arXiv 2407.01082)."""
     return np.flatnonzero(logits >= max(logits.max() + math.log(p), LOWEST))
 
 
@@ -192,9 +185,7 @@ def _draw_weighted(weights: np.ndarray, rng: np.random.Generator) -> int:
 
 
 def draw(logits: np.ndarray, rng: np.random.Generator) -> int:
-    """Position i of logits [n] with probability softmax(logits)[i]: first its group of neighbours, then
-    itself.
-    """
+    """Position i of logits [n] with probability softmax(logits)[i]: first its group, then itself."""
     weights = _relative_weights(logits)
     starts = np.arange(0, len(weights), GROUP_SIZE)
     start = int(starts[_draw_weighted(np.add.reduceat(weights, starts, dtype=np.float64), rng)])
@@ -208,8 +199,7 @@ class Sampler:
     options: GenerationOptions
 
     def choose(self, logits: np.ndarray, counts: TokenCounts, rng: np.random.Generator) -> int:
-        """The next token's id from logits float32 [V], given the row's tokens so far and its own random
-        stream.
+        """The next token's id from logits float32 [V], the row's tokens so far and its random stream.
 
         -inf excludes a token. ProviderError: a logit is NaN or +inf, or every token is excluded.
         """

@@ -184,7 +184,7 @@ def test_every_part_of_a_system_message_is_rendered(template: ChatTemplate) -> N
     assert "one two\n\nx" in rendered
 
 
-USER = {"role": "user", "content": "x"}
+USER: dict[str, Any] = {"role": "user", "content": "x"}
 
 
 @pytest.mark.parametrize(

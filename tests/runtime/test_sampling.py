@@ -91,7 +91,7 @@ def test_draws_are_as_frequent_as_transformers_probabilities(filters: dict[str, 
         ("min_p", oracle.MinPLogitsWarper),
     ):
         if name in filters:
-            scores = warper(filters[name])(NO_TOKENS, scores)  # type: ignore[abstract]
+            scores = warper(filters[name])(NO_TOKENS, scores)  # type: ignore
     probabilities = scores.softmax(-1)[0].numpy()
     sampler = s.Sampler(s.GenerationOptions(temperature=0.9, **filters))  # type: ignore[arg-type]
     rng, counts = s.rng_for(5), s.TokenCounts([])
