@@ -64,7 +64,7 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
-        """Token ids of text, special tokens spelled in it included; `add_bos` puts one first if none is there.
+        """Token ids of text, special tokens in it too; `add_bos` puts one first if none is there.
 
         PromptError: the text is not valid Unicode.
         """

@@ -226,7 +226,7 @@ def test_what_the_template_refuses_is_one_sentence(template: ChatTemplate) -> No
 def test_each_kind_of_prompt_becomes_ids(tokenizer: Tokenizer, template: ChatTemplate) -> None:
     hello = tokenizer.encode("hello", add_bos=False)
     assert encode_prompt("hello", tokenizer, None, 600) == [2, *hello]
-    assert encode_prompt([0, np.int64(599)], tokenizer, None, 600) == [0, 599]
+    assert encode_prompt(np.array([0, 599]).tolist(), tokenizer, None, 600) == [0, 599]
     assert encode_prompt(np.array([7, 8]), tokenizer, None, 600) == [7, 8]
     chat = encode_prompt([{"role": "user", "content": "hello"}], tokenizer, template, 600)
     assert chat[:2] == [2, 4]
