@@ -1,0 +1,33 @@
+"""How many tokens a windowed KV cache holds, as arithmetic.
+
+A sliding-window layer reads the last `window` tokens. Its cache has room for `capacity` of them and is
+appended to until it is full; the token that finds no room first drops the oldest ones, down to the window
+that it attends. The drop is always of the same size, so the length depends on the number of tokens
+processed and on nothing else.
+"""
+
+
+def resident_length(tokens: int, capacity: int, window: int) -> int:
+    """Tokens in the cache after `tokens` were processed: from min(tokens, window) to min(tokens, capacity).
+
+    ValueError: not 1 <= window <= capacity, or a negative number of tokens.
+    """
+    if not 1 <= window <= capacity:
+        raise ValueError(f"a cache of {capacity} tokens cannot hold a window of {window}")
+    if tokens < 0:
+        raise ValueError(f"a cache cannot have processed {tokens} tokens")
+    dropped_at_once = capacity - window + 1
+    drops = -(min(capacity - tokens, 0) // dropped_at_once)
+    return tokens - drops * dropped_at_once
+
+
+def can_truncate(tokens: int, count: int, capacity: int, window: int) -> bool:
+    """Whether cutting the last `count` of `tokens` off the cache leaves what `tokens - count` leave.
+
+    False where a drop happened within those tokens: what it dropped is gone, and the shorter text still
+    needs it. ValueError: `count` outside [0, tokens], or what `resident_length` refuses.
+    """
+    if not 0 <= count <= tokens:
+        raise ValueError(f"cannot cut {count} of {tokens} tokens")
+    before = resident_length(tokens - count, capacity, window)
+    return before == resident_length(tokens, capacity, window) - count

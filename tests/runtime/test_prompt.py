@@ -1,0 +1,249 @@
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from gemma3n_onnx.runtime.errors import ArtifactError, PromptError
+from gemma3n_onnx.runtime.prompt import (
+    ChatTemplate,
+    IncrementalDetokenizer,
+    StopMatcher,
+    Tokenizer,
+    check_messages,
+    encode_prompt,
+)
+from tokenizers import decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+TEMPLATE = """{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- if messages[0]['content'] is string -%}
+        {%- set prefix = messages[0]['content'] + '\n\n' -%}
+    {%- else -%}
+        {%- set prefix = messages[0]['content'][0]['text'] + '\n\n' -%}
+    {%- endif -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set prefix = '' -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("Roles must alternate.") }}
+    {%- endif -%}
+    {{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}
+    {{- prefix if loop.first -}}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- else -%}
+        {%- for part in message['content'] -%}{{ part['text'] | trim }}{%- endfor -%}
+    {%- endif -%}
+    {{ '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}
+"""
+FEATURES = """{% for m in messages %}
+    {% if loop.first %}{% continue %}{% endif %}
+    {% generation %}
+    {{ {'é': '<b>', 'n': [1]} | tojson }}{{ m['content'] }}
+    {% endgeneration %}
+{% endfor %}
+{{ tools is none }}{{ documents is none }}{{ bos_token }}{{ strftime_now('%Y') }}
+"""
+
+
+@pytest.fixture(scope="module")
+def backend() -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL + byte_tokens, show_progress=False)
+    backend.train_from_iterator(["the user said hello to the model\nünï � user model"] * 3, trainer)
+    data = json.loads(backend.to_str())  # the trainer marks byte tokens as special; in Gemma they are plain
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in SPECIAL]
+    return tokenizers.Tokenizer.from_str(json.dumps(data))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(backend: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("artifact")
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def template() -> ChatTemplate:
+    return ChatTemplate(TEMPLATE, {"bos_token": "<bos>"})
+
+
+def test_a_folder_without_a_usable_tokenizer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="missing"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ArtifactError, match="not a tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_bos_comes_once(tokenizer: Tokenizer) -> None:
+    plain = tokenizer.encode("hello", add_bos=False)
+    assert tokenizer.encode("hello", add_bos=True) == [2, *plain]
+    assert tokenizer.encode("<bos>hello", add_bos=True) == [2, *plain]
+    assert tokenizer.encode("", add_bos=True) == [2]
+    assert tokenizer.token_id("<end_of_turn>") == 5
+    with pytest.raises(ArtifactError, match="<nope>"):
+        tokenizer.token_id("<nope>")
+
+
+def pieces_of(tokenizer: Tokenizer, ids: list[int], skip_special: bool = True) -> list[str]:
+    stream = IncrementalDetokenizer(tokenizer, skip_special)
+    return [*(stream.push(token_id) for token_id in ids), stream.flush()]
+
+
+@pytest.mark.parametrize("text", ["hello 👩‍👩‍👧 to", "日本語 the 文字", "𒀀𒀁", "  two  spaces ", "naïve ünï"])
+def test_pieces_are_whole_characters(tokenizer: Tokenizer, text: str) -> None:
+    pieces = pieces_of(tokenizer, tokenizer.encode(text, add_bos=True))
+    assert "".join(pieces) == text
+    assert not any("�" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("skip_special", [True, False])
+def test_pieces_together_are_the_whole_decode_of_any_ids(tokenizer: Tokenizer, skip_special: bool) -> None:
+    rng = random.Random(0)
+    common = [*tokenizer.encode("the 😀 ünï � é", add_bos=False), 5]
+    for _ in range(400):
+        ids = [rng.choice([rng.randrange(tokenizer.vocab_size), rng.choice(common)]) for _ in range(30)]
+        whole = tokenizer.decode(ids, skip_special)
+        assert "".join(pieces_of(tokenizer, ids, skip_special)) == whole
+
+
+def test_text_ends_before_the_first_stop_however_it_is_cut() -> None:
+    rng = random.Random(1)
+    for _ in range(2000):
+        text = "".join(rng.choices("ab", k=12))
+        stops = tuple("".join(rng.choices("ab", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 3)))
+        ends = [end for end in range(len(text) + 1) if text[:end].endswith(stops)] if stops else []
+        longest = max((len(stop) for stop in stops if ends and text[: ends[0]].endswith(stop)), default=0)
+        expected = text[: ends[0] - longest] if ends else text
+        matcher, seen, rest = StopMatcher(stops), "", text
+        while rest:
+            cut = rng.randint(1, 4)
+            seen, rest = seen + matcher.push(rest[:cut]), rest[cut:]
+            assert expected.startswith(seen)
+        assert seen + matcher.flush() == expected
+        assert (matcher.matched is not None) == bool(ends)
+
+
+def test_only_a_possible_stop_is_held_back() -> None:
+    matcher = StopMatcher(("STOP",))
+    assert matcher.push("go ST") == "go "
+    assert matcher.push("AY S") == "STAY "
+    assert matcher.flush() == "S"
+
+
+@pytest.mark.parametrize("generate", [True, False])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": " hi "}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}],
+        [
+            {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+            {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": "<b>'yes'</b>"},
+            {"role": "user", "content": "more"},
+        ],
+    ],
+)
+@pytest.mark.parametrize("source", [TEMPLATE, FEATURES])
+def test_rendering_is_that_of_transformers(
+    backend: tokenizers.Tokenizer, source: str, messages: list[dict[str, Any]], generate: bool
+) -> None:
+    reference = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", chat_template=source)
+    expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    assert ChatTemplate(source, {"bos_token": "<bos>"}).render(messages, generate) == expected
+
+
+def test_other_names_of_roles_render_alike(template: ChatTemplate) -> None:
+    def chat(system: str, model: str) -> str:
+        roles = [system, "user", model, "user"]
+        return template.render([{"role": role, "content": "x"} for role in roles])
+
+    assert chat("developer", "model") == chat("system", "assistant")
+
+
+def test_every_part_of_a_system_message_is_rendered(template: ChatTemplate) -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    rendered = template.render([{"role": "system", "content": parts}, {"role": "user", "content": "x"}])
+    assert "one two\n\nx" in rendered
+
+
+USER: dict[str, Any] = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "at least one of the user"),
+        ("hi", "must be a list"),
+        (USER, "must be a list"),
+        (["hi"], "Message 0 must be a mapping"),
+        ([{"role": "user", "content": None}], "content of message 0"),
+        ([{"role": "user"}], "content of message 0"),
+        ([{"role": "user", "content": []}], "content of message 0"),
+        ([{"role": "robot", "content": "x"}], "role 'robot'"),
+        ([{"content": "x"}], "role None"),
+        ([{"role": ["user"], "content": "x"}], "role"),
+        ([USER, {"role": "system", "content": "x"}], "only come first"),
+        ([{"role": "system", "content": "x"}], "at least one of the user"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "reads text only"),
+        ([{"role": "user", "content": ["x"]}], "mapping with a type"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "as a string"),
+    ],
+)
+def test_malformed_messages_are_refused(messages: Any, reason: str) -> None:
+    with pytest.raises(PromptError, match=reason):
+        check_messages(messages)
+
+
+def test_what_the_template_refuses_is_one_sentence(template: ChatTemplate) -> None:
+    with pytest.raises(PromptError, match=r"refuses these messages: Roles must alternate\.$"):
+        template.render([USER, USER])
+    with pytest.raises(PromptError, match="refuses these messages"):
+        ChatTemplate("{{ 1 + messages }}", {}).render([USER])
+    with pytest.raises(PromptError, match="refuses these messages"):
+        ChatTemplate("{{ messages.append(1) }}", {}).render([USER])
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        ChatTemplate("{% if %}", {})
+
+
+def test_each_kind_of_prompt_becomes_ids(tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    hello = tokenizer.encode("hello", add_bos=False)
+    assert encode_prompt("hello", tokenizer, None, 600) == [2, *hello]
+    assert encode_prompt(np.array([0, 599]).tolist(), tokenizer, None, 600) == [0, 599]
+    assert encode_prompt(np.array([7, 8]), tokenizer, None, 600) == [7, 8]
+    chat = encode_prompt([{"role": "user", "content": "hello"}], tokenizer, template, 600)
+    assert chat[:2] == [2, 4]
+    assert chat.count(2) == 1
+    assert tokenizer.decode(chat, skip_special=False).endswith("<start_of_turn>model\n")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", [], b"x", None, 3, [600], [-1], [1, True], [1, "x"], [True], [1.0], "\ud800", USER, ["x"]]
+)
+def test_a_prompt_that_cannot_be_encoded_is_refused(
+    tokenizer: Tokenizer, template: ChatTemplate, prompt: Any
+) -> None:
+    with pytest.raises(PromptError):
+        encode_prompt(prompt, tokenizer, template, 600)
+
+
+def test_messages_need_a_template(tokenizer: Tokenizer) -> None:
+    with pytest.raises(PromptError, match="no chat template"):
+        encode_prompt([USER], tokenizer, None, 600)
