@@ -23,6 +23,7 @@ from . import slicing, trace
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .precision import Precision, precision_for
+from .sizes import parameter_counts
 from .weights import Placement, WeightStream, attach, lay_out
 from .writer import file_info, staged
 
@@ -132,7 +133,7 @@ def _write_weights(
     placements: Mapping[str, Placement],
     progress: Progress,
 ) -> dict[str, artifact.FileInfo]:
-    stream = WeightStream(checkpoint, slicing.cuts(chosen).source_of, progress.bytes_done)
+    stream = WeightStream(checkpoint, chosen, progress.bytes_done)
     scales = {PER_LAYER_TABLE: chosen.config.hidden_size_per_layer_input**0.5}
     files = {}
     for file in (DECODER_DATA, TOKEN_TABLE, PER_LAYER_TABLE):
@@ -189,7 +190,7 @@ def _manifest(
     decoder: ir.Model,
     embedding: ir.Model,
 ) -> Manifest:
-    counts = slicing.parameter_counts(config)
+    counts = parameter_counts(config)
     return Manifest(
         format=artifact.FORMAT,
         format_version=artifact.FORMAT_VERSION,

@@ -160,9 +160,7 @@ def published_total(config: TextConfig, hf_config: Mapping[str, Any]) -> int:
 def disk_bytes(config: TextConfig, precision: str) -> int:
     """Bytes of an exported decoder and its two tables, without the encoders.
 
-    The output head counts beside the token table: the export writes the multimodal vectors into the rows of
-    the
-    table, and the head keeps the checkpoint's.
+    The output head is the token table: both graphs read the one file.
 
     Raises:
         ExportOptionError: the precision is not fp32, fp16 or bf16.
@@ -172,7 +170,7 @@ def disk_bytes(config: TextConfig, precision: str) -> int:
             f"Precision {precision!r} is unknown; known are {', '.join(BYTES_PER_PARAMETER)}."
         )
     counts = parameter_counts(config)
-    return (counts.text - counts.unused_kv + counts.token_embedding) * BYTES_PER_PARAMETER[precision]
+    return (counts.text - counts.unused_kv) * BYTES_PER_PARAMETER[precision]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, FileInfo
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ExportError
-from .slicing import TensorCut
+from .slicing import Slice, TensorCut
 from .trace import DTYPES
 from .writer import ALIGNMENT, HashedFile
 
@@ -73,7 +73,7 @@ class WeightStream:
     """Reads each tensor of a checkpoint at most once, cut to the slice, and remembers which were read."""
 
     checkpoint: Checkpoint
-    source_of: Callable[[str], TensorCut]
+    slice: Slice
     progress: Callable[[int], None]
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class WeightStream:
         return file.close()
 
     def _blocks(self, name: str, place: Placement) -> Iterator[np.ndarray]:
-        cut = self.source_of(name)
+        cut = self.slice.source_of(name)
         spec = self.checkpoint.spec(cut.source)
         found = _shape_after(spec.shape, cut)
         if found != place.shape:
@@ -118,6 +118,16 @@ class WeightStream:
                 yield block
 
 
+def read_cut(checkpoint: Checkpoint, cut: TensorCut) -> torch.Tensor:
+    """One tensor of a slice, whole, in the checkpoint's dtype."""
+    rows = checkpoint.spec(cut.source).shape[0]
+    blocks = [checkpoint.read_rows(cut.source, a, b) for a, b in cut.rows or ((0, rows),)]
+    values = np.concatenate(blocks)
+    if cut.columns is not None:
+        values = np.concatenate([values[:, a:b] for a, b in cut.columns], axis=1)
+    return _as_torch(values)
+
+
 def _shape_after(shape: tuple[int, ...], cut: TensorCut) -> tuple[int, ...]:
     rows = sum(b - a for a, b in cut.rows) if cut.rows is not None else shape[0]
     if cut.columns is None:
@@ -127,11 +137,7 @@ def _shape_after(shape: tuple[int, ...], cut: TensorCut) -> tuple[int, ...]:
 
 def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:
     """The block in the storage dtype; bf16 comes back as uint16 bits."""
-    contiguous = np.ascontiguousarray(block)
-    if contiguous.dtype.name == "bfloat16":
-        source = torch.from_numpy(contiguous.view(np.uint16)).view(torch.bfloat16)
-    else:
-        source = torch.from_numpy(contiguous)
+    source = _as_torch(block)
     if scale != 1.0:
         source = source.float() * scale
     target = source.to(DTYPES[dtype])
@@ -140,6 +146,13 @@ def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:
             raise CheckpointError(f"Tensor {name} holds NaN or infinity; the checkpoint is damaged.")
         raise ExportError(f"Tensor {name} does not fit into {dtype}; choose --precision bf16 or fp32.")
     return target.view(torch.uint16).numpy() if dtype == "bf16" else target.numpy()
+
+
+def _as_torch(values: np.ndarray) -> torch.Tensor:
+    contiguous = np.array(values, order="C")  # a copy: what is read from a file is read-only
+    if contiguous.dtype.name == "bfloat16":
+        return torch.from_numpy(contiguous.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(contiguous)
 
 
 def _alignment(nbytes: int) -> int:

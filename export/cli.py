@@ -1,0 +1,188 @@
+"""The `gemma3n-export` command, and the subcommands of `gemma3n` that need torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import click
+import numpy as np
+
+from gemma3n_onnx.runtime.cli import exit_with_message
+from gemma3n_onnx.runtime.generation import peak_memory_bytes
+
+from .checkpoint import Checkpoint
+from .errors import ExportOptionError
+from .pipeline import ExportOptions, ExportSummary, export
+from .precision import PRECISIONS, TARGETS
+from .progress import TerminalProgress
+from .sizes import render_table, slices_table
+from .slicing import load_slices
+
+_PATH = click.Path(path_type=Path)
+_model = click.option("--model", required=True, help="A checkpoint folder or a Hub id (org/name).")
+_revision = click.option("--revision", help="Branch, tag or commit of a Hub id.")
+_table = click.option(
+    "--matformer-config",
+    "--matformer-config-path",
+    "table",
+    type=_PATH,
+    help="A CSV with slices of your own.",
+)
+_slice = click.option(
+    "--slice",
+    "--matformer-slice-name",
+    "slice_name",
+    help="A MatFormer slice: E2B, E4B, E2.49B, E2.98B-layer, ... (see `gemma3n slices`), or one of the CSV.",
+)
+_force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+
+
+@click.command()
+@_model
+@_revision
+@_slice
+@_table
+@click.option("--precision", default="fp32", show_default=True, help=f"{', '.join(PRECISIONS)}.")
+@click.option("--target", default="cpu", show_default=True, help=f"{' or '.join(TARGETS)}.")
+@click.option(
+    "--logits",
+    type=click.Choice(["last", "all"]),
+    default="last",
+    show_default=True,
+    help="Logits of the last position, or of all (for evaluation).",
+)
+@click.option("--output", type=_PATH, help="The folder to write; by default named after model and slice.")
+@_force
+@click.option("--quiet", is_flag=True, help="No progress and no summary.")
+@click.version_option(package_name="gemma3n-onnx")
+def export_command(
+    model: str,
+    revision: str | None,
+    slice_name: str | None,
+    table: Path | None,
+    precision: str,
+    target: str,
+    logits: str,
+    output: Path | None,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Export a Gemma 3n checkpoint, or a MatFormer slice of it, to ONNX Runtime."""
+    if table is not None and slice_name is None:
+        raise ExportOptionError("--matformer-config needs --slice with the name of one of its slices.")
+    checkpoint = Checkpoint.open(model, revision)
+    options = ExportOptions(slice_name, table, precision, target, logits, force)  # type: ignore[arg-type]
+    target_folder = output or Path(f"{checkpoint.name}-{slice_name or 'whole'}-{precision}-{target}")
+    with TerminalProgress(quiet) as progress:
+        summary = export(checkpoint, target_folder, options, progress)
+    if not quiet:
+        click.echo(describe_export(summary))
+
+
+def describe_export(summary: ExportSummary) -> str:
+    manifest = summary.manifest
+    files = {name: info.bytes for name, info in manifest.files.items()}
+    memory = peak_memory_bytes()
+    largest = sorted(files, key=lambda name: -files[name])[:4]
+    return "\n".join(
+        [
+            f"Exported {manifest.slice} of {manifest.source} to {summary.folder}",
+            f"  {manifest.num_layers} layers, {manifest.parameters.text:,} text parameters, "
+            f"{manifest.parameters.effective:,} effective",
+            f"  {manifest.precision} for {manifest.target}, {sum(files.values()) / 1e9:.2f} GB in {len(files)} files",
+            *(f"  {files[name] / 1e9:>9.3f} GB  {name}" for name in largest),
+            f"  {summary.seconds:.0f} s, peak memory "
+            + ("unknown" if memory is None else f"{memory / 2**30:.2f} GiB"),
+        ]
+    )
+
+
+def main() -> None:
+    exit_with_message(partial(export_command.main, prog_name="gemma3n-export"))
+
+
+@click.command()
+@click.option("--size", type=click.Choice(["tiny", "e2b", "e4b"]), required=True)
+@click.option("--output", type=_PATH, required=True, help="The folder to write.")
+@click.option("--seed", default=0, show_default=True)
+@_force
+def make_checkpoint(size: str, output: Path, seed: int, force: bool) -> None:
+    """Write a checkpoint with random weights in Hugging Face format."""
+    from .make_checkpoint import make_checkpoint as make
+
+    with TerminalProgress() as progress:
+        progress.stage("Writing random weights")
+        done = 0
+
+        def report(now: int, total: int) -> None:
+            nonlocal done
+            if done == 0:
+                progress.bytes_total(total)
+            progress.bytes_done(now - done)
+            done = now
+
+        make(size, output, seed, progress=report, force=force)  # type: ignore[arg-type]
+    click.echo(f"Wrote a {size} checkpoint to {output}")
+
+
+@click.command()
+@_table
+@click.option("--model", help="Show the slices of this checkpoint rather than those of E4B.")
+@click.option("--json", "as_json", is_flag=True)
+def slices(table: Path | None, model: str | None, as_json: bool) -> None:
+    """List the MatFormer slices with their parameters and sizes."""
+    config = Checkpoint.open(model).text_config if model else None
+    rows = slices_table(config, load_slices(table))
+    click.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else render_table(rows))
+
+
+@click.command()
+@click.argument("artifact", type=_PATH)
+@_model
+@_revision
+@_slice
+@_table
+@click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--prompts", default=2, show_default=True, type=click.IntRange(1))
+@click.option("--prompt-tokens", type=click.IntRange(1), help="By default more than twice the window.")
+@click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--seed", default=0, show_default=True, help="Of the random prompts.")
+@click.option("--json", "as_json", is_flag=True)
+def verify(
+    artifact: Path,
+    model: str,
+    revision: str | None,
+    slice_name: str | None,
+    table: Path | None,
+    provider: str,
+    prompts: int,
+    prompt_tokens: int | None,
+    new_tokens: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Compare ARTIFACT with transformers on the checkpoint that it was made of.
+
+    The slice is the artifact's own unless --slice names another. Exits with 1 where parity fails.
+    """
+    from gemma3n_onnx.runtime.model import OnnxGemma3n
+
+    from .verify import describe, random_prompts
+    from .verify import verify as compare
+
+    loaded = OnnxGemma3n.from_pretrained(artifact, provider)
+    checkpoint = Checkpoint.open(model, revision)
+    chosen = slice_name or (None if loaded.manifest.slice == "whole" else loaded.manifest.slice)
+    length = prompt_tokens or 2 * checkpoint.text_config.sliding_window + 5
+    texts = random_prompts(loaded, np.random.default_rng(seed), prompts, length)
+    parity = compare(loaded, checkpoint, chosen, table, texts, new_tokens)
+    click.echo(
+        json.dumps({**asdict(parity), "passed": parity.passed}, indent=2) if as_json else describe(parity)
+    )
+    if not parity.passed:
+        sys.exit(1)
+

@@ -1,0 +1,37 @@
+"""Progress on a terminal; silence elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class TerminalProgress:
+    """Stages as lines and bytes as a bar, on stderr if it is a terminal and `quiet` is not asked for."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._shown = sys.stderr.isatty() and not quiet
+        self._bar: tqdm | None = None
+
+    def stage(self, title: str) -> None:
+        self._title = title
+        if self._shown:
+            print(f"{title} ...", file=sys.stderr)
+
+    def bytes_total(self, total: int) -> None:
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=self._title, disable=not self._shown)
+
+    def bytes_done(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def __enter__(self) -> TerminalProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,207 @@
+"""Parity of an artifact with transformers, on the checkpoint that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.runtime.model import OnnxGemma3n
+
+from .checkpoint import Checkpoint
+from .errors import ExportError
+from .pipeline import choose_slice
+from .slicing import Slice, TensorCut
+from .weights import read_cut
+
+# Largest logit error as a share of the reference's logit range. A storage precision that the checkpoint
+# already has loses nothing.
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Errors over all compared positions; logits of the reference span `logit_range`."""
+
+    positions: int
+    max_error: float
+    logit_range: float
+    mean_kl: float
+    max_kl: float
+    greedy_agreement: float
+    tolerance: float
+
+    @property
+    def relative_error(self) -> float:
+        return self.max_error / self.logit_range
+
+    @property
+    def passed(self) -> bool:
+        return self.relative_error <= self.tolerance
+
+
+def verify(
+    model: OnnxGemma3n,
+    checkpoint: Checkpoint,
+    slice_name: str | None,
+    table: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+) -> Parity:
+    """Compares logits with transformers (eager attention, fp32) at the positions that the artifact gives.
+
+    Each prompt is continued greedily by the artifact; transformers then reads prompt and continuation in
+    one pass without a cache, so the two share nothing but the token ids. An artifact with all logits is
+    compared at every position instead.
+
+    Raises:
+        ExportError: the artifact is not of this checkpoint and slice.
+    """
+    chosen = choose_slice(checkpoint.text_config, slice_name, table)
+    _check_same_architecture(model, chosen.config)
+    reference = load_reference(checkpoint, chosen)
+    pairs = [_both_logits(model, reference, list(prompt), new_tokens) for prompt in prompts]
+    ours, theirs = (np.concatenate(parts).astype(np.float64) for parts in zip(*pairs))
+    kl = _kl(theirs, ours)
+    stored_as_is = checkpoint.spec("norm.weight").dtype == "BF16" and model.manifest.precision == "bf16"
+    return Parity(
+        positions=len(ours),
+        max_error=float(np.abs(ours - theirs).max()),
+        logit_range=float(theirs.max() - theirs.min()),
+        mean_kl=float(kl.mean()),
+        max_kl=float(kl.max()),
+        greedy_agreement=float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+        tolerance=TOLERANCE["fp32" if stored_as_is else model.manifest.precision],
+    )
+
+
+def random_prompts(
+    model: OnnxGemma3n, rng: np.random.Generator, count: int, length: int
+) -> list[list[int]]:
+    """`count` prompts of `length` tokens: <bos>, then ids of the text vocabulary."""
+    manifest = model.manifest
+    rows = manifest.per_layer_embeddings.rows
+    return [[manifest.bos_token_id, *rng.integers(4, rows, length - 1).tolist()] for _ in range(count)]
+
+
+def describe(parity: Parity) -> str:
+    verdict = "PASS" if parity.passed else "FAIL"
+    return (
+        f"{parity.positions} positions against transformers (eager, fp32)\n"
+        f"  max logit error   {parity.max_error:.3e}, {parity.relative_error:.3e} of the range "
+        f"{parity.logit_range:.2f} (tolerance {parity.tolerance:.0e})\n"
+        f"  KL mean / max     {parity.mean_kl:.3e} / {parity.max_kl:.3e} nats\n"
+        f"  greedy agreement  {parity.greedy_agreement:.2%}\n"
+        f"  {verdict}"
+    )
+
+
+def load_reference(checkpoint: Checkpoint, chosen: Slice) -> nn.Module:
+    """transformers' Gemma 3n text model in fp32, holding the slice's weights.
+
+    The PLE table stays in the checkpoint's file and is read by rows, so that a full-size model fits.
+    """
+    from transformers import Gemma3nForCausalLM
+    from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
+
+    raw = chosen.hf_config(checkpoint.config)
+    config = Gemma3nTextConfig(**raw.get("text_config", raw))
+    with torch.device("meta"):
+        reference = Gemma3nForCausalLM._from_config(config, attn_implementation="eager").eval()
+    reference.model.embed_tokens_per_layer = _RowsFromCheckpoint(checkpoint, chosen)
+    state: dict[str, Tensor] = {}
+    for name, parameter in reference.model.named_parameters():
+        values = read_cut(checkpoint, chosen.source_of(name))
+        if values.shape != parameter.shape:
+            raise ExportError(f"Tensor {name} has shape {list(values.shape)}, not {list(parameter.shape)}.")
+        state[name] = values.float()
+    reference.model.load_state_dict(state, strict=True, assign=True)
+    reference.lm_head.weight = reference.model.embed_tokens.weight
+    _materialize_buffers(reference, config)
+    return reference
+
+
+class _RowsFromCheckpoint(nn.Module):
+    """Stands in for `embed_tokens_per_layer`: scaled rows of ids, read from the file."""
+
+    def __init__(self, checkpoint: Checkpoint, chosen: Slice) -> None:
+        super().__init__()
+        self._checkpoint = checkpoint
+        self._cut = chosen.source_of("embed_tokens_per_layer.weight")
+        self._scale = chosen.config.hidden_size_per_layer_input**0.5
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = [
+            read_cut(self._checkpoint, TensorCut(self._cut.source, ((i, i + 1),), self._cut.columns))
+            for i in ids.reshape(-1).tolist()
+        ]
+        return torch.cat(rows).float().reshape(*ids.shape, -1) * self._scale
+
+
+def _materialize_buffers(reference: nn.Module, config: Any) -> None:
+    """Buffers are no part of a checkpoint; they follow from the config."""
+    for name, module in reference.named_modules():
+        for key, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = _buffer_value(name, key, module, config)
+
+
+def _buffer_value(name: str, key: str, module: nn.Module, config: Any) -> Tensor:
+    from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRotaryEmbedding
+
+    if name.endswith("rotary_emb"):
+        return dict(Gemma3nRotaryEmbedding(config).named_buffers())[key]
+    values = {
+        "embed_scale": getattr(module, "scalar_embed_scale", None),
+        "router_input_scale": config.hidden_size**-1.0,
+        "per_layer_projection_scale": config.hidden_size**-0.5,
+        "per_layer_input_scale": 2.0**-0.5,
+    }
+    return torch.tensor(values[key])
+
+
+def _check_same_architecture(model: OnnxGemma3n, config: TextConfig) -> None:
+    manifest = model.manifest
+    widths = (manifest.token_embeddings.width, manifest.per_layer_embeddings.width, manifest.vocab_size)
+    per_layer = config.num_layers * config.hidden_size_per_layer_input
+    if widths != (config.hidden_size, per_layer, config.vocab_size):
+        raise ExportError(
+            f"The artifact is the slice {manifest.slice!r} of {manifest.source} with {manifest.num_layers} layers, "
+            f"and --model with --slice gives {config.num_layers}; give the checkpoint and slice it was made of."
+        )
+
+
+def _both_logits(
+    model: OnnxGemma3n, reference: nn.Module, prompt: list[int], new_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [positions, V] of the artifact and of transformers."""
+    if model.manifest.logits == "all":
+        ours = model.engine.evaluate(prompt)
+        return ours, reference_logits(reference, prompt, len(prompt))
+    cache = model.engine.new_cache(1, len(prompt) + new_tokens)
+    steps = [model.engine.prefill(cache, 0, prompt)]
+    decoder = model.engine.decoder(cache)
+    ids = list(prompt)
+    while len(steps) < new_tokens:
+        ids.append(int(steps[-1].argmax()))
+        steps.append(decoder.step(np.array(ids[-1:]), np.array([True]))[0].copy())
+    return np.stack(steps), reference_logits(reference, ids, new_tokens)
+
+
+def reference_logits(reference: nn.Module, ids: list[int], last: int) -> np.ndarray:
+    """transformers' logits [last, V] at the last positions of `ids`."""
+    with torch.no_grad():
+        return reference(torch.tensor([ids]), use_cache=False, logits_to_keep=last).logits[0].numpy()
+
+
+def _kl(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
+    """KL(p || q) in nats for each row."""
+    p, q = (x - x.max(-1, keepdims=True) for x in (p_logits, q_logits))
+    p -= np.log(np.exp(p).sum(-1, keepdims=True))
+    q -= np.log(np.exp(q).sum(-1, keepdims=True))
+    return (np.exp(p) * (p - q)).sum(-1)

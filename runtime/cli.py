@@ -1,0 +1,167 @@
+"""The `gemma3n` command. Subcommands of other rooms join through entry points and load when called."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .artifact import Manifest, load_manifest, verify_checksums
+from .errors import Gemma3nError
+from .generation import Timings
+from .model import OnnxGemma3n
+
+COMMANDS_GROUP = "gemma3n_onnx.commands"
+
+
+class CommandGroup(click.Group):
+    """The runtime's commands and those that the installation adds, such as the exporter's."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *(e.name for e in entry_points(group=COMMANDS_GROUP))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if found := super().get_command(ctx, cmd_name):
+            return found
+        for entry in entry_points(group=COMMANDS_GROUP, name=cmd_name):
+            try:
+                return entry.load()
+            except ImportError as error:
+                raise click.ClickException(
+                    f"The command {cmd_name} needs {error.name or error}; "
+                    'install it with: pip install "gemma3n-onnx[export]".'
+                ) from error
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click's own, without loading the other rooms' commands for their help."""
+        rows = []
+        for name in self.list_commands(ctx):
+            own = self.commands.get(name)
+            rows.append((name, own.get_short_help_str() if own else "(from the exporter; see its --help)"))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def exit_with_message(command: Callable[[], Any]) -> None:
+    """Runs a command line; a user's error becomes one sentence on stderr and exit code 1."""
+    try:
+        command()
+    except Gemma3nError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        click.echo(f"Error: {reason}{f': {error.filename}' if error.filename else ''}.", err=True)
+        sys.exit(1)
+
+
+@click.group(cls=CommandGroup)
+@click.version_option(package_name="gemma3n-onnx")
+def cli() -> None:
+    """Gemma 3n on ONNX Runtime."""
+
+
+def main() -> None:
+    exit_with_message(partial(cli.main, prog_name="gemma3n"))
+
+
+_artifact = click.argument("artifact", type=click.Path(path_type=Path))
+
+
+@cli.command()
+@_artifact
+@click.argument("prompt")
+@click.option("--system", help="A system prompt.")
+@click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
+@click.option("--max-new-tokens", default=256, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", type=int)
+@click.option("--top-p", type=float)
+@click.option("--min-p", type=float)
+@click.option("--repetition-penalty", default=1.0, show_default=True)
+@click.option("--presence-penalty", default=0.0, show_default=True)
+@click.option("--frequency-penalty", default=0.0, show_default=True)
+@click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
+@click.option("--seed", type=int)
+@click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--threads", type=int, help="Threads of ONNX Runtime.")
+@click.option("--stats", is_flag=True, help="Print speed and memory to stderr.")
+def run(
+    artifact: Path,
+    prompt: str,
+    system: str | None,
+    raw: bool,
+    provider: str,
+    threads: int | None,
+    stats: bool,
+    **options: Any,
+) -> None:
+    """Answer PROMPT with the model in the folder ARTIFACT."""
+    if raw and system is not None:
+        raise click.UsageError("--system needs the chat template, which --raw leaves out.")
+    model = OnnxGemma3n.from_pretrained(artifact, provider, threads=threads)
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": prompt})
+    answer = model.stream(prompt if raw or model.template is None else messages, **options)
+    for piece in answer:
+        click.echo(piece, nl=False)
+    click.echo()
+    if stats:
+        click.echo(describe_timings(answer.result.timings), err=True)
+
+
+@cli.command()
+@_artifact
+@click.option("--verify", is_flag=True, help="Read every file and compare its checksum.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
+    """Show what the folder ARTIFACT holds."""
+    manifest = load_manifest(artifact)
+    click.echo(json.dumps(asdict(manifest), indent=2) if as_json else describe_manifest(manifest))
+    if verify:
+        total = sum(info.bytes for info in manifest.files.values())
+        with click.progressbar(length=total, label="Checking", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+            verify_checksums(artifact, manifest, lambda _, count: bar.update(count))
+        click.echo(f"All {len(manifest.files)} checksums are right.", err=as_json)
+
+
+def describe_manifest(manifest: Manifest) -> str:
+    counts = manifest.parameters
+    lines = [
+        f"{manifest.slice} of {manifest.source}, {manifest.precision} for {manifest.target} "
+        f"(computes in {manifest.compute_dtype}), by {manifest.producer}",
+        f"parameters: {counts.text:,} text, {counts.effective:,} effective",
+        f"layers: {manifest.num_layers}, KV caches: {len(manifest.caches)} "
+        f"({sum(c.window is not None for c in manifest.caches)} of them windowed), context: {manifest.max_context:,}",
+        f"modalities: {', '.join(manifest.modalities)}; logits: {manifest.logits}",
+        "",
+    ]
+    for graph in (manifest.decoder, manifest.embedding):
+        lines.append(graph.file)
+        for kind, tensors in (("in", graph.inputs), ("out", graph.outputs)):
+            shown = [t for t in tensors if not t.name.startswith(("past_key_values", "present"))]
+            lines += [f"  {kind:<3} {t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in shown]
+            if hidden := len(tensors) - len(shown):
+                lines.append(f"  {kind:<3} {hidden} tensors of the KV caches")
+    lines.append("")
+    lines += [f"{info.bytes:>15,}  {name}" for name, info in manifest.files.items()]
+    lines.append(f"{sum(info.bytes for info in manifest.files.values()):>15,}  bytes in all")
+    return "\n".join(lines)
+
+
+def describe_timings(timings: Timings) -> str:
+    memory = timings.peak_memory_bytes
+    return (
+        f"prefill {timings.prefill_tokens} tokens, {timings.prefill_tokens_per_second:.1f} tok/s | "
+        f"first token after {timings.time_to_first_token:.2f} s | "
+        f"decode {timings.decode_tokens} tokens, {timings.decode_tokens_per_second:.1f} tok/s | "
+        f"peak memory {'unknown' if memory is None else f'{memory / 2**30:.2f} GiB'}"
+    )
