@@ -210,7 +210,8 @@ def _tensors(c: TextConfig) -> Iterator[_Tensor]:
     for stream in range(streams - 1):
         yield linear(f"altup_projections.{stream}", hidden, hidden)
         yield linear(f"altup_unembed_projections.{stream}", hidden, hidden)
-    yield norm("norm", hidden)
+    # Of zero mean: else the tied head finds the token's own embedding in the residual and repeats the token.
+    yield _Tensor("model.norm.weight", (hidden,), 1.0)
 
     # Normed queries and keys have unit values, so q.k over head_dim has this std at scale 1.
     qk_norm = math.sqrt(ATTENTION_LOGIT_STD / math.sqrt(c.head_dim))
