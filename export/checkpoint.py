@@ -1,0 +1,220 @@
+"""A Gemma 3n checkpoint in Hugging Face format, read lazily."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
+from gemma3n_onnx.export.hub import find_folder
+from gemma3n_onnx.export.safetensors_file import NUMPY_DTYPES, SafetensorsFile, TensorSpec
+from gemma3n_onnx.graphs.config import ConfigError, TextConfig
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDING = "embed_tokens.weight"
+# Prefix of the text decoder, and the raw name of its head: full, full as transformers 4 saved it, text-only.
+LAYOUTS = {
+    "model.language_model.": "lm_head.weight",
+    "language_model.model.": "language_model.lm_head.weight",
+    "model.": "lm_head.weight",
+}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+COMPARE_BYTES = 32 * 2**20
+
+
+class Checkpoint:
+    """The config and the tensors of one checkpoint folder.
+
+    Tensors of the text decoder go by their name within it (`layers.0.mlp.gate_proj.weight`), whatever
+    prefix the file has; the `raw_` methods take the names as they are in the file and reach every tensor.
+    Arrays are read-only views of the file.
+
+    Attributes:
+        folder: where the files are.
+        config: config.json as it is.
+        text_config: the architecture of the text decoder.
+        prefix: what the raw names of the text decoder's tensors start with.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Opens a local folder; see `open` for the errors."""
+        self.folder = folder
+        if not (folder / "config.json").is_file():
+            raise CheckpointNotFoundError(f"{folder} has no config.json: give a Hugging Face checkpoint.")
+        self.config = _read_json(folder / "config.json")
+        try:
+            self.text_config = TextConfig.from_hf(self.config)
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+        self._files = _open_files(folder)
+        self.prefix = self._find_prefix()
+        self._check_dtypes()
+        self._check_head()
+
+    @classmethod
+    def open(cls, model: str | Path, revision: str | None = None, token: str | None = None) -> Checkpoint:
+        """Opens a local folder, else the Hub id `model` ("org/name"), downloaded where not in the cache.
+
+        Args:
+            model: a folder or a Hub id.
+            revision: branch, tag or commit; for a Hub id only.
+            token: a Hub token; HF_TOKEN and the stored login serve when it is None.
+
+        Raises:
+            CheckpointNotFoundError: no such folder or repository, no access to it, or no checkpoint in it.
+            CheckpointError: not a Gemma 3n, a damaged or missing file, an unsupported dtype, an untied head.
+        """
+        return cls(find_folder(model, revision, token))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The raw names of all tensors, sorted."""
+        return tuple(sorted(self._files))
+
+    def text_names(self) -> tuple[str, ...]:
+        """The names within the text decoder, sorted; a tied head is not among them."""
+        return tuple(name.removeprefix(self.prefix) for name in self.names if name.startswith(self.prefix))
+
+    @property
+    def head(self) -> str | None:
+        """The raw name of the separate, but equal, copy of the token embedding that some files hold."""
+        name = LAYOUTS[self.prefix]
+        return name if name in self._files else None
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a text tensor.
+
+        Raises:
+            CheckpointError: there is no such tensor; so do the other readers.
+        """
+        return self.raw_spec(self.prefix + name)
+
+    def read(self, name: str) -> np.ndarray:
+        """A text tensor in the dtype of the file (bf16 as `ml_dtypes.bfloat16`)."""
+        return self.raw_read(self.prefix + name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of a text tensor, without touching the others."""
+        return self.raw_read_rows(self.prefix + name, start, stop)
+
+    def raw_spec(self, name: str) -> TensorSpec:
+        return self._file(name).spec(name)
+
+    def raw_read(self, name: str) -> np.ndarray:
+        return self._file(name).read(name)
+
+    def raw_read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self._file(name).read_rows(name, start, stop)
+
+    def tokenizer_files(self) -> list[Path]:
+        """The files beside config and weights that belong to an export, those that are there."""
+        return [path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()]
+
+    def chat_template(self) -> str | None:
+        """The Jinja source of the (default) chat template, from whichever file holds it."""
+        jinja = self.folder / "chat_template.jinja"
+        if jinja.is_file():
+            return jinja.read_text(encoding="utf-8")
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            path = self.folder / name
+            template = _read_json(path).get("chat_template") if path.is_file() else None
+            if isinstance(template, list):
+                template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            if template is not None:
+                return template
+        return None
+
+    def _file(self, name: str) -> SafetensorsFile:
+        try:
+            return self._files[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder} has no tensor {name}.") from None
+
+    def _find_prefix(self) -> str:
+        for prefix in LAYOUTS:
+            if prefix + EMBEDDING in self._files:
+                return prefix
+        raise CheckpointError(
+            f"{self.folder} has no Gemma 3n text decoder: there is no "
+            f"{' or '.join(prefix + EMBEDDING for prefix in LAYOUTS)}."
+        )
+
+    def _check_dtypes(self) -> None:
+        for name in self.text_names():
+            if (dtype := self.spec(name).dtype) not in NUMPY_DTYPES:
+                raise CheckpointError(
+                    f"{self.prefix}{name} in {self.folder} is of dtype {dtype}; "
+                    f"use a checkpoint in {', '.join(NUMPY_DTYPES)} (quantized ones are not read)."
+                )
+
+    def _check_head(self) -> None:
+        if self.head is None:
+            return
+        spec = self.spec(EMBEDDING)
+        tied = self.raw_spec(self.head) == spec
+        if tied:
+            rows, columns = spec.shape
+            step = max(1, COMPARE_BYTES // (columns * NUMPY_DTYPES[spec.dtype].itemsize))
+            tied = all(
+                np.array_equal(
+                    self.raw_read_rows(self.head, start, min(start + step, rows)).view(np.uint8),
+                    self.read_rows(EMBEDDING, start, min(start + step, rows)).view(np.uint8),
+                )
+                for start in range(0, rows, step)
+            )
+        if not tied:
+            raise CheckpointError(
+                f"{self.head} in {self.folder} differs from {self.prefix}{EMBEDDING}: untied heads are not "
+                "supported; use a checkpoint whose head is tied to the token embedding, as Gemma 3n's is."
+            )
+
+
+def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
+    """`{raw name: the file that holds it}`."""
+    if (folder / WEIGHTS).is_file():
+        file = SafetensorsFile(folder / WEIGHTS)
+        return dict.fromkeys(file.names, file)
+    if not (folder / INDEX).is_file():
+        raise CheckpointNotFoundError(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}: only safetensors weights are read."
+        )
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{folder / INDEX} has no weight_map; download it again.")
+    shards = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise CheckpointNotFoundError(f"{folder} lacks {shard}, which {INDEX} names; download it again.")
+        shards[shard] = SafetensorsFile(folder / shard)
+    held = {shard: set(file.names) for shard, file in shards.items()}
+    for name, shard in weight_map.items():
+        if name not in held[shard]:
+            raise CheckpointError(
+                f"{folder / shard} lacks {name}, which {INDEX} promises; download it again."
+            )
+    return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no valid JSON ({error}); download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; download it again.")
+    return content

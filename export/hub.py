@@ -1,0 +1,67 @@
+"""Where a checkpoint's folder is: on this disk, or on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FILE_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+def find_folder(model: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The local folder `model`, else the downloaded snapshot of the Hub id `model` ("org/name").
+
+    Raises:
+        CheckpointNotFoundError: there is no such folder or Hub repository, or no access to it.
+        CheckpointError: the download failed, or `revision` is given for a local folder.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{path} is a local folder: leave revision {revision!r} out.")
+        return path
+    if path.exists():
+        raise CheckpointNotFoundError(f"{path} is a file: give the checkpoint's folder.")
+    if isinstance(model, Path) or not HUB_ID.fullmatch(model):
+        raise CheckpointNotFoundError(
+            f"{str(model)!r} does not exist: give a checkpoint's folder, or a Hub id "
+            "such as google/gemma-3n-E2B-it."
+        )
+    return _download(model, revision, token)
+
+
+def _download(repo: str, revision: str | None, token: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision, token=token, allow_patterns=FILE_PATTERNS
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise CheckpointNotFoundError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo} "
+            "and set HF_TOKEN to a token of that account."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"{repo} has no revision {revision!r}: give a branch, tag or commit listed at "
+            f"https://huggingface.co/{repo}/commits."
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise CheckpointNotFoundError(
+            f"{repo!r} is neither a local folder nor a Hub repository that this token may see: "
+            "check the spelling, or set HF_TOKEN if it is private."
+        ) from error
+    except (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        raise CheckpointNotFoundError(
+            f"{repo} is not in the local cache and the Hub cannot be reached: "
+            "check the network and HF_HUB_OFFLINE, or give a local folder."
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{repo} could not be downloaded: {error}") from error

@@ -1,0 +1,333 @@
+"""Writes a checkpoint of random weights that transformers and the exporter read like a published one.
+
+The weights are drawn so that every feature of the architecture shows in the output: norms differ from one,
+the AltUp routers and the sparsity cut are active, attention is neither uniform nor one-hot, and logits
+reach the softcap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from gemma3n_onnx.export.checkpoint import INDEX, WEIGHTS
+from gemma3n_onnx.export.errors import ExportError, ExportOptionError
+from gemma3n_onnx.export.make_tokenizer import BOS, EOS, PAD, SMALLEST_TEXT_VOCAB, SOFT_IDS, write_tokenizer
+from gemma3n_onnx.export.safetensors_file import LENGTH_BYTES, NUMPY_DTYPES
+from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
+
+Size = Literal["tiny", "e2b", "e4b"]
+Dtype = Literal["float32", "bfloat16"]
+
+E4B: dict[str, Any] = {
+    "vocab_size": 262_400,
+    "vocab_size_per_layer_input": 262_144,
+    "hidden_size": 2048,
+    "hidden_size_per_layer_input": 256,
+    "intermediate_size": 16_384,
+    "num_hidden_layers": 35,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "num_kv_shared_layers": 15,
+    "sliding_window": 512,
+    "laurel_rank": 64,
+    "altup_num_inputs": 4,
+    "max_position_embeddings": 32_768,
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "e4b": E4B,
+    "e2b": E4B | {"num_hidden_layers": 30, "intermediate_size": 8192, "num_kv_shared_layers": 10},
+    "tiny": E4B
+    | {
+        "vocab_size": 1280,
+        "vocab_size_per_layer_input": 1024,
+        "hidden_size": 64,
+        "hidden_size_per_layer_input": 16,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "sliding_window": 16,
+        "laurel_rank": 8,
+        "max_position_embeddings": 4096,
+    },
+}
+SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+SHARD_BYTES = 4_000_000_000
+BLOCK_VALUES = 8 * 2**20
+SPARE_BYTES = 64 * 2**20  # tokenizer and config files
+
+LOGIT_STD = 5.0
+ATTENTION_LOGIT_STD = 2.0
+NORM_SPREAD = 0.2
+ALTUP_STD = 0.1
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor to draw: `mean + std * normal`."""
+
+    name: str
+    shape: tuple[int, ...]
+    std: float
+    mean: float = 0.0
+
+
+def make_checkpoint(
+    size: Size,
+    output: Path,
+    seed: int = 0,
+    *,
+    dtype: Dtype | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes a text-only checkpoint (`Gemma3nForCausalLM`) with its tokenizer; equal arguments, equal bytes.
+
+    Args:
+        size: "tiny" (E4B's depth, narrow), "e2b" or "e4b".
+        output: the folder to write; it appears only when it is complete.
+        seed: of all weights.
+        dtype: of all weights; float32 for tiny, bfloat16 for the others.
+        overrides: values of the text config that replace those of the size.
+        progress: called with the bytes written and the bytes in all.
+        force: replaces an existing checkpoint at `output`.
+        shard_bytes: the size at which a new weight file begins.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ExportOptionError: an unknown size, dtype or override, or values that make no Gemma 3n.
+        ExportError: `output` is taken, or the disk is too small.
+    """
+    if size not in SIZES:
+        raise ExportOptionError(f"Unknown size {size!r}; choose one of {', '.join(sorted(SIZES))}.")
+    dtype = dtype or ("float32" if size == "tiny" else "bfloat16")
+    if dtype not in SAFETENSORS_DTYPES:
+        raise ExportOptionError(f"Unknown dtype {dtype!r}; choose one of {', '.join(SAFETENSORS_DTYPES)}.")
+    config = _config(SIZES[size], dtype, overrides or {})
+    architecture = _architecture(config)
+    shards = _shards(_tensors(architecture), _itemsize(dtype), shard_bytes)
+    total = sum(math.prod(tensor.shape) for shard in shards for tensor in shard) * _itemsize(dtype)
+    output = Path(output)
+    _check_output(output, total, force)
+
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        _write_weights(partial, shards, dtype, seed, total, progress=progress)
+        _write_json(partial / "config.json", config)
+        write_tokenizer(partial, architecture.vocab_size_per_layer_input, architecture.vocab_size)
+        if output.exists():
+            shutil.rmtree(output)
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return output
+
+
+def _config(size: Mapping[str, Any], dtype: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "architectures": ["Gemma3nForCausalLM"],
+        "model_type": "gemma3n_text",
+        "dtype": dtype,
+        **size,
+        "layer_types": None,
+        "activation_sparsity_pattern": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+            FULL: {"rope_type": "default", "rope_theta": 1_000_000.0},
+        },
+        "altup_active_idx": 0,
+        "altup_coef_clip": 120.0,
+        "altup_correct_scale": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": BOS,
+        "initializer_range": 0.02,
+        "use_cache": True,
+    }
+    if unknown := sorted(set(overrides) - set(config)):
+        raise ExportOptionError(f"Unknown override {unknown[0]!r}; known are {', '.join(sorted(config))}.")
+    return config | dict(overrides)
+
+
+def _architecture(config: dict[str, Any]) -> TextConfig:
+    """The architecture; the per-layer lists that `config` leaves open are filled in there."""
+    try:
+        architecture = TextConfig.from_hf(config)
+    except ConfigError as error:
+        raise ExportOptionError(f"These overrides make no Gemma 3n: {error}") from error
+    config["layer_types"] = list(architecture.layer_types)
+    config["activation_sparsity_pattern"] = list(architecture.activation_sparsity)
+    config["intermediate_size"] = list(architecture.intermediate_sizes)
+    text_vocab = architecture.vocab_size_per_layer_input
+    if text_vocab < SMALLEST_TEXT_VOCAB or architecture.vocab_size < text_vocab + 2 * SOFT_IDS:
+        raise ExportOptionError(
+            f"vocab_size {architecture.vocab_size} and vocab_size_per_layer_input {text_vocab} leave no room "
+            f"for the tokenizer: the latter must be at least {SMALLEST_TEXT_VOCAB}, the former "
+            f"{2 * SOFT_IDS} above it."
+        )
+    return architecture
+
+
+def _tensors(c: TextConfig) -> Iterator[_Tensor]:
+    """All tensors of the text decoder, in the order of the files."""
+    hidden, ple, streams = c.hidden_size, c.hidden_size_per_layer_input, c.altup_num_inputs
+
+    def linear(name: str, rows: int, columns: int) -> _Tensor:
+        return _Tensor(f"model.{name}.weight", (rows, columns), 1 / math.sqrt(columns))
+
+    def norm(name: str, width: int, mean: float = 1.0) -> _Tensor:
+        return _Tensor(f"model.{name}.weight", (width,), NORM_SPREAD * mean, mean)
+
+    yield _Tensor("model.embed_tokens.weight", (c.vocab_size, hidden), LOGIT_STD / math.sqrt(hidden))
+    yield _Tensor(
+        "model.embed_tokens_per_layer.weight",
+        (c.vocab_size_per_layer_input, c.num_layers * ple),
+        1 / math.sqrt(ple),
+    )
+    yield linear("per_layer_model_projection", c.num_layers * ple, hidden)
+    yield norm("per_layer_projection_norm", ple)
+    for stream in range(streams - 1):
+        yield linear(f"altup_projections.{stream}", hidden, hidden)
+        yield linear(f"altup_unembed_projections.{stream}", hidden, hidden)
+    # Of zero mean: else the tied head finds the token's own embedding in the residual and repeats the token.
+    yield _Tensor("model.norm.weight", (hidden,), 1.0)
+
+    # Normed queries and keys have unit values, so q.k over head_dim has this std at scale 1.
+    qk_norm = math.sqrt(ATTENTION_LOGIT_STD / math.sqrt(c.head_dim))
+    for i, ffn in enumerate(c.intermediate_sizes):
+        layer = f"layers.{i}"
+        for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            yield norm(f"{layer}.{name}_layernorm", hidden)
+        yield linear(f"{layer}.self_attn.q_proj", c.num_heads * c.head_dim, hidden)
+        yield norm(f"{layer}.self_attn.q_norm", c.head_dim, qk_norm)
+        if i < c.num_kv_layers:
+            yield linear(f"{layer}.self_attn.k_proj", c.num_kv_heads * c.head_dim, hidden)
+            yield linear(f"{layer}.self_attn.v_proj", c.num_kv_heads * c.head_dim, hidden)
+            yield norm(f"{layer}.self_attn.k_norm", c.head_dim, qk_norm)
+        yield linear(f"{layer}.self_attn.o_proj", hidden, c.num_heads * c.head_dim)
+        yield linear(f"{layer}.mlp.gate_proj", ffn, hidden)
+        yield linear(f"{layer}.mlp.up_proj", ffn, hidden)
+        yield linear(f"{layer}.mlp.down_proj", hidden, ffn)
+        yield linear(f"{layer}.laurel.linear_left", c.laurel_rank, hidden)
+        yield linear(f"{layer}.laurel.linear_right", hidden, c.laurel_rank)
+        yield norm(f"{layer}.laurel.post_laurel_norm", hidden)
+        yield linear(f"{layer}.per_layer_input_gate", ple, hidden)
+        yield linear(f"{layer}.per_layer_projection", hidden, ple)
+        yield norm(f"{layer}.post_per_layer_input_norm", hidden)
+        yield _Tensor(f"model.{layer}.altup.correct_output_scale", (hidden,), NORM_SPREAD, 1.0)
+        yield _Tensor(f"model.{layer}.altup.correction_coefs.weight", (streams, streams), ALTUP_STD)
+        yield _Tensor(f"model.{layer}.altup.prediction_coefs.weight", (streams**2, streams), ALTUP_STD)
+        # The router's input is divided by the hidden size; this brings tanh's argument back to unit std.
+        yield _Tensor(f"model.{layer}.altup.modality_router.weight", (streams, hidden), math.sqrt(hidden))
+        yield norm(f"{layer}.altup.router_norm", hidden)
+
+
+def _shards(tensors: Iterator[_Tensor], itemsize: int, shard_bytes: int) -> list[list[_Tensor]]:
+    shards: list[list[_Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * itemsize
+        if filled and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    return shards
+
+
+def _check_output(output: Path, total: int, force: bool) -> None:
+    if output.exists():
+        if not force:
+            raise ExportError(f"{output} exists already: choose another folder, or replace it with force.")
+        if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
+            raise ExportError(f"{output} is no checkpoint: it is not replaced; choose another folder.")
+    existing = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < total + SPARE_BYTES:
+        raise ExportError(
+            f"The checkpoint needs {(total + SPARE_BYTES) / 1e9:.1f} GB and {existing} has "
+            f"{free / 1e9:.1f} GB free: make room or choose another disk."
+        )
+
+
+def _write_weights(
+    folder: Path,
+    shards: list[list[_Tensor]],
+    dtype: str,
+    seed: int,
+    total: int,
+    *,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    written = 0
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= {tensor.name: name for tensor in shard}
+        with (folder / name).open("wb") as file:
+            file.write(_header(shard, dtype))
+            for tensor in shard:
+                for block in _blocks(tensor, dtype, seed):
+                    file.write(block.view(np.uint8).data)
+                    written += block.nbytes
+                    if progress is not None:
+                        progress(written, total)
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _header(shard: list[_Tensor], dtype: str) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in shard:
+        end = offset + math.prod(tensor.shape) * _itemsize(dtype)
+        header[tensor.name] = {
+            "dtype": SAFETENSORS_DTYPES[dtype],
+            "shape": tensor.shape,
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def _blocks(tensor: _Tensor, dtype: str, seed: int) -> Iterator[np.ndarray]:
+    """The tensor's values, flat, `BLOCK_VALUES` at a time, from a random stream of its own."""
+    generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(tensor.name.encode())]))
+    left = math.prod(tensor.shape)
+    while left:
+        values = generator.standard_normal(min(left, BLOCK_VALUES), dtype=np.float32)
+        values *= np.float32(tensor.std)
+        values += np.float32(tensor.mean)
+        yield values.astype(NUMPY_DTYPES[SAFETENSORS_DTYPES[dtype]], copy=False)
+        left -= len(values)
+
+
+def _itemsize(dtype: str) -> int:
+    return NUMPY_DTYPES[SAFETENSORS_DTYPES[dtype]].itemsize
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,308 @@
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from gemma3n_onnx.export.checkpoint import INDEX, WEIGHTS, Checkpoint
+from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
+from gemma3n_onnx.export.make_checkpoint import make_checkpoint
+from gemma3n_onnx.export.safetensors_file import TensorSpec
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
+
+SMALL = {"num_hidden_layers": 7, "num_kv_shared_layers": 2}
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A checkpoint of seven layers that a test may damage."""
+    return make_checkpoint("tiny", tmp_path / "small", overrides=SMALL)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("sharded") / "checkpoint"
+    return make_checkpoint("tiny", output, dtype="bfloat16", overrides=SMALL, shard_bytes=200_000)
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("folder", ["tiny_checkpoint", "sharded"])
+def test_every_tensor_has_the_bytes_that_safetensors_reads(
+    folder: str, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(folder)
+    checkpoint = Checkpoint.open(path)
+    expected = load_all(path)
+    assert checkpoint.names == tuple(sorted(expected))
+    assert checkpoint.prefix == "model."
+    for name in checkpoint.text_names():
+        tensor = expected["model." + name]
+        array = checkpoint.read(name)
+        assert array.shape == tuple(tensor.shape) == checkpoint.spec(name).shape
+        assert array.tobytes() == bytes_of(tensor)
+
+
+def test_row_ranges_are_rows_of_the_tensor(sharded: Path) -> None:
+    checkpoint = Checkpoint.open(sharded)
+    whole = checkpoint.read("embed_tokens.weight")
+    assert whole.dtype == ml_dtypes.bfloat16
+    assert checkpoint.spec("embed_tokens.weight") == TensorSpec("BF16", (1280, 64))
+    for start, stop in [(0, 1), (17, 300), (1279, 1280), (5, 5), (0, 1280)]:
+        np.testing.assert_array_equal(
+            checkpoint.read_rows("embed_tokens.weight", start, stop), whole[start:stop]
+        )
+        np.testing.assert_array_equal(checkpoint.raw_read_rows(EMBEDDING, start, stop), whole[start:stop])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3), (0, 1281)])
+def test_rows_outside_the_tensor_are_refused(tiny_checkpoint: Path, start: int, stop: int) -> None:
+    with pytest.raises(IndexError, match="not within"):
+        Checkpoint.open(tiny_checkpoint).read_rows("embed_tokens.weight", start, stop)
+
+
+def test_arrays_cannot_change_the_checkpoint(tiny_checkpoint: Path) -> None:
+    assert not Checkpoint.open(tiny_checkpoint).read("norm.weight").flags.writeable
+
+
+def test_both_config_spellings_give_one_architecture(small: Path) -> None:
+    expected = Checkpoint.open(small).text_config
+    config = json.loads((small / "config.json").read_text())
+    del config["rope_parameters"]
+    config["torch_dtype"] = config.pop("dtype")
+    config |= {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "rope_scaling": None}
+    (small / "config.json").write_text(json.dumps(config))
+    assert Checkpoint.open(small).text_config == expected
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_full_checkpoints_give_the_same_text_tensors(small: Path, prefix: str) -> None:
+    plain = Checkpoint.open(small)
+    tensors = {prefix + k.removeprefix("model."): v for k, v in load_all(small).items()}
+    config = plain.config
+    rewrite(small, tensors | {"model.vision_tower.scale": torch.ones(2, 3), "model.steps": torch.tensor([7])})
+    (small / "config.json").write_text(json.dumps({"model_type": "gemma3n", "text_config": config}))
+    full = Checkpoint.open(small)
+    assert full.prefix == prefix
+    assert full.text_names() == plain.text_names()
+    assert full.text_config == plain.text_config
+    assert full.read("norm.weight").tobytes() == bytes_of(tensors[prefix + "norm.weight"])
+    np.testing.assert_array_equal(full.raw_read("model.vision_tower.scale"), np.ones((2, 3), np.float32))
+    with pytest.raises(CheckpointError, match=r"model\.steps .* I64"):
+        full.raw_read("model.steps")
+
+
+def test_an_equal_head_is_listed_apart(small: Path) -> None:
+    tensors = load_all(small)
+    rewrite(small, tensors | {"lm_head.weight": tensors[EMBEDDING].clone()})
+    checkpoint = Checkpoint.open(small)
+    assert checkpoint.head == "lm_head.weight"
+    assert checkpoint.head in checkpoint.names
+    assert "lm_head.weight" not in checkpoint.text_names()
+
+
+def test_an_untied_head_is_refused(small: Path) -> None:
+    tensors = load_all(small)
+    head = tensors[EMBEDDING].clone()
+    head[-1, -1] += 1
+    rewrite(small, tensors | {"lm_head.weight": head})
+    with pytest.raises(CheckpointError, match="untied heads are not supported"):
+        Checkpoint.open(small)
+
+
+def test_an_unknown_tensor_is_named(tiny_checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.99\.x"):
+        Checkpoint.open(tiny_checkpoint).read("layers.99.x")
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "no-such-folder", "a/b/c", "https://example.com/model"])
+def test_a_path_that_does_not_exist_is_not_looked_up(model: str) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="does not exist"):
+        Checkpoint.open(model)
+
+
+def test_a_file_is_no_folder(tiny_checkpoint: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="is a file"):
+        Checkpoint.open(tiny_checkpoint / WEIGHTS)
+
+
+def test_a_local_folder_has_no_revision(tiny_checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="leave revision 'main' out"):
+        Checkpoint.open(tiny_checkpoint, revision="main")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"), [("config.json", "no config.json"), (WEIGHTS, "only safetensors")]
+)
+def test_a_folder_without_config_or_weights_is_refused(small: Path, missing: str, message: str) -> None:
+    (small / missing).unlink()
+    with pytest.raises(CheckpointNotFoundError, match=message):
+        Checkpoint.open(small)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
+def test_invalid_json_is_refused(small: Path, text: str) -> None:
+    (small / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json .*download it again"):
+        Checkpoint.open(small)
+
+
+def test_another_model_is_refused(small: Path) -> None:
+    edit_json(small / "config.json", model_type="gemma3_text")
+    with pytest.raises(CheckpointError, match="not a Gemma 3n config"):
+        Checkpoint.open(small)
+
+
+def test_weights_without_a_text_decoder_are_refused(small: Path) -> None:
+    rewrite(small, {"encoder.weight": torch.ones(2)})
+    with pytest.raises(CheckpointError, match="no Gemma 3n text decoder"):
+        Checkpoint.open(small)
+
+
+def test_an_unsupported_dtype_is_named(small: Path) -> None:
+    tensors = load_all(small)
+    rewrite(small, tensors | {"model.norm.weight": tensors["model.norm.weight"].double()})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight .* F64"):
+        Checkpoint.open(small)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_a_truncated_file_is_refused(small: Path, kept: int) -> None:
+    path = small / WEIGHTS
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match="truncated"):
+        Checkpoint.open(small)
+
+
+def test_trailing_bytes_are_refused(small: Path) -> None:
+    with (small / WEIGHTS).open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(CheckpointError, match="damaged"):
+        Checkpoint.open(small)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b"[1, 2]",
+        b'{"a": 3}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"a": {"shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_a_damaged_header_is_refused(small: Path, header: bytes) -> None:
+    (small / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match="damaged header"):
+        Checkpoint.open(small)
+
+
+def test_an_index_must_match_its_shards(sharded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "copy"))
+    index = json.loads((folder / INDEX).read_text())
+    edit_json(
+        folder / INDEX, weight_map=index["weight_map"] | {"model.ghost": index["weight_map"][EMBEDDING]}
+    )
+    with pytest.raises(CheckpointError, match=r"lacks model\.ghost"):
+        Checkpoint.open(folder)
+    edit_json(folder / INDEX, weight_map=index["weight_map"])
+    shard = index["weight_map"]["model.norm.weight"]
+    (folder / shard).unlink()
+    with pytest.raises(CheckpointNotFoundError, match=shard):
+        Checkpoint.open(folder)
+    (folder / INDEX).write_text("{}")
+    with pytest.raises(CheckpointError, match="no weight_map"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (hub_errors.GatedRepoError, CheckpointNotFoundError, r"accept its licence at https://.*HF_TOKEN"),
+        (hub_errors.RepositoryNotFoundError, CheckpointNotFoundError, "neither a local folder nor a Hub"),
+        (hub_errors.RevisionNotFoundError, CheckpointNotFoundError, "no revision 'v9'"),
+        (hub_errors.HfHubHTTPError, CheckpointError, "could not be downloaded"),
+    ],
+)
+def test_refusals_of_the_hub_say_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, error: Any, kind: type[Exception], message: str
+) -> None:
+    def refuse(*_args: Any, **_options: Any) -> str:
+        raise error("refused", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(kind, match=message):
+        Checkpoint.open("org/name", revision="v9")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [hub_errors.LocalEntryNotFoundError("x"), hub_errors.OfflineModeIsEnabled("x"), ConnectionError("x")],
+)
+def test_without_network_the_message_says_so(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(*_args: Any, **_options: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointNotFoundError, match="the Hub cannot be reached"):
+        Checkpoint.open("org/name")
+
+
+def test_a_hub_id_opens_its_snapshot(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> None:
+    asked = {}
+
+    def download(repo: str, **options: Any) -> str:
+        asked.update(options, repo=repo)
+        return str(tiny_checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert Checkpoint.open("org/name", revision="v1", token="secret").folder == tiny_checkpoint
+    assert (asked["repo"], asked["revision"], asked["token"]) == ("org/name", "v1", "secret")
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+
+
+def test_the_chat_template_is_found_wherever_it_is(small: Path) -> None:
+    text = (small / "chat_template.jinja").read_text()
+    assert Checkpoint.open(small).chat_template() == text
+    (small / "chat_template.jinja").unlink()
+    assert Checkpoint.open(small).chat_template() is None
+    (small / "chat_template.json").write_text(json.dumps({"chat_template": "from json"}))
+    assert Checkpoint.open(small).chat_template() == "from json"
+    named = [{"name": "rag", "template": "other"}, {"name": "default", "template": "from list"}]
+    edit_json(small / "tokenizer_config.json", chat_template=named)
+    assert Checkpoint.open(small).chat_template() == "from list"
+    edit_json(small / "tokenizer_config.json", chat_template="from config")
+    assert Checkpoint.open(small).chat_template() == "from config"
+
+
+def test_tokenizer_files_are_those_present(small: Path) -> None:
+    names = [path.name for path in Checkpoint.open(small).tokenizer_files()]
+    assert names == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ]
