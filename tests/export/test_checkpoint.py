@@ -271,7 +271,7 @@ def test_without_network_the_message_says_so(monkeypatch: pytest.MonkeyPatch, er
 
 
 def test_a_hub_id_opens_its_snapshot(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> None:
-    asked = {}
+    asked: dict[str, Any] = {}
 
     def download(repo: str, **options: Any) -> str:
         asked.update(options, repo=repo)
