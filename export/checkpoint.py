@@ -46,14 +46,16 @@ class Checkpoint:
 
     Attributes:
         folder: where the files are.
+        name: what the checkpoint is called: the folder's name, or the Hub id's without its owner.
         config: config.json as it is.
         text_config: the architecture of the text decoder.
         prefix: what the raw names of the text decoder's tensors start with.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         """Opens a local folder; see `open` for the errors."""
         self.folder = folder
+        self.name = name or folder.resolve().name
         if not (folder / "config.json").is_file():
             raise CheckpointNotFoundError(f"{folder} has no config.json: give a Hugging Face checkpoint.")
         self.config = _read_json(folder / "config.json")
@@ -79,7 +81,7 @@ class Checkpoint:
             CheckpointNotFoundError: no such folder or repository, no access to it, or no checkpoint in it.
             CheckpointError: not a Gemma 3n, a damaged or missing file, an unsupported dtype, an untied head.
         """
-        return cls(find_folder(model, revision, token))
+        return cls(find_folder(model, revision, token), Path(model).resolve().name)
 
     @cached_property
     def names(self) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 1024,
         "hidden_size": 64,
         "hidden_size_per_layer_input": 16,
-        "intermediate_size": 128,
+        "intermediate_size": 256,
         "num_attention_heads": 4,
         "head_dim": 16,
         "sliding_window": 16,
@@ -68,7 +68,10 @@ SPARE_BYTES = 64 * 2**20  # tokenizer and config files
 LOGIT_STD = 5.0
 ATTENTION_LOGIT_STD = 2.0
 NORM_SPREAD = 0.2
-ALTUP_STD = 0.1
+# What a layer adds to the residual, and how strongly AltUp mixes its streams. Larger values make a random
+# network of this depth chaotic: it would magnify fp32 rounding until no comparison means anything.
+BRANCH_GAIN = 0.5
+ALTUP_STD = 0.03
 
 
 @dataclass(frozen=True)
@@ -217,8 +220,15 @@ def _tensors(c: TextConfig) -> Iterator[_Tensor]:
     qk_norm = math.sqrt(ATTENTION_LOGIT_STD / math.sqrt(c.head_dim))
     for i, ffn in enumerate(c.intermediate_sizes):
         layer = f"layers.{i}"
-        for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            yield norm(f"{layer}.{name}_layernorm", hidden)
+        for name in ("input_layernorm", "pre_feedforward_layernorm"):
+            yield norm(f"{layer}.{name}", hidden)
+        for name in (
+            "post_attention_layernorm",
+            "post_feedforward_layernorm",
+            "laurel.post_laurel_norm",
+            "post_per_layer_input_norm",
+        ):
+            yield norm(f"{layer}.{name}", hidden, BRANCH_GAIN)
         yield linear(f"{layer}.self_attn.q_proj", c.num_heads * c.head_dim, hidden)
         yield norm(f"{layer}.self_attn.q_norm", c.head_dim, qk_norm)
         if i < c.num_kv_layers:
@@ -231,10 +241,8 @@ def _tensors(c: TextConfig) -> Iterator[_Tensor]:
         yield linear(f"{layer}.mlp.down_proj", hidden, ffn)
         yield linear(f"{layer}.laurel.linear_left", c.laurel_rank, hidden)
         yield linear(f"{layer}.laurel.linear_right", hidden, c.laurel_rank)
-        yield norm(f"{layer}.laurel.post_laurel_norm", hidden)
         yield linear(f"{layer}.per_layer_input_gate", ple, hidden)
         yield linear(f"{layer}.per_layer_projection", hidden, ple)
-        yield norm(f"{layer}.post_per_layer_input_norm", hidden)
         yield _Tensor(f"model.{layer}.altup.correct_output_scale", (hidden,), NORM_SPREAD, 1.0)
         yield _Tensor(f"model.{layer}.altup.correction_coefs.weight", (streams, streams), ALTUP_STD)
         yield _Tensor(f"model.{layer}.altup.prediction_coefs.weight", (streams**2, streams), ALTUP_STD)
