@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-
 from gemma3n_onnx.runtime.cli import exit_with_message
 from gemma3n_onnx.runtime.generation import peak_memory_bytes
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import onnx_ir as ir
-from onnx_ir.passes import Sequential
-
 from gemma3n_onnx.graphs.config import SLIDING, TextConfig
 from gemma3n_onnx.graphs.decoder import Logits, cache_specs
 from gemma3n_onnx.graphs.passes.store_bf16 import StoreBf16
 from gemma3n_onnx.runtime import artifact
 from gemma3n_onnx.runtime.artifact import Manifest
+from onnx_ir.passes import Sequential
 
 from . import slicing, trace
 from .checkpoint import Checkpoint

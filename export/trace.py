@@ -17,15 +17,14 @@ from collections.abc import Callable, Iterator
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.graphs.decoder import Decoder, Logits
+from gemma3n_onnx.graphs.embedding import Embedding
 from onnx_ir.passes import Sequential
 from onnx_ir.passes import common as passes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
-
-from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.graphs.decoder import Decoder, Logits
-from gemma3n_onnx.graphs.embedding import Embedding
 
 OPSET = 23
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
