@@ -192,9 +192,7 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
         file = SafetensorsFile(folder / WEIGHTS)
         return dict.fromkeys(file.names, file)
     if not (folder / INDEX).is_file():
-        raise CheckpointNotFoundError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}: only safetensors weights are read."
-        )
+        raise CheckpointNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}: only safetensors weights are read.")
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{folder / INDEX} has no weight_map; download it again.")
@@ -206,9 +204,7 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
     held = {shard: set(file.names) for shard, file in shards.items()}
     for name, shard in weight_map.items():
         if name not in held[shard]:
-            raise CheckpointError(
-                f"{folder / shard} lacks {name}, which {INDEX} promises; download it again."
-            )
+            raise CheckpointError(f"{folder / shard} lacks {name}, which {INDEX} promises; download it again.")
     return {name: shards[shard] for name, shard in weight_map.items()}
 
 

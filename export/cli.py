@@ -94,8 +94,7 @@ def describe_export(summary: ExportSummary) -> str:
             f"{manifest.parameters.effective:,} effective",
             f"  {manifest.precision} for {manifest.target}, {sum(files.values()) / 1e9:.2f} GB in {len(files)} files",
             *(f"  {files[name] / 1e9:>9.3f} GB  {name}" for name in largest),
-            f"  {summary.seconds:.0f} s, peak memory "
-            + ("unknown" if memory is None else f"{memory / 2**30:.2f} GiB"),
+            f"  {summary.seconds:.0f} s, peak memory " + ("unknown" if memory is None else f"{memory / 2**30:.2f} GiB"),
         ]
     )
 
@@ -179,9 +178,6 @@ def verify(
     length = prompt_tokens or 2 * checkpoint.text_config.sliding_window + 5
     texts = random_prompts(loaded, np.random.default_rng(seed), prompts, length)
     parity = compare(loaded, checkpoint, chosen, table, texts, new_tokens)
-    click.echo(
-        json.dumps({**asdict(parity), "passed": parity.passed}, indent=2) if as_json else describe(parity)
-    )
+    click.echo(json.dumps({**asdict(parity), "passed": parity.passed}, indent=2) if as_json else describe(parity))
     if not parity.passed:
         sys.exit(1)
-

@@ -27,8 +27,7 @@ def find_folder(model: str | Path, revision: str | None = None, token: str | Non
         raise CheckpointNotFoundError(f"{path} is a file: give the checkpoint's folder.")
     if isinstance(model, Path) or not HUB_ID.fullmatch(model):
         raise CheckpointNotFoundError(
-            f"{str(model)!r} does not exist: give a checkpoint's folder, or a Hub id "
-            "such as google/gemma-3n-E2B-it."
+            f"{str(model)!r} does not exist: give a checkpoint's folder, or a Hub id such as google/gemma-3n-E2B-it."
         )
     return _download(model, revision, token)
 
@@ -39,9 +38,7 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
 
     try:
         return Path(
-            huggingface_hub.snapshot_download(
-                repo, revision=revision, token=token, allow_patterns=FILE_PATTERNS
-            )
+            huggingface_hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=FILE_PATTERNS)
         )
     except errors.GatedRepoError as error:
         raise CheckpointNotFoundError(

@@ -167,9 +167,7 @@ def disk_bytes(config: TextConfig, precision: str) -> int:
         ExportOptionError: the precision is not fp32, fp16 or bf16.
     """
     if precision not in BYTES_PER_PARAMETER:
-        raise ExportOptionError(
-            f"Precision {precision!r} is unknown; known are {', '.join(BYTES_PER_PARAMETER)}."
-        )
+        raise ExportOptionError(f"Precision {precision!r} is unknown; known are {', '.join(BYTES_PER_PARAMETER)}.")
     counts = parameter_counts(config)
     return (counts.text - counts.unused_kv) * BYTES_PER_PARAMETER[precision]
 
@@ -188,9 +186,7 @@ class SliceRow:
     """By precision."""
 
 
-def slices_table(
-    config: TextConfig | None = None, specs: Iterable[SliceSpec] | None = None
-) -> list[SliceRow]:
+def slices_table(config: TextConfig | None = None, specs: Iterable[SliceSpec] | None = None) -> list[SliceRow]:
     """The slices that can be cut from a checkpoint (by default E4B); those that it is too small for are left
     out."""
     rows = []
@@ -232,8 +228,6 @@ def render_table(rows: Iterable[SliceRow]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
-        )
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
         for line in lines
     )

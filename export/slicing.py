@@ -57,9 +57,7 @@ class SliceSpec:
             raise SliceError("FFN hidden dims is empty; it needs one width for each kept layer.")
         for layer, width in enumerate(self.widths):
             if width <= 0:
-                raise SliceError(
-                    f"FFN hidden dims: layer {layer} has width {width}; a width must be positive."
-                )
+                raise SliceError(f"FFN hidden dims: layer {layer} has width {width}; a width must be positive.")
         for layer in self.skipped:
             if layer < 0:
                 raise SliceError(f"Layers skipped: {layer} is not a layer number; the first layer is 0.")
@@ -138,8 +136,7 @@ def _parse(text: str, source: str, *, reference: bool) -> tuple[SliceSpec, ...]:
             where = f"{source}, line {reader.line_num}"
             if len(cells) != width:
                 raise SliceError(
-                    f"{where}: {len(cells)} cells under {width} columns; put a list with commas in double "
-                    f"quotes."
+                    f"{where}: {len(cells)} cells under {width} columns; put a list with commas in double quotes."
                 )
             spec = _row(cells, columns, where, reference)
             key = _key(spec.name)
@@ -189,8 +186,7 @@ def _row(cells: list[str], columns: Mapping[str, tuple[int, str]], where: str, r
         raise SliceError(f"{at}: {layers!r} is not an integer.")
     if int(layers) != len(widths):
         raise SliceError(
-            f"{at}: {layers} layers, but {columns['widths'][1]!r} has {len(widths)} widths; it needs one "
-            f"for each."
+            f"{at}: {layers} layers, but {columns['widths'][1]!r} has {len(widths)} widths; it needs one for each."
         )
     skipped = _integers(*cell("skipped"))
     effective, mmlu = _number(*cell("effective")), _number(*cell("mmlu"))
@@ -211,8 +207,7 @@ def _integers(cell: str, where: str) -> tuple[int, ...]:
         match = _ELEMENT.fullmatch(element.strip())
         if match is None:
             raise SliceError(
-                f"{where}: entry {place}, {element.strip()[:40]!r}, is neither an integer nor a product `a "
-                f"* b`."
+                f"{where}: entry {place}, {element.strip()[:40]!r}, is neither an integer nor a product `a * b`."
             )
         numbers.append(int(match[1]) * int(match[2] or 1))
     return tuple(numbers)
@@ -335,9 +330,7 @@ class Slice:
         if layer >= self.config.num_layers:
             raise SliceError(f"{name}: slice {self.name} has only {self.config.num_layers} layers.")
         if layer >= self.config.num_kv_layers and _KV_TENSOR.match(rest):
-            raise SliceError(
-                f"{name}: layer {layer} of slice {self.name} reads a donor's K and V and has none."
-            )
+            raise SliceError(f"{name}: layer {layer} of slice {self.name} reads a donor's K and V and has none.")
         original = self.keep[layer]
         source = f"layers.{original}.{rest}"
         width = self.config.intermediate_sizes[layer]
@@ -441,13 +434,9 @@ def _scaled(spec: SliceSpec, config: TextConfig) -> tuple[int, ...]:
 
 def _check_width(where: str, width: int, original: int) -> None:
     if width > original:
-        raise SliceError(
-            f"{where}: FFN width {width} is above the checkpoint's {original}; a slice can only narrow."
-        )
+        raise SliceError(f"{where}: FFN width {width} is above the checkpoint's {original}; a slice can only narrow.")
     if original % WIDTH_MULTIPLE == 0 and width % WIDTH_MULTIPLE:
-        raise SliceError(
-            f"{where}: FFN width {width} is not a multiple of {WIDTH_MULTIPLE}, which the kernels need."
-        )
+        raise SliceError(f"{where}: FFN width {width} is not a multiple of {WIDTH_MULTIPLE}, which the kernels need.")
 
 
 def _check_skipped(spec: SliceSpec, config: TextConfig) -> None:
@@ -457,8 +446,7 @@ def _check_skipped(spec: SliceSpec, config: TextConfig) -> None:
     for layer in spec.skipped:
         if layer >= config.num_layers:
             raise SliceError(
-                f"Slice {spec.name} skips layer {layer}, and the checkpoint's layers are 0 to "
-                f"{config.num_layers - 1}."
+                f"Slice {spec.name} skips layer {layer}, and the checkpoint's layers are 0 to {config.num_layers - 1}."
             )
         if layer in readers:
             raise SliceError(
@@ -469,8 +457,7 @@ def _check_skipped(spec: SliceSpec, config: TextConfig) -> None:
     shared = set(range(config.num_kv_layers, config.num_layers))
     if shared and shared <= set(spec.skipped):
         raise SliceError(
-            f"Slice {spec.name} skips all KV-shared layers, {min(shared)} to {max(shared)}; at least one "
-            f"must stay."
+            f"Slice {spec.name} skips all KV-shared layers, {min(shared)} to {max(shared)}; at least one must stay."
         )
 
 

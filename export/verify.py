@@ -79,9 +79,7 @@ def verify(
     )
 
 
-def random_prompts(
-    model: OnnxGemma3n, rng: np.random.Generator, count: int, length: int
-) -> list[list[int]]:
+def random_prompts(model: OnnxGemma3n, rng: np.random.Generator, count: int, length: int) -> list[list[int]]:
     """`count` prompts of `length` tokens: <bos>, then ids of the text vocabulary."""
     manifest = model.manifest
     rows = manifest.per_layer_embeddings.rows

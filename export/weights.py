@@ -78,9 +78,7 @@ class WeightStream:
     def __post_init__(self) -> None:
         self.consumed: set[str] = set()
 
-    def write_file(
-        self, path: Path, placements: Mapping[str, Placement], scale: float = 1.0
-    ) -> FileInfo:
+    def write_file(self, path: Path, placements: Mapping[str, Placement], scale: float = 1.0) -> FileInfo:
         """Writes all tensors of one data file, each multiplied by `scale`.
 
         Raises:

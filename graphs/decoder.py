@@ -372,9 +372,7 @@ class Decoder(nn.Module):
         """AltUp streams [T, A, H] -> hidden [T, H]."""
         first = streams[:, 0]
         target = _magnitude(first)
-        others = [
-            _rescale(p(streams[:, i]), target) for i, p in enumerate(self.altup_unembed_projections, start=1)
-        ]
+        others = [_rescale(p(streams[:, i]), target) for i, p in enumerate(self.altup_unembed_projections, start=1)]
         return torch.stack([first, *others], dim=1).mean(1)
 
 

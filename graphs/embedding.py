@@ -20,9 +20,7 @@ class Embedding(nn.Module):
         self.scale = config.hidden_size**0.5
         self.per_layer_rows = config.vocab_size_per_layer_input
         self.embed_tokens = Table(config.vocab_size, config.hidden_size)
-        self.embed_tokens_per_layer = Table(
-            self.per_layer_rows, config.num_layers * config.hidden_size_per_layer_input
-        )
+        self.embed_tokens_per_layer = Table(self.per_layer_rows, config.num_layers * config.hidden_size_per_layer_input)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         has_row = (input_ids >= 0) & (input_ids < self.per_layer_rows)

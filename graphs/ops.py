@@ -34,18 +34,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
         return (normed * weight.float()).type_as(x)
     attributes = {"axis": -1, "epsilon": eps}
-    return symbolic(
-        "RMSNormalization", (x, weight), attributes, dtype=x.dtype, shape=x.shape, version=_OPSET
-    )
+    return symbolic("RMSNormalization", (x, weight), attributes, dtype=x.dtype, shape=x.shape, version=_OPSET)
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """RoPE in the half-split form over the whole head. x [B, S, heads * D]; cos, sin [B, S, D / 2]."""
     if tracing():
         attributes = {"num_heads": num_heads, "interleaved": 0}
-        return symbolic(
-            "RotaryEmbedding", (x, cos, sin), attributes, dtype=x.dtype, shape=x.shape, version=_OPSET
-        )
+        return symbolic("RotaryEmbedding", (x, cos, sin), attributes, dtype=x.dtype, shape=x.shape, version=_OPSET)
     low, high = x.unflatten(-1, (num_heads, -1)).chunk(2, dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).flatten(-2)
@@ -97,9 +93,7 @@ def attend_and_cache(
     Without an export the past is ignored: whole right-padded sequences only, present [B, K, S, D].
     """
     if not tracing():
-        present_key, present_value = (
-            x.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2) for x in (key, value)
-        )
+        present_key, present_value = (x.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2) for x in (key, value))
         output = attend_to_cache(
             query, present_key, present_value, last_position, total_length,
             num_heads=num_heads, num_kv_heads=num_kv_heads, window=window,

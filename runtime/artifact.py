@@ -160,9 +160,7 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def verify_checksums(
-    folder: Path, manifest: Manifest, progress: Callable[[str, int], None] | None = None
-) -> None:
+def verify_checksums(folder: Path, manifest: Manifest, progress: Callable[[str, int], None] | None = None) -> None:
     """Reads every file and compares its SHA-256; `progress(file, bytes)` is called as it reads.
 
     Raises:

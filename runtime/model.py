@@ -45,9 +45,7 @@ class OnnxGemma3n:
     >>> model.generate("The capital of France is", max_new_tokens=8).text
     """
 
-    def __init__(
-        self, manifest: Manifest, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None
-    ) -> None:
+    def __init__(self, manifest: Manifest, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
         self.manifest, self.engine, self.tokenizer, self.template = manifest, engine, tokenizer, template
 
     @classmethod

@@ -88,9 +88,7 @@ class Buffer:
     def __init__(self, profile: Profile, shape: tuple[int, ...], dtype: str) -> None:
         self.profile, self.shape, self.dtype = profile, shape, dtype
         ort = _onnxruntime()
-        self._value = ort.OrtValue.ortvalue_from_shape_and_type(
-            list(shape), _element_type(dtype), profile.device, 0
-        )
+        self._value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), _element_type(dtype), profile.device, 0)
         self.nbytes = int(np.prod(shape)) * BYTES_PER_VALUE[dtype]
 
     def address(self, row: int) -> int:

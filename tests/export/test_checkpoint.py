@@ -49,9 +49,7 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("folder", ["tiny_checkpoint", "sharded"])
-def test_every_tensor_has_the_bytes_that_safetensors_reads(
-    folder: str, request: pytest.FixtureRequest
-) -> None:
+def test_every_tensor_has_the_bytes_that_safetensors_reads(folder: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(folder)
     checkpoint = Checkpoint.open(path)
     expected = load_all(path)
@@ -70,9 +68,7 @@ def test_row_ranges_are_rows_of_the_tensor(sharded: Path) -> None:
     assert whole.dtype == ml_dtypes.bfloat16
     assert checkpoint.spec("embed_tokens.weight") == TensorSpec("BF16", (1280, 64))
     for start, stop in [(0, 1), (17, 300), (1279, 1280), (5, 5), (0, 1280)]:
-        np.testing.assert_array_equal(
-            checkpoint.read_rows("embed_tokens.weight", start, stop), whole[start:stop]
-        )
+        np.testing.assert_array_equal(checkpoint.read_rows("embed_tokens.weight", start, stop), whole[start:stop])
         np.testing.assert_array_equal(checkpoint.raw_read_rows(EMBEDDING, start, stop), whole[start:stop])
 
 
@@ -152,9 +148,7 @@ def test_a_local_folder_has_no_revision(tiny_checkpoint: Path) -> None:
         Checkpoint.open(tiny_checkpoint, revision="main")
 
 
-@pytest.mark.parametrize(
-    ("missing", "message"), [("config.json", "no config.json"), (WEIGHTS, "only safetensors")]
-)
+@pytest.mark.parametrize(("missing", "message"), [("config.json", "no config.json"), (WEIGHTS, "only safetensors")])
 def test_a_folder_without_config_or_weights_is_refused(small: Path, missing: str, message: str) -> None:
     (small / missing).unlink()
     with pytest.raises(CheckpointNotFoundError, match=message):
@@ -222,9 +216,7 @@ def test_a_damaged_header_is_refused(small: Path, header: bytes) -> None:
 def test_an_index_must_match_its_shards(sharded: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sharded, tmp_path / "copy"))
     index = json.loads((folder / INDEX).read_text())
-    edit_json(
-        folder / INDEX, weight_map=index["weight_map"] | {"model.ghost": index["weight_map"][EMBEDDING]}
-    )
+    edit_json(folder / INDEX, weight_map=index["weight_map"] | {"model.ghost": index["weight_map"][EMBEDDING]})
     with pytest.raises(CheckpointError, match=r"lacks model\.ghost"):
         Checkpoint.open(folder)
     edit_json(folder / INDEX, weight_map=index["weight_map"])

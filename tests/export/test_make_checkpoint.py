@@ -102,9 +102,7 @@ def test_tiny_has_the_depth_and_every_feature_of_e4b(tiny_checkpoint: Path) -> N
 def test_real_sizes_have_the_published_parameters(size: str, text_parameters: int | None) -> None:
     architecture = module._architecture(module._config(module.SIZES[size], "bfloat16", {}))
     with torch.device("meta"):
-        reference = Gemma3nForCausalLM(
-            Gemma3nTextConfig(**module._config(module.SIZES[size], "bfloat16", {}))
-        )
+        reference = Gemma3nForCausalLM(Gemma3nTextConfig(**module._config(module.SIZES[size], "bfloat16", {})))
     expected = {k: tuple(v.shape) for k, v in reference.named_parameters() if k != "lm_head.weight"}
     assert {tensor.name: tensor.shape for tensor in module._tensors(architecture)} == expected
     if text_parameters is not None:
@@ -198,9 +196,7 @@ def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any], messag
 
 
 def test_special_ids_are_gemmas() -> None:
-    assert SpecialIds.of_text_vocab(262_144) == SpecialIds(
-        255_999, 256_000, 262_144, 262_145, 262_272, 262_273
-    )
+    assert SpecialIds.of_text_vocab(262_144) == SpecialIds(255_999, 256_000, 262_144, 262_145, 262_272, 262_273)
     assert SpecialIds.of_text_vocab(1024) == SpecialIds(1022, 1023, 1024, 1025, 1152, 1153)
 
 

@@ -146,14 +146,8 @@ def test_unknown_name_names_the_nearest():
 
 
 def test_published_csv_as_users_have_it(tmp_path):
-    text = "\ufeff" + row(
-        "Config for E2.54B (layer-level)", widths=str(list(find_slice("E2.54B", SPECS).widths))
-    )
-    text += (
-        '\nConfig for official E2B Model, 30, 1.91, 50.90%, "['
-        + "2_048 * 4, " * 30
-        + ']", "[20, 21, 22,23,24]"\n'
-    )
+    text = "\ufeff" + row("Config for E2.54B (layer-level)", widths=str(list(find_slice("E2.54B", SPECS).widths)))
+    text += '\nConfig for official E2B Model, 30, 1.91, 50.90%, "[' + "2_048 * 4, " * 30 + ']", "[20, 21, 22,23,24]"\n'
     first, second = load(tmp_path, text)
     assert first.widths == find_slice("E2.54B", SPECS).widths
     assert (second.widths, second.skipped, second.mmlu) == ((8192,) * 30, (20, 21, 22, 23, 24), 50.9)
@@ -267,13 +261,9 @@ def test_scaling_needs_one_divisible_width(widths, message):
 
 def test_cuts_of_e2b():
     groups = ((0, 20 * 256), (25 * 256, 35 * 256))
-    assert E2B.source_of("embed_tokens_per_layer.weight") == TensorCut(
-        "embed_tokens_per_layer.weight", columns=groups
-    )
+    assert E2B.source_of("embed_tokens_per_layer.weight") == TensorCut("embed_tokens_per_layer.weight", columns=groups)
     assert E2B.source_of("per_layer_model_projection.weight").rows == groups
-    assert E2B.source_of("layers.20.mlp.up_proj.weight") == TensorCut(
-        "layers.25.mlp.up_proj.weight", ((0, 8192),)
-    )
+    assert E2B.source_of("layers.20.mlp.up_proj.weight") == TensorCut("layers.25.mlp.up_proj.weight", ((0, 8192),))
     assert E2B.source_of("layers.3.mlp.down_proj.weight").columns == ((0, 8192),)
     assert E2B.source_of("norm.weight") == TensorCut("norm.weight")
     with pytest.raises(SliceError, match="only 30 layers"):
@@ -302,11 +292,7 @@ def test_cut_state_dict_loads_strictly_and_equals_brute_force(name):
     slice_ = resolve(find_slice(name, SPECS), NARROW)
     source = {key: value.numpy() for key, value in build(NARROW_HF).state_dict().items()}
     # Checkpoints still have K and V of the shared layers.
-    extra = {
-        f"layers.{i}.self_attn.{part}.weight": np.zeros(1)
-        for i in range(20, 35)
-        for part in ("k_proj", "v_proj")
-    }
+    extra = {f"layers.{i}.self_attn.{part}.weight": np.zeros(1) for i in range(20, 35) for part in ("k_proj", "v_proj")}
     sliced_hf = slice_.hf_config(NARROW_HF)
     model = build(sliced_hf)
     cuts = {key: slice_.source_of(key) for key in model.state_dict()}
@@ -371,14 +357,8 @@ def test_counts_agree_with_transformers():
     encoders = encoder_parameter_counts(config.to_dict())
     with torch.device("meta"):
         assert count(hf.Gemma3nAudioEncoder(config.audio_config)) == encoders["audio_tower"]
-        assert (
-            count(hf.Gemma3nMultimodalEmbedder(config.audio_config, config.text_config))
-            == encoders["embed_audio"]
-        )
-        assert (
-            count(hf.Gemma3nMultimodalEmbedder(config.vision_config, config.text_config))
-            == encoders["embed_vision"]
-        )
+        assert count(hf.Gemma3nMultimodalEmbedder(config.audio_config, config.text_config)) == encoders["embed_audio"]
+        assert count(hf.Gemma3nMultimodalEmbedder(config.vision_config, config.text_config)) == encoders["embed_vision"]
         text = count(build(NARROW_HF))
     counts = parameter_counts(NARROW)
     assert text == counts.text - counts.unused_kv

@@ -60,9 +60,7 @@ FEATURES = """{% for m in messages %}
 def backend() -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL + byte_tokens, show_progress=False)
     backend.train_from_iterator(["the user said hello to the model\nünï � user model"] * 3, trainer)
@@ -237,9 +235,7 @@ def test_each_kind_of_prompt_becomes_ids(tokenizer: Tokenizer, template: ChatTem
 @pytest.mark.parametrize(
     "prompt", ["", [], b"x", None, 3, [600], [-1], [1, True], [1, "x"], [True], [1.0], "\ud800", USER, ["x"]]
 )
-def test_a_prompt_that_cannot_be_encoded_is_refused(
-    tokenizer: Tokenizer, template: ChatTemplate, prompt: Any
-) -> None:
+def test_a_prompt_that_cannot_be_encoded_is_refused(tokenizer: Tokenizer, template: ChatTemplate, prompt: Any) -> None:
     with pytest.raises(PromptError):
         encode_prompt(prompt, tokenizer, template, 600)
 

@@ -79,9 +79,7 @@ def test_counts_grow_with_the_generation() -> None:
     np.testing.assert_array_equal(counts.generated, np.full(500, 2))
 
 
-@pytest.mark.parametrize(
-    "filters", [{}, {"top_k": 40}, {"top_k": 40, "top_p": 0.8, "min_p": 0.02}, {"top_p": 0.9}]
-)
+@pytest.mark.parametrize("filters", [{}, {"top_k": 40}, {"top_k": 40, "top_p": 0.8, "min_p": 0.02}, {"top_p": 0.9}])
 def test_draws_are_as_frequent_as_transformers_probabilities(filters: dict[str, float]) -> None:
     logits, draws = random_logits(300, seed=4, spread=1.5), 4000
     scores = torch.from_numpy(logits).double()[None] / 0.9
@@ -137,13 +135,9 @@ def test_an_excluded_token_is_never_chosen(filters: dict[str, float]) -> None:
 def test_a_logit_that_is_no_number_is_an_error(bad: float, temperature: float) -> None:
     logits = np.array([1, bad, 2], np.float32)
     with pytest.raises(ProviderError, match="precision"):
-        s.Sampler(s.GenerationOptions(temperature=temperature)).choose(
-            logits, s.TokenCounts([]), s.rng_for(0)
-        )
+        s.Sampler(s.GenerationOptions(temperature=temperature)).choose(logits, s.TokenCounts([]), s.rng_for(0))
     with pytest.raises(ProviderError, match="-inf"):
-        s.Sampler(s.GenerationOptions()).choose(
-            np.full(3, -np.inf, np.float32), s.TokenCounts([]), s.rng_for(0)
-        )
+        s.Sampler(s.GenerationOptions()).choose(np.full(3, -np.inf, np.float32), s.TokenCounts([]), s.rng_for(0))
 
 
 def test_log_probabilities_are_those_of_log_softmax() -> None:
