@@ -91,7 +91,7 @@ class WeightStream:
             assert file.size == place.offset
             for block in self._blocks(name, place):
                 data = _cast(name, block, place.dtype, scale)
-                file.write(memoryview(data).cast("B"))
+                file.write(data.data.cast("B"))
                 self.progress(data.nbytes)
         return file.close()
 

@@ -151,6 +151,8 @@ class MLP(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention. A KV-shared layer has no K and V of its own and reads its donor's present."""
 
+    v_norm: Tensor
+
     def __init__(self, config: TextConfig, layer: int, windowed_cache: bool) -> None:
         super().__init__()
         self.kind = config.layer_types[layer]
@@ -270,7 +272,9 @@ class Decoder(nn.Module):
         self.caches = cache_specs(config, logits)
         hidden, streams, eps = config.hidden_size, config.altup_num_inputs, config.rms_norm_eps
         windowed = {cache.layer for cache in self.caches if cache.windowed}
-        self.layers = nn.ModuleList(DecoderLayer(config, i, i in windowed) for i in range(config.num_layers))
+        self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
+            DecoderLayer(config, i, i in windowed) for i in range(config.num_layers)
+        )
         self.norm = RMSNorm(hidden, eps)
         per_layer = config.num_layers * config.hidden_size_per_layer_input
         self.per_layer_model_projection = Linear(hidden, per_layer)

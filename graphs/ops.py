@@ -8,12 +8,16 @@ Shape legend: B batch, S new tokens, T = B * S, C cache capacity, N query heads,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 _OPSET = 23
+
+Attributes = dict[str, Any]
 
 
 def tracing() -> bool:
@@ -33,14 +37,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not tracing():
         normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
         return (normed * weight.float()).type_as(x)
-    attributes = {"axis": -1, "epsilon": eps}
+    attributes: Attributes = {"axis": -1, "epsilon": eps}
     return symbolic("RMSNormalization", (x, weight), attributes, dtype=x.dtype, shape=x.shape, version=_OPSET)
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """RoPE in the half-split form over the whole head. x [B, S, heads * D]; cos, sin [B, S, D / 2]."""
     if tracing():
-        attributes = {"num_heads": num_heads, "interleaved": 0}
+        attributes: Attributes = {"num_heads": num_heads, "interleaved": 0}
         return symbolic("RotaryEmbedding", (x, cos, sin), attributes, dtype=x.dtype, shape=x.shape, version=_OPSET)
     low, high = x.unflatten(-1, (num_heads, -1)).chunk(2, dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
@@ -50,7 +54,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Ten
 def length_of_axis(x: Tensor, axis: int) -> Tensor:
     """The size of one axis as an int64 tensor [1], so that index arithmetic stays in the graph."""
     if tracing():
-        attributes = {"start": axis, "end": axis + 1}
+        attributes: Attributes = {"start": axis, "end": axis + 1}
         return symbolic("Shape", (x,), attributes, dtype=torch.int64, shape=(1,), version=_OPSET)
     return torch.tensor([x.shape[axis]], dtype=torch.int64)
 
@@ -99,7 +103,7 @@ def attend_and_cache(
             num_heads=num_heads, num_kv_heads=num_kv_heads, window=window,
         )  # fmt: skip
         return output, present_key, present_value
-    attributes: dict[str, int | float] = {
+    attributes: Attributes = {
         "num_heads": num_heads,
         "kv_num_heads": num_kv_heads,
         "scale": 1.0,
@@ -137,7 +141,7 @@ def attend_to_cache(
     if tracing():
         batch = query.shape[0]
         nothing = query.new_empty((batch, 0, key.shape[1] * key.shape[3]))
-        attributes = {
+        attributes: Attributes = {
             "num_heads": num_heads,
             "kv_num_heads": num_kv_heads,
             "scale": 1.0,

@@ -1,0 +1,170 @@
+"""Figures at full size: makes a random E4B checkpoint, exports the E2B slice, generates, measures.
+
+Needs about 35 GB of disk and 24 GiB of memory; takes some minutes. Every figure in README's section
+"Measured" that speaks of E2B or E4B comes from here:
+
+    python ci/full_size.py --workdir DIR [--precision fp32] [--parity]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--slice", default="E2B")
+    parser.add_argument("--context", type=int, default=32768, help="context of the KV measurement")
+    parser.add_argument("--parity", action="store_true", help="also compare with transformers (about 14 GB)")
+    arguments = parser.parse_args()
+    checkpoint = arguments.workdir / "e4b"
+    artifact = arguments.workdir / f"{arguments.slice}-{arguments.precision}"
+    if not checkpoint.exists():
+        _timed("make-checkpoint", _gemma3n("make-checkpoint", "--size", "e4b", "--output", checkpoint))
+    if not artifact.exists():
+        command = _python("export.cli", "main", "--model", checkpoint, "--slice", arguments.slice)
+        _timed("export", [*command, "--precision", arguments.precision, "--output", artifact])
+    for section in ("generate", "kv"):
+        subprocess.run([sys.executable, __file__, "--section", section, artifact, str(arguments.context)], check=True)
+    if arguments.parity:
+        lengths = ("--prompts", "1", "--prompt-tokens", "1029", "--new-tokens", "64")
+        _timed("verify", _gemma3n("verify", artifact, "--model", checkpoint, *lengths))
+
+
+def generate(folder: Path) -> None:
+    """Load time, speed and memory of 64 tokens after a prompt of 128."""
+    from gemma3n_onnx.runtime import OnnxGemma3n
+    from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE
+
+    before = _memory()
+    started = time.perf_counter()
+    model = OnnxGemma3n.from_pretrained(folder)
+    loaded = time.perf_counter() - started
+    rng = np.random.default_rng(0)
+    rows = model.manifest.per_layer_embeddings.rows
+    prompt = rng.integers(4, rows, 128).tolist()
+    result = model.generate(prompt, max_new_tokens=64)
+    timings, after = result.timings, _memory()
+    bandwidth = _read_bandwidth()
+    values = model.manifest.parameters.effective + model.manifest.parameters.token_embeddings
+    read_per_token = values * BYTES_PER_VALUE[model.manifest.compute_dtype]
+    _print(
+        "generate",
+        load_s=round(loaded, 2),
+        prefill_128_tok_s=round(timings.prefill_tokens_per_second, 1),
+        time_to_first_token_s=round(timings.time_to_first_token, 2),
+        decode_64_tok_s=round(timings.decode_tokens_per_second, 2),
+        read_bandwidth_gb_s=round(bandwidth / 1e9, 1),
+        decode_limit_tok_s=round(bandwidth / read_per_token, 2),
+        distinct_tokens=len(set(result.token_ids)),
+        anonymous_mib=round((after["RssAnon"] - before["RssAnon"]) / 2**20),
+        mapped_mib=round(after["RssFile"] / 2**20),
+        ple_table_mib=round(_mapped(model.manifest.per_layer_embeddings.file) / 2**20, 2),
+    )
+
+
+def kv(folder: Path, context: int) -> None:
+    """Memory of the KV caches at `context` tokens, against full-length and window-length sums."""
+    from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, load_manifest
+    from gemma3n_onnx.runtime.kv_cache import KVCache
+    from gemma3n_onnx.runtime.session import choose_profile
+
+    manifest = load_manifest(folder)
+    row_bytes = [2 * c.kv_heads * c.head_dim * BYTES_PER_VALUE[c.dtype] for c in manifest.caches]
+    ideal = sum(b * (c.window or context) for b, c in zip(row_bytes, manifest.caches))
+    profile = choose_profile("cpu", manifest)
+    before = _memory()["RssAnon"]
+    cache = KVCache(manifest.caches, profile, 1, context)
+    for layer in cache.layers:
+        for buffer in (layer.key, layer.value):
+            ctypes.memset(buffer.address(0), 0, buffer.nbytes)
+    measured = _memory()["RssAnon"] - before
+    _print(
+        "kv",
+        context=context,
+        caches=len(manifest.caches),
+        windowed=sum(c.window is not None for c in manifest.caches),
+        allocated_mib=round(cache.nbytes / 2**20, 1),
+        measured_mib=round(measured / 2**20, 1),
+        full_plus_window_lengths_mib=round(ideal / 2**20, 1),
+        all_layers_full_length_mib=round(sum(row_bytes) * context * manifest.num_layers / len(row_bytes) / 2**20, 1),
+    )
+
+
+def _gemma3n(*arguments: object) -> list[str]:
+    return _python("runtime.cli", "main", *arguments)
+
+
+def _python(module: str, function: str, *arguments: object) -> list[str]:
+    code = f"from gemma3n_onnx.{module} import {function}; {function}()"
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def _timed(title: str, command: list[str]) -> None:
+    """Runs a command and prints its wall time and its peak resident memory, mapped files included."""
+    started = time.perf_counter()
+    code = (
+        "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]); "
+        "print('peak_rss_mib', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024, file=sys.stderr); "
+        "sys.exit(r.returncode)"
+    )
+    subprocess.run([sys.executable, "-c", code, *command], check=True)
+    _print(title, seconds=round(time.perf_counter() - started, 1))
+
+
+def _memory() -> dict[str, int]:
+    """Resident bytes of this process: RssAnon is private memory, RssFile mapped files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {k: int(v.split()[0]) * 1024 for k, v in (line.split(":", 1) for line in lines) if k.startswith("Rss")}
+
+
+def _mapped(file: str) -> int:
+    """Resident bytes of this process's mappings of one file, private or shared."""
+    resident, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        fields = line.split()
+        if "-" in fields[0] and not fields[0].endswith(":"):
+            inside = line.endswith(file)
+        elif inside and fields[0] == "Rss:":
+            resident += int(fields[1]) * 1024
+    return resident
+
+
+def _read_bandwidth() -> float:
+    """Bytes a second at which all cores together read memory that is in no cache."""
+    from concurrent.futures import ThreadPoolExecutor
+    from os import cpu_count
+
+    cores = cpu_count() or 1
+    parts = [np.ones(1 << 26, dtype=np.float32) for _ in range(cores)]
+    with ThreadPoolExecutor(cores) as pool:
+        best = min(_seconds(lambda: list(pool.map(np.max, parts))) for _ in range(5))
+    return sum(part.nbytes for part in parts) / best
+
+
+def _seconds(work) -> float:  # noqa: ANN001
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _print(title: str, **figures: object) -> None:
+    print(title, json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--section"]:
+        section, folder, context = sys.argv[2:5]
+        generate(Path(folder)) if section == "generate" else kv(Path(folder), int(context))
+    else:
+        main()
