@@ -152,7 +152,7 @@ def _read_bandwidth() -> float:
     return sum(part.nbytes for part in parts) / best
 
 
-def _seconds(work) -> float:  # noqa: ANN001
+def _seconds(work) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
