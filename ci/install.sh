@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python -m pip install --quiet --upgrade pip
-# The CPU build: a plain `torch` brings gigabytes of CUDA libraries.
-python -m pip install --quiet "torch==2.13.0" || python -m pip install --quiet torch
+# First and pinned: without it the newest torch comes with whatever accelerator libraries it likes.
+python -m pip install --quiet "torch==2.13.0"
 python -m pip install --quiet --editable ".[cpu,export,test]"

@@ -24,9 +24,13 @@ from onnx_ir.passes import Sequential
 from onnx_ir.passes import common as passes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim
+from torch.utils._pytree import tree_map
 
 OPSET = 23
+# Sizes that the varying axes have while tracing: primes that no model dimension is a multiple of.
+AXES = {"batch": 1009, "new_tokens": 2003, "total_length": 4001, "window_capacity": 7001, "capacity": 8009}
+_AXIS_NAMES = {size: name for name, size in AXES.items()}
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,15 +52,8 @@ def trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model:
 
 def trace_embedding(config: TextConfig, compute: str) -> ir.Model:
     """The embedding graph: ids to scaled token embeddings and PLE rows."""
-    tokens = {0: Dim("batch"), 1: Dim("new_tokens")}
-    return _trace(
-        lambda: Embedding(config),
-        compute,
-        lambda _: (torch.zeros(2, 5, dtype=torch.int64),),
-        (tokens,),
-        ["input_ids"],
-        ["inputs_embeds", "per_layer_inputs"],
-    )
+    ids = torch.zeros(AXES["batch"], AXES["new_tokens"], dtype=torch.int64, device="meta")
+    return _trace(lambda: Embedding(config), compute, (ids,), ["input_ids"], ["inputs_embeds", "per_layer_inputs"])
 
 
 def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
@@ -69,41 +66,25 @@ def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
 def _trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model:
     with torch.device("meta"):
         outline = Decoder(config, logits)
-    batch, new, length = Dim("batch"), Dim("new_tokens"), Dim("total_length")
-    capacity = {True: Dim("window_capacity"), False: Dim("capacity")}
-    rows = {True: 4 * config.sliding_window, False: 4 * config.sliding_window + 16}
-    per_layer = config.num_layers * config.hidden_size_per_layer_input
-
-    def arguments(dtype: torch.dtype) -> tuple:
-        past = [
-            torch.zeros(2, config.num_kv_heads, rows[cache.windowed], config.head_dim, dtype=dtype)
-            for cache in outline.caches
-            for _ in range(2)
-        ]
-        return (
-            torch.zeros(2, 5, config.hidden_size, dtype=dtype),
-            torch.zeros(2, 5, per_layer, dtype=dtype),
-            torch.ones(2, 9, dtype=torch.int64),
-            torch.zeros(2, 5, dtype=torch.int64),
-            past,
+        batch, new, length = (AXES[name] for name in ("batch", "new_tokens", "total_length"))
+        per_layer = config.num_layers * config.hidden_size_per_layer_input
+        heads, dim, dtype = config.num_kv_heads, config.head_dim, DTYPES[compute]
+        rows = [AXES["window_capacity" if cache.windowed else "capacity"] for cache in outline.caches]
+        arguments = (
+            torch.empty(batch, new, config.hidden_size, dtype=dtype),
+            torch.empty(batch, new, per_layer, dtype=dtype),
+            torch.empty(batch, length, dtype=torch.int64),
+            torch.empty(batch, new, dtype=torch.int64),
+            [torch.empty(batch, heads, n, dim, dtype=dtype) for n in rows for _ in range(2)],
         )
-
-    tokens = {0: batch, 1: new}
-    past_shapes = [{0: batch, 2: capacity[cache.windowed]} for cache in outline.caches for _ in range(2)]
-    shapes = (tokens, tokens, {0: batch, 1: length}, tokens, past_shapes)
-    return _trace(
-        lambda: Decoder(config, logits), compute, arguments, shapes, outline.input_names, outline.output_names
-    )
+    names = outline.input_names, outline.output_names
+    return _trace(lambda: Decoder(config, logits), compute, arguments, *names)
 
 
 def _trace(
-    build: Callable[[], nn.Module],
-    compute: str,
-    arguments: Callable[[torch.dtype], tuple],
-    shapes: tuple,
-    inputs: list[str],
-    outputs: list[str],
+    build: Callable[[], nn.Module], compute: str, arguments: tuple, inputs: list[str], outputs: list[str]
 ) -> ir.Model:
+    """Traces a module on meta `arguments` whose varying axes have the sizes of `AXES`."""
     dtype = DTYPES[compute]
     with torch.device("meta"):
         module = build().eval()
@@ -116,22 +97,49 @@ def _trace(
         for part in module.modules():
             for name, weight in part._parameters.items():
                 assert weight is not None
-                fake = torch.empty(weight.shape, dtype=dtype)
-                part._parameters[name] = nn.Parameter(fake, requires_grad=False)
+                part._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=dtype), requires_grad=False)
         program = torch.onnx.export(
             module,
-            arguments(dtype),
+            tree_map(lambda x: torch.empty(x.shape, dtype=x.dtype), arguments),
             dynamo=True,
             optimize=False,
             opset_version=OPSET,
-            dynamic_shapes=shapes,
             input_names=inputs,
             output_names=outputs,
             verbose=False,
         )
     assert program is not None
-    _simplify(program.model, parameters)
-    return program.model
+    model = program.model
+    _forget_sizes(model)
+    _simplify(model, parameters)
+    _check_no_size_is_fixed(model)
+    return model
+
+
+def _forget_sizes(model: ir.Model) -> None:
+    """Names the varying axes of inputs and outputs, and drops all shapes in between."""
+    graph = model.graph
+    for value in (*graph.inputs, *graph.outputs):
+        assert value.shape is not None
+        value.shape = ir.Shape([_AXIS_NAMES.get(size, size) for size in value.shape.numpy()])
+    for node in graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in graph.outputs:
+                value.shape = None
+
+
+def _check_no_size_is_fixed(model: ir.Model) -> None:
+    """A size of `AXES` among the graph's integer constants means that a module used a torch view."""
+    values = [*model.graph.initializers.values(), *(output for node in model.graph for output in node.outputs)]
+    for value in values:
+        constant = ir.convenience.get_const_tensor(value)
+        if constant is not None and constant.dtype == ir.DataType.INT64:
+            for number in (*constant.shape.numpy(), *constant.numpy().flatten().tolist()):
+                if abs(number) < 2**31 and any(number and number % size == 0 for size in AXES.values()):
+                    users = sorted({node.op_type for node in value.consumers()})
+                    raise AssertionError(f"The size {number} of the trace is fixed in {value.name}, used by {users}.")
 
 
 def _simplify(model: ir.Model, parameters: list[str]) -> None:
@@ -143,18 +151,18 @@ def _simplify(model: ir.Model, parameters: list[str]) -> None:
         value.const_value = None
         graph.inputs.append(value)
         held.append(value)
-    with _quiet():
-        onnxscript.optimizer.optimize(model, onnx_shape_inference=False)
-    Sequential(passes.CommonSubexpressionEliminationPass(), passes.RemoveUnusedNodesPass())(model)
+    onnxscript.optimizer.fold_constants(model)
+    Sequential(
+        passes.IdentityEliminationPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+    )(model)
     for value in held:
         graph.inputs.remove(value)
         graph.initializers[value.name] = value  # type: ignore[index]
-    for node in graph:
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if value not in graph.outputs:
-                value.shape = None
 
 
 @contextlib.contextmanager

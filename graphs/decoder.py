@@ -76,7 +76,7 @@ class Step:
     `last_position` and `total_length` count, for each layer type, the rows that attention may look at.
     """
 
-    batch: int
+    batch: ops.Size
     rope: dict[str, tuple[Tensor, Tensor]]  # layer type -> cos, sin [B, S, D / 2]
     last_position: dict[str, Tensor]  # int32 [B]
     total_length: dict[str, Tensor]  # int32 [1]
@@ -84,6 +84,8 @@ class Step:
 
 class AltUp(nn.Module):
     """Alternating updates over A streams of the hidden state; stream 0 is the active one."""
+
+    identity: Tensor
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -103,7 +105,7 @@ class AltUp(nn.Module):
 
     def predict(self, streams: Tensor) -> Tensor:
         """streams [T, A, H] -> predictions [T, A, H]."""
-        coefs = self.prediction_coefs(self.route(streams[:, 0])).view(-1, self.streams, self.streams)
+        coefs = ops.reshape(self.prediction_coefs(self.route(streams[:, 0])), -1, self.streams, self.streams)
         return torch.matmul(coefs + self.identity, streams)
 
     def correct(self, predictions: Tensor, activated: Tensor) -> Tensor:
@@ -169,10 +171,10 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, eps)
             self.register_buffer("v_norm", torch.ones(self.head_dim, device="cpu"), persistent=False)
 
-    def heads_of(self, x: Tensor, norm: Tensor, batch: int) -> Tensor:
+    def heads_of(self, x: Tensor, norm: Tensor, batch: ops.Size) -> Tensor:
         """x [T, heads * D] -> normed by head, [B, S, heads * D]."""
-        normed = ops.rms_norm(x.view(-1, self.head_dim), norm, self.q_norm.eps)
-        return normed.view(batch, -1, x.shape[1])
+        normed = ops.rms_norm(ops.reshape(x, -1, self.head_dim), norm, self.q_norm.eps)
+        return ops.reshape(normed, batch, -1, x.shape[1])
 
     def query(self, x: Tensor, step: Step) -> Tensor:
         return ops.rotary_embedding(
@@ -197,7 +199,7 @@ class Attention(nn.Module):
             window=self.window,
             windowed_cache=self.windowed_cache,
         )
-        return output.view(-1, self.heads * self.head_dim), present_key, present_value
+        return ops.reshape(output, -1, self.heads * self.head_dim), present_key, present_value
 
     def read(self, x: Tensor, donor: tuple[Tensor, Tensor], step: Step) -> Tensor:
         """x [T, H] -> attention [T, N * D] (before `o_proj`) over the donor's present K, V [B, K, C, D]."""
@@ -210,7 +212,7 @@ class Attention(nn.Module):
             num_kv_heads=self.kv_heads,
             window=self.window,
         )
-        return output.view(-1, self.heads * self.head_dim)
+        return ops.reshape(output, -1, self.heads * self.head_dim)
 
 
 class DecoderLayer(nn.Module):
@@ -304,9 +306,9 @@ class Decoder(nn.Module):
         position_ids: Tensor,
         past: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        batch, new_tokens = inputs_embeds.shape[:2]
-        step = self._step(attention_mask, position_ids, past)
-        embeds = inputs_embeds.flatten(0, 1)
+        batch, new_tokens = (ops.size_of_axis(inputs_embeds, axis) for axis in (0, 1))
+        step = self._step(batch, attention_mask, position_ids, past)
+        embeds = ops.reshape(inputs_embeds, -1, self.config.hidden_size)
         per_layer = self._per_layer_inputs(embeds, per_layer_inputs)
         streams = self._split(embeds)
 
@@ -335,15 +337,15 @@ class Decoder(nn.Module):
             logits = cap * torch.tanh(logits / cap)
         if self.logits == "last":
             return logits.unsqueeze(1), *present
-        return logits.view(batch, new_tokens, self.config.vocab_size), *present
+        return ops.reshape(logits, batch, -1, self.config.vocab_size), *present
 
-    def _step(self, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]) -> Step:
+    def _step(self, batch: ops.Size, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]) -> Step:
         seen = attention_mask.sum(-1)
         last_position = {FULL: (seen - 1).int()}
-        total_length = {FULL: ops.length_of_axis(attention_mask, 1).int()}
+        total_length = {FULL: ops.size_of_axis(attention_mask, 1).tensor.int()}
         sliding_source = self._sliding_source()
         if sliding_source is not None and self.caches[sliding_source].windowed:
-            capacity = ops.length_of_axis(past[2 * sliding_source], 2)
+            capacity = ops.size_of_axis(past[2 * sliding_source], 2).tensor
             resident = _resident_length(seen, capacity, self.config.sliding_window)
             last_position[SLIDING] = (resident - 1).int()
             total_length[SLIDING] = resident.amax(0, keepdim=True).int()
@@ -354,7 +356,7 @@ class Decoder(nn.Module):
             angles = position_ids.unsqueeze(2).float() * getattr(self, f"inverse_frequency_{kind}")
             dtype = self.norm.weight.dtype
             rope[kind] = (angles.cos().to(dtype), angles.sin().to(dtype))
-        return Step(position_ids.shape[0], rope, last_position, total_length)
+        return Step(batch, rope, last_position, total_length)
 
     def _sliding_source(self) -> int | None:
         sliding = [i for i in range(self.config.num_kv_layers, self.config.num_layers)
@@ -365,7 +367,8 @@ class Decoder(nn.Module):
         """embeds [T, H], table rows [B, S, L * P] -> per-layer inputs [T, L, P]."""
         shape = (-1, self.config.num_layers, self.config.hidden_size_per_layer_input)
         projected = self.per_layer_model_projection(embeds) * self.config.hidden_size**-0.5
-        return (self.per_layer_projection_norm(projected.view(shape)) + rows.view(shape)) * math.sqrt(0.5)
+        normed = self.per_layer_projection_norm(ops.reshape(projected, *shape))
+        return (normed + ops.reshape(rows, *shape)) * math.sqrt(0.5)
 
     def _split(self, embeds: Tensor) -> Tensor:
         """embeds [T, H] -> AltUp streams [T, A, H], each of the magnitude of the first."""
@@ -390,15 +393,15 @@ def _rescale(x: Tensor, target: Tensor) -> Tensor:
     return (wide * (target / magnitude)).type_as(x)
 
 
-def _last_valid(attention_mask: Tensor, batch: int, new_tokens: int) -> Tensor:
+def _last_valid(attention_mask: Tensor, batch: ops.Size, new_tokens: ops.Size) -> Tensor:
     """Flat index [B] of each row's last token that is not padding."""
-    valid = attention_mask[:, attention_mask.shape[1] - new_tokens :].sum(-1)
-    return torch.arange(batch) * new_tokens + valid - 1
+    valid = ops.last_columns(attention_mask, new_tokens).sum(-1)
+    return ops.count_to(batch) * new_tokens.tensor + valid - 1
 
 
 def _narrow(step: Step, index: Tensor) -> Step:
     rope = {
-        kind: tuple(x.flatten(0, 1).index_select(0, index).unsqueeze(1) for x in pair)
+        kind: tuple(ops.reshape(x, -1, x.shape[2]).index_select(0, index).unsqueeze(1) for x in pair)
         for kind, pair in step.rope.items()
     }
     return Step(step.batch, rope, step.last_position, step.total_length)  # type: ignore[arg-type]

@@ -3,11 +3,17 @@
 Outside an export they compute the same in plain torch, so that a module written with them can be
 tested and trained. A symbolic node has no eager meaning, hence the two branches.
 
+Modules are traced with fixed sizes, which is several times faster than with symbolic ones. What depends on
+a size that varies at run time must therefore go through `reshape`, `last_columns`, `count_to` and their
+like, never through a torch view; `export.trace` checks that no fixed size got into a graph.
+
 Shape legend: B batch, S new tokens, T = B * S, C cache capacity, N query heads, K KV heads, D head size.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,12 +57,52 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Ten
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).flatten(-2)
 
 
-def length_of_axis(x: Tensor, axis: int) -> Tensor:
-    """The size of one axis as an int64 tensor [1], so that index arithmetic stays in the graph."""
-    if tracing():
-        attributes: Attributes = {"start": axis, "end": axis + 1}
-        return symbolic("Shape", (x,), attributes, dtype=torch.int64, shape=(1,), version=_OPSET)
-    return torch.tensor([x.shape[axis]], dtype=torch.int64)
+@dataclass(frozen=True)
+class Size:
+    """A size that varies at run time: the number that it has while tracing, and the graph's tensor [1]."""
+
+    number: int
+    tensor: Tensor
+
+
+def size_of_axis(x: Tensor, axis: int) -> Size:
+    number = x.shape[axis]
+    if not tracing():
+        return Size(number, torch.tensor([number]))
+    attributes: Attributes = {"start": axis, "end": axis + 1}
+    tensor = symbolic("Shape", (x,), attributes, dtype=torch.int64, shape=(1,), version=_OPSET)
+    return Size(number, tensor)
+
+
+def reshape(x: Tensor, *sizes: int | Size) -> Tensor:
+    """A view of x; one size may be -1."""
+    numbers = [size.number if isinstance(size, Size) else size for size in sizes]
+    if not tracing():
+        return x.reshape(numbers)
+    known = math.prod(number for number in numbers if number != -1)
+    shape = [x.numel() // known if number == -1 else number for number in numbers]
+    parts = [size.tensor if isinstance(size, Size) else torch.tensor([size]) for size in sizes]
+    if not any(isinstance(size, Size) for size in sizes):
+        parts = [torch.tensor(numbers)]
+    wanted = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return symbolic("Reshape", (x, wanted), dtype=x.dtype, shape=shape, version=_OPSET)
+
+
+def last_columns(x: Tensor, count: Size) -> Tensor:
+    """The last `count` columns of x [B, n]."""
+    if not tracing():
+        return x[:, x.shape[1] - count.number :]
+    length = size_of_axis(x, 1).tensor
+    bounds = (x, length - count.tensor, length, torch.tensor([1]))
+    return symbolic("Slice", bounds, dtype=x.dtype, shape=(x.shape[0], count.number), version=_OPSET)
+
+
+def count_to(size: Size) -> Tensor:
+    """0, 1, ... size - 1 as int64."""
+    if not tracing():
+        return torch.arange(size.number)
+    bounds = (torch.tensor(0), size.tensor.squeeze(0), torch.tensor(1))
+    return symbolic("Range", bounds, dtype=torch.int64, shape=(size.number,), version=_OPSET)
 
 
 def integer_divide(a: Tensor, b: Tensor) -> Tensor:
@@ -139,8 +185,7 @@ def attend_to_cache(
     count the rows that the donor's cache holds, which is less than the tokens seen if it is windowed.
     """
     if tracing():
-        batch = query.shape[0]
-        nothing = query.new_empty((batch, 0, key.shape[1] * key.shape[3]))
+        nothing = _no_rows(query, key.shape[1] * key.shape[3])
         attributes: Attributes = {
             "num_heads": num_heads,
             "kv_num_heads": num_kv_heads,
@@ -166,3 +211,9 @@ def attend_to_cache(
     k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (key, value))
     scores = (q @ k.transpose(2, 3)).float().masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
     return (scores.softmax(-1).type_as(v) @ v).transpose(1, 2).flatten(2)
+
+
+def _no_rows(x: Tensor, width: int) -> Tensor:
+    """x [B, S, n] -> [B, 0, width], for width <= n."""
+    starts, ends, axes = torch.tensor([0, 0]), torch.tensor([0, width]), torch.tensor([1, 2])
+    return symbolic("Slice", (x, starts, ends, axes), dtype=x.dtype, shape=(x.shape[0], 0, width), version=_OPSET)

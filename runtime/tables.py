@@ -35,7 +35,7 @@ class Table:
         stored = np.empty((len(ids), self.info.width), dtype=_STORED[self.info.dtype])
         row_bytes = stored.strides[0]
         for row, table_row in zip(stored, ids.tolist()):
-            self._read_into(memoryview(row).cast("B"), table_row * row_bytes)
+            self._read_into(row.data.cast("B"), table_row * row_bytes)
         if self._compute == "bf16":
             return narrow_to_bf16(_widen(stored, self.info.dtype) * np.float32(self.info.scale))
         if self._compute == "fp16":

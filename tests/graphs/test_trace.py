@@ -1,0 +1,120 @@
+"""What a traced graph must be, whatever its weights."""
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from gemma3n_onnx.export import trace
+from gemma3n_onnx.export.sizes import E4B
+from gemma3n_onnx.graphs import decoder, ops
+from gemma3n_onnx.graphs.config import FULL, SLIDING, TextConfig
+
+CONFIG = dataclasses.replace(
+    E4B,
+    vocab_size=96,
+    vocab_size_per_layer_input=64,
+    hidden_size=32,
+    hidden_size_per_layer_input=16,
+    intermediate_sizes=(64, 64, 32, 64),
+    num_heads=4,
+    head_dim=8,
+    layer_types=(SLIDING, FULL, SLIDING, FULL),
+    num_kv_shared_layers=2,
+    activation_sparsity=(0.9, 0.0, 0.0, 0.0),
+    sliding_window=8,
+    laurel_rank=4,
+)
+
+
+def nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == op_type]
+
+
+@pytest.fixture(scope="module")
+def model() -> ir.Model:
+    return trace.trace_decoder(CONFIG, "last", "fp32")
+
+
+def test_every_parameter_is_an_initializer_without_data(model: ir.Model) -> None:
+    shapes = trace.parameter_shapes(CONFIG)
+    without_data = {
+        name: tuple(value.shape.numpy())
+        for name, value in model.graph.initializers.items()
+        if value.const_value is None and value.shape is not None
+    }
+    assert without_data == shapes
+
+
+def test_only_producing_layers_have_caches(model: ir.Model) -> None:
+    past = [value.name for value in model.graph.inputs if value.name.startswith("past")]
+    assert past == [f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")]
+
+
+def test_shared_layers_read_their_donor_and_declare_one_output(model: ir.Model) -> None:
+    attention = nodes(model, "GroupQueryAttention")
+    assert [len([o for o in node.outputs if o.name]) for node in attention] == [3, 3, 1, 1]
+    for reader, donor in zip(attention[2:], attention[:2]):
+        assert list(reader.inputs[3:5]) == list(donor.outputs[1:3])
+
+
+def test_windows_and_windowed_caches_follow_the_layer_types(model: ir.Model) -> None:
+    attention = nodes(model, "GroupQueryAttention")
+    windows = [node.attributes["local_window_size"].as_int() for node in attention]
+    assert windows == [8, -1, 8, -1]
+    windowed = ["sliding_window_cache" in node.attributes for node in attention]
+    assert windowed == [True, False, False, False]
+
+
+def test_all_logits_keep_the_sliding_donor_full() -> None:
+    specs = decoder.cache_specs(CONFIG, "all")
+    assert [spec.windowed for spec in specs] == [False, False]
+    assert [spec.windowed for spec in decoder.cache_specs(CONFIG, "last")] == [True, False]
+
+
+def test_ffn_widths_do_not_leak_between_slices(model: ir.Model) -> None:
+    other = dataclasses.replace(CONFIG, intermediate_sizes=(32, 32, 32, 32))
+    narrow = trace.trace_decoder(other, "last", "fp32")
+    name = "layers.0.mlp.down_proj.weight"
+    assert tuple(narrow.graph.initializers[name].shape.numpy()) == (32, 32)
+    assert tuple(model.graph.initializers[name].shape.numpy()) == (32, 64)
+
+
+def test_a_fixed_size_in_a_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "count_to", lambda size: torch.arange(size.number))
+    trace._trace_decoder.cache_clear()
+    with pytest.raises(AssertionError, match="1009"):
+        trace.trace_decoder(CONFIG, "last", "fp32")
+    trace._trace_decoder.cache_clear()
+
+
+def test_half_precision_computes_rope_magnitudes_and_gates_in_fp32() -> None:
+    half = trace.trace_decoder(CONFIG, "last", "fp16")
+    inputs = {value.name: value.dtype for value in half.graph.inputs}
+    assert inputs["inputs_embeds"] == inputs["past_key_values.0.key"] == ir.DataType.FLOAT16
+    frequencies = [v for n, v in half.graph.initializers.items() if n.startswith("inverse_frequency")]
+    assert {value.dtype for value in frequencies} == {ir.DataType.FLOAT}
+    assert half.graph.outputs[0].dtype == ir.DataType.FLOAT
+
+
+@pytest.mark.parametrize("window", [4, 8])
+def test_resident_length_in_the_graph_is_the_runtimes(window: int) -> None:
+    from gemma3n_onnx.runtime.kv_window import resident_length
+
+    seen = torch.arange(1, 200)
+    for capacity in (window, window + 1, window + 7, 3 * window):
+        graph = decoder._resident_length(seen, torch.tensor([capacity]), window)
+        expected = [resident_length(int(t), capacity, window) for t in seen]
+        np.testing.assert_array_equal(graph.numpy(), expected)
+
+
+def test_config_refuses_what_the_graph_cannot_do() -> None:
+    from gemma3n_onnx.graphs.config import ConfigError
+
+    with pytest.raises(ConfigError, match="no donor"):
+        dataclasses.replace(CONFIG, layer_types=(FULL, FULL, SLIDING, FULL))
+    with pytest.raises(ConfigError, match="not a Gemma 3n"):
+        TextConfig.from_hf({"model_type": "gemma3_text"})
+    with pytest.raises(ConfigError, match="3 entries"):
+        dataclasses.replace(CONFIG, intermediate_sizes=(64, 64, 64))
