@@ -71,7 +71,7 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     config = chosen.config
     tokens = _token_ids(checkpoint)
     checkpoint.check_tokenizer()
-    check_tensors(checkpoint, chosen, _tensor_shapes(chosen.source))
+    check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
     placements = _placements(config, precision)
     data_bytes = sum({(p.file, p.offset): p.nbytes for p in placements.values()}.values())
 
@@ -124,7 +124,7 @@ def attach_and_save(
     ir.save(model, path)
 
 
-def _tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a text decoder, tables included; the tied head is no tensor of its own."""
     shapes = trace.parameter_shapes(config)
     shapes["embed_tokens.weight"] = shapes.pop("lm_head.weight")
@@ -135,7 +135,7 @@ def _tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
 
 def _placements(config: TextConfig, precision: Precision) -> dict[str, Placement]:
     """Every parameter of both graphs; `lm_head` is the token table."""
-    shapes = _tensor_shapes(config)
+    shapes = tensor_shapes(config)
     tables = {"embed_tokens.weight": TOKEN_TABLE, "embed_tokens_per_layer.weight": PER_LAYER_TABLE}
     placements: dict[str, Placement] = {}
     for name, file in tables.items():
