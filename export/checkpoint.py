@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
 from gemma3n_onnx.export.hub import find_folder
 from gemma3n_onnx.export.safetensors_file import NUMPY_DTYPES, SafetensorsFile, TensorSpec
@@ -15,6 +16,7 @@ from gemma3n_onnx.graphs.config import ConfigError, TextConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
 EMBEDDING = "embed_tokens.weight"
 # Prefix of the text decoder, and the raw name of its head: full, full as transformers 4 saved it, text-only.
 LAYOUTS = {
@@ -23,7 +25,7 @@ LAYOUTS = {
     "model.": "lm_head.weight",
 }
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -57,7 +59,7 @@ class Checkpoint:
         self.folder = folder
         self.name = name or folder.resolve().name
         if not (folder / "config.json").is_file():
-            raise CheckpointNotFoundError(f"{folder} has no config.json: give a Hugging Face checkpoint.")
+            raise CheckpointNotFoundError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint.")
         self.config = _read_json(folder / "config.json")
         try:
             self.text_config = TextConfig.from_hf(self.config)
@@ -131,21 +133,49 @@ class Checkpoint:
         """The Jinja source of the (default) chat template, from whichever file holds it."""
         jinja = self.folder / "chat_template.jinja"
         if jinja.is_file():
-            return jinja.read_text(encoding="utf-8")
+            try:
+                return jinja.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{jinja} is not UTF-8 text; download it again.") from error
         for name in ("tokenizer_config.json", "chat_template.json"):
             path = self.folder / name
             template = _read_json(path).get("chat_template") if path.is_file() else None
             if isinstance(template, list):
-                template = {entry["name"]: entry["template"] for entry in template}.get("default")
-            if template is not None:
-                return template
+                named = [entry for entry in template if isinstance(entry, dict)]
+                template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+            if template is None:
+                continue
+            if not isinstance(template, str):
+                raise CheckpointError(f"The chat_template of {path} is not text; download it again.")
+            return template
         return None
+
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, or nothing where there is none."""
+        path = self.folder / "generation_config.json"
+        return _read_json(path) if path.is_file() else {}
+
+    def check_tokenizer(self) -> None:
+        """Raises CheckpointError where the runtime could not read tokenizer or chat template."""
+        path = self.folder / TOKENIZER
+        if not path.is_file():
+            raise CheckpointNotFoundError(f"{self.folder} has no {TOKENIZER}, which the artifact needs; download it.")
+        try:
+            known = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True)
+        except Exception as error:  # the library raises the bare type
+            raise CheckpointError(f"{path} is not a tokenizer ({error}); download it again.") from error
+        if known > self.text_config.vocab_size:
+            raise CheckpointError(
+                f"{path} has {known:,} tokens and config.json a vocab_size of {self.text_config.vocab_size:,}; "
+                "they do not belong together, download the checkpoint again."
+            )
+        self.chat_template()
 
     def _file(self, name: str) -> SafetensorsFile:
         try:
             return self._files[name]
         except KeyError:
-            raise CheckpointError(f"{self.folder} has no tensor {name}.") from None
+            raise CheckpointError(f"{self.folder} has no tensor {name}; download the checkpoint again.") from None
 
     def _find_prefix(self) -> str:
         for prefix in LAYOUTS:
@@ -196,6 +226,9 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{folder / INDEX} has no weight_map; download it again.")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{folder / INDEX} names {shard!r}, which is no file beside it; download it again.")
     shards = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
@@ -211,7 +244,9 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no valid JSON ({error}); download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; download it again.")

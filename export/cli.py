@@ -1,25 +1,26 @@
-"""The `gemma3n-export` command, and the subcommands of `gemma3n` that need torch."""
+"""The `gemma3n-export` command, and the subcommands of `gemma3n` that need torch.
+
+What needs torch is imported when a command runs: help is instant, and a missing package one sentence.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import numpy as np
 from gemma3n_onnx.runtime.cli import exit_with_message
 from gemma3n_onnx.runtime.generation import peak_memory_bytes
 
-from .checkpoint import Checkpoint
-from .errors import ExportOptionError
-from .pipeline import ExportOptions, ExportSummary, export
 from .precision import PRECISIONS, TARGETS
-from .progress import TerminalProgress
-from .sizes import render_table, slices_table
-from .slicing import load_slices
+
+if TYPE_CHECKING:
+    from .pipeline import ExportSummary
 
 _PATH = click.Path(path_type=Path)
 _model = click.option("--model", required=True, help="A checkpoint folder or a Hub id (org/name).")
@@ -71,15 +72,25 @@ def export_command(
     quiet: bool,
 ) -> None:
     """Export a Gemma 3n checkpoint, or a MatFormer slice of it, to ONNX Runtime."""
-    if table is not None and slice_name is None:
-        raise ExportOptionError("--matformer-config needs --slice with the name of one of its slices.")
-    checkpoint = Checkpoint.open(model, revision)
+    from .checkpoint import Checkpoint
+    from .pipeline import ExportOptions, check_options, export
+    from .progress import TerminalProgress
+    from .writer import check_output
+
     options = ExportOptions(slice_name, table, precision, target, logits, force)  # type: ignore[arg-type]
-    target_folder = output or Path(f"{checkpoint.name}-{slice_name or 'whole'}-{precision}-{target}")
+    check_options(options)
+    if output is not None:
+        check_output(output, force=force)  # before a download
+    checkpoint = Checkpoint.open(model, revision)
+    target_folder = output or Path(_folder_name(checkpoint.name, slice_name or "whole", precision, target))
     with TerminalProgress(quiet) as progress:
         summary = export(checkpoint, target_folder, options, progress)
     if not quiet:
         click.echo(describe_export(summary))
+
+
+def _folder_name(*parts: str) -> str:
+    return "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") for part in parts)
 
 
 def describe_export(summary: ExportSummary) -> str:
@@ -100,17 +111,18 @@ def describe_export(summary: ExportSummary) -> str:
 
 
 def main() -> None:
-    exit_with_message(partial(export_command.main, prog_name="gemma3n-export"))
+    exit_with_message(partial(export_command.main, prog_name="gemma3n-export", standalone_mode=False))
 
 
 @click.command()
 @click.option("--size", type=click.Choice(["tiny", "e2b", "e4b"]), required=True)
 @click.option("--output", type=_PATH, required=True, help="The folder to write.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @_force
 def make_checkpoint(size: str, output: Path, seed: int, force: bool) -> None:
     """Write a checkpoint with random weights in Hugging Face format."""
     from .make_checkpoint import make_checkpoint as make
+    from .progress import TerminalProgress
 
     with TerminalProgress() as progress:
         progress.stage("Writing random weights")
@@ -133,8 +145,17 @@ def make_checkpoint(size: str, output: Path, seed: int, force: bool) -> None:
 @click.option("--json", "as_json", is_flag=True)
 def slices(table: Path | None, model: str | None, as_json: bool) -> None:
     """List the MatFormer slices with their parameters and sizes."""
+    from .checkpoint import Checkpoint
+    from .errors import SliceError
+    from .sizes import render_table, slices_table
+    from .slicing import load_slices
+
     config = Checkpoint.open(model).text_config if model else None
     rows = slices_table(config, load_slices(table))
+    if not rows:
+        raise SliceError(
+            f"No slice of {table or 'the published table'} can be cut from {model or 'E4B'}; give another."
+        )
     click.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else render_table(rows))
 
 
@@ -148,7 +169,7 @@ def slices(table: Path | None, model: str | None, as_json: bool) -> None:
 @click.option("--prompts", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--prompt-tokens", type=click.IntRange(1), help="By default more than twice the window.")
 @click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--seed", default=0, show_default=True, help="Of the random prompts.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the random prompts.")
 @click.option("--json", "as_json", is_flag=True)
 def verify(
     artifact: Path,
@@ -167,8 +188,10 @@ def verify(
 
     The slice is the artifact's own unless --slice names another. Exits with 1 where parity fails.
     """
+    import numpy as np
     from gemma3n_onnx.runtime.model import OnnxGemma3n
 
+    from .checkpoint import Checkpoint
     from .verify import describe, random_prompts
     from .verify import verify as compare
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,9 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 from gemma3n_onnx.export.checkpoint import INDEX, WEIGHTS
-from gemma3n_onnx.export.errors import ExportError, ExportOptionError
+from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.make_tokenizer import BOS, EOS, PAD, SMALLEST_TEXT_VOCAB, SOFT_IDS, write_tokenizer
 from gemma3n_onnx.export.safetensors_file import LENGTH_BYTES, NUMPY_DTYPES
+from gemma3n_onnx.export.writer import staged
 from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
 
 Size = Literal["tiny", "e2b", "e4b"]
@@ -119,25 +118,17 @@ def make_checkpoint(
     dtype = dtype or ("float32" if size == "tiny" else "bfloat16")
     if dtype not in SAFETENSORS_DTYPES:
         raise ExportOptionError(f"Unknown dtype {dtype!r}; choose one of {', '.join(SAFETENSORS_DTYPES)}.")
+    if not isinstance(seed, int) or seed < 0:
+        raise ExportOptionError(f"The seed is {seed!r}; give a whole number of at least 0.")
     config = _config(SIZES[size], dtype, overrides or {})
     architecture = _architecture(config)
     shards = _shards(_tensors(architecture), _itemsize(dtype), shard_bytes)
     total = sum(math.prod(tensor.shape) for shard in shards for tensor in shard) * _itemsize(dtype)
     output = Path(output)
-    _check_output(output, total, force)
-
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with staged(output, force=force, needed_bytes=total + SPARE_BYTES, kind="checkpoint") as partial:
         _write_weights(partial, shards, dtype, seed, total, progress=progress)
         _write_json(partial / "config.json", config)
         write_tokenizer(partial, architecture.vocab_size_per_layer_input, architecture.vocab_size)
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return output
 
 
@@ -262,21 +253,6 @@ def _shards(tensors: Iterator[_Tensor], itemsize: int, shard_bytes: int) -> list
         shards[-1].append(tensor)
         filled += size
     return shards
-
-
-def _check_output(output: Path, total: int, force: bool) -> None:
-    if output.exists():
-        if not force:
-            raise ExportError(f"{output} exists already: choose another folder, or replace it with force.")
-        if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
-            raise ExportError(f"{output} is no checkpoint: it is not replaced; choose another folder.")
-    existing = next(folder for folder in output.absolute().parents if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < total + SPARE_BYTES:
-        raise ExportError(
-            f"The checkpoint needs {(total + SPARE_BYTES) / 1e9:.1f} GB and {existing} has "
-            f"{free / 1e9:.1f} GB free: make room or choose another disk."
-        )
 
 
 def _write_weights(

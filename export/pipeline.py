@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import onnx_ir as ir
 from gemma3n_onnx.graphs.config import SLIDING, TextConfig
@@ -20,16 +20,17 @@ from onnx_ir.passes import Sequential
 
 from . import slicing, trace
 from .checkpoint import Checkpoint
-from .errors import CheckpointError
+from .errors import CheckpointError, ExportOptionError
 from .precision import Precision, precision_for
 from .sizes import parameter_counts
-from .weights import Placement, WeightStream, attach, lay_out
+from .weights import Placement, WeightStream, attach, check_tensors, lay_out
 from .writer import file_info, staged
 
 PRODUCER = "gemma3n-onnx 0.1.0"
 
 DECODER, DECODER_DATA, EMBEDDING = "decoder.onnx", "decoder.onnx.data", "embedding.onnx"
 TOKEN_TABLE, PER_LAYER_TABLE = "token_embeddings.bin", "per_layer_embeddings.bin"
+LOGITS: tuple[str, ...] = get_args(Logits)
 
 _SMALL_FILES_BYTES = 64 << 20  # graphs, tokenizer, configs: an upper bound for the disk-space check
 
@@ -64,10 +65,13 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
         SliceError, CheckpointError, ExportError: each says what to change; nothing is left behind.
     """
     started = time.monotonic()
+    check_options(options)
     precision = precision_for(options.precision, options.target)
     chosen = choose_slice(checkpoint.text_config, options.slice, options.matformer_config)
     config = chosen.config
     tokens = _token_ids(checkpoint)
+    checkpoint.check_tokenizer()
+    check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
     placements = _placements(config, precision)
     data_bytes = sum({(p.file, p.offset): p.nbytes for p in placements.values()}.values())
 
@@ -90,6 +94,17 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     return ExportSummary(output, manifest, time.monotonic() - started)
 
 
+def check_options(options: ExportOptions) -> None:
+    """What can be told without a checkpoint. Raises ExportOptionError, SliceError."""
+    precision_for(options.precision, options.target)
+    if options.logits not in LOGITS:
+        raise ExportOptionError(f"Unknown logits {options.logits!r}; choose {' or '.join(LOGITS)}.")
+    if options.slice is not None:
+        slicing.find_slice(options.slice, slicing.load_slices(options.matformer_config))
+    elif options.matformer_config is not None:
+        raise ExportOptionError("--matformer-config needs --slice with the name of one of its slices.")
+
+
 def choose_slice(config: TextConfig, name: str | None, table: Path | None) -> slicing.Slice:
     if name is None:
         return slicing.whole(config)
@@ -109,18 +124,23 @@ def attach_and_save(
     ir.save(model, path)
 
 
+def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a text decoder, tables included; the tied head is no tensor of its own."""
+    shapes = trace.parameter_shapes(config)
+    shapes["embed_tokens.weight"] = shapes.pop("lm_head.weight")
+    width = config.num_layers * config.hidden_size_per_layer_input
+    shapes["embed_tokens_per_layer.weight"] = (config.vocab_size_per_layer_input, width)
+    return shapes
+
+
 def _placements(config: TextConfig, precision: Precision) -> dict[str, Placement]:
     """Every parameter of both graphs; `lm_head` is the token table."""
-    shapes = trace.parameter_shapes(config)
-    head = shapes.pop("lm_head.weight")
-    table = {"embed_tokens.weight": head}
-    width = config.num_layers * config.hidden_size_per_layer_input
-    per_layer = {"embed_tokens_per_layer.weight": (config.vocab_size_per_layer_input, width)}
-    placements = {
-        **lay_out(DECODER_DATA, shapes, precision.storage),
-        **lay_out(TOKEN_TABLE, table, precision.storage),
-        **lay_out(PER_LAYER_TABLE, per_layer, precision.storage),
-    }
+    shapes = tensor_shapes(config)
+    tables = {"embed_tokens.weight": TOKEN_TABLE, "embed_tokens_per_layer.weight": PER_LAYER_TABLE}
+    placements: dict[str, Placement] = {}
+    for name, file in tables.items():
+        placements |= lay_out(file, {name: shapes.pop(name)}, precision.storage)
+    placements |= lay_out(DECODER_DATA, shapes, precision.storage)
     placements["lm_head.weight"] = placements["embed_tokens.weight"]
     return placements
 
@@ -138,12 +158,6 @@ def _write_weights(
     for file in (DECODER_DATA, TOKEN_TABLE, PER_LAYER_TABLE):
         of_file = {n: p for n, p in placements.items() if p.file == file and n != "lm_head.weight"}
         files[file] = stream.write_file(folder / file, of_file, scales.get(file, 1.0))
-    names = set(checkpoint.text_names())
-    if unused := names - stream.consumed - slicing.dropped(names, chosen):
-        raise CheckpointError(
-            f"The checkpoint holds {sorted(unused)[0]} and {len(unused) - 1} more tensors that a Gemma 3n decoder "
-            "does not have; it is not a Gemma 3n of the layout that its config.json describes."
-        )
     return files
 
 
@@ -164,13 +178,19 @@ class _TokenIds:
 
 def _token_ids(checkpoint: Checkpoint) -> _TokenIds:
     """Generation's own ids where `generation_config.json` has them, else those of the config."""
-    path = checkpoint.folder / "generation_config.json"
     text = checkpoint.config.get("text_config", checkpoint.config)
     values = {key: text.get(key) for key in ("bos_token_id", "pad_token_id", "eos_token_id")}
-    if path.is_file():
-        values |= {k: v for k, v in json.loads(path.read_text("utf-8")).items() if k in values and v is not None}
-    if missing := [key for key, value in values.items() if value is None]:
-        raise CheckpointError(f"Neither generation_config.json nor config.json gives {missing[0]}; add it.")
+    values |= {k: v for k, v in checkpoint.generation_config().items() if k in values and v is not None}
+    vocab = checkpoint.text_config.vocab_size
+    for key, value in values.items():
+        if value is None:
+            raise CheckpointError(f"Neither generation_config.json nor config.json gives {key}; add it.")
+        for token_id in value if key == "eos_token_id" and isinstance(value, list) else [value]:
+            if type(token_id) is not int or not 0 <= token_id < vocab:
+                raise CheckpointError(
+                    f"The {key} of the checkpoint's configs is {value!r}, which is not a token id from 0 to "
+                    f"{vocab - 1}; download generation_config.json again."
+                )
     eos = values["eos_token_id"]
     return _TokenIds(
         bos=values["bos_token_id"],

@@ -32,9 +32,11 @@ PRECISIONS = tuple(dict.fromkeys(name for name, _ in _SUPPORTED))
 
 def precision_for(name: str, target: str) -> Precision:
     """Raises ExportOptionError, with the precisions that the target runs, for any other combination."""
+    if target not in TARGETS:
+        raise ExportOptionError(f"Unknown target {target!r}; choose {' or '.join(TARGETS)}.")
+    if name not in PRECISIONS:
+        raise ExportOptionError(f"Unknown precision {name!r}; choose one of {', '.join(PRECISIONS)}.")
     if (found := _SUPPORTED.get((name, target))) is None:
         usable = ", ".join(p for p, t in _SUPPORTED if t == target)
-        raise ExportOptionError(
-            f"Precision {name} does not run on target {target}; choose one of {usable or 'cpu, cuda as target'}."
-        )
+        raise ExportOptionError(f"Precision {name} does not run on target {target}; choose one of {usable}.")
     return found

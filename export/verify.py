@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.runtime.generation import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .errors import ExportError
-from .pipeline import choose_slice
+from .pipeline import choose_slice, tensor_shapes
 from .slicing import Slice, TensorCut
-from .weights import read_cut
+from .weights import check_tensors, read_cut
 
 # Largest logit error as a share of the reference's logit range. A storage precision that the checkpoint
 # already has loses nothing.
@@ -61,8 +62,11 @@ def verify(
     Raises:
         ExportError: the artifact is not of this checkpoint and slice.
     """
+    for prompt in prompts:
+        check_context(model.manifest.max_context, len(prompt), new_tokens)
     chosen = choose_slice(checkpoint.text_config, slice_name, table)
     _check_same_architecture(model, chosen.config)
+    check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
     reference = load_reference(checkpoint, chosen)
     pairs = [_both_logits(model, reference, list(prompt), new_tokens) for prompt in prompts]
     ours, theirs = (np.concatenate(parts).astype(np.float64) for parts in zip(*pairs))

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, FileInfo
 
+from . import slicing
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ExportError
 from .slicing import Slice, TensorCut
@@ -67,44 +68,57 @@ def attach(model: ir.Model, placements: Mapping[str, Placement]) -> None:
             )
 
 
+def check_tensors(checkpoint: Checkpoint, chosen: Slice, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Says before any work whether the checkpoint has what the slice needs, and nothing else.
+
+    `shapes` are those that the config of the whole checkpoint asks for.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or belongs to no Gemma 3n decoder.
+    """
+    names = set(checkpoint.text_names())
+    dropped = slicing.dropped({*names, *shapes}, chosen)
+    if unused := names - shapes.keys() - dropped:
+        raise CheckpointError(
+            f"The checkpoint holds {min(unused)} and {len(unused) - 1} more tensors that a Gemma 3n decoder "
+            "does not have; it is not a Gemma 3n of the layout that its config.json describes."
+        )
+    for name, wanted in shapes.items():
+        if name not in dropped and (found := checkpoint.spec(name).shape) != wanted:
+            raise CheckpointError(
+                f"Tensor {name} has shape {list(found)} instead of the {list(wanted)} that config.json asks for; "
+                "the checkpoint's config and weights do not belong together."
+            )
+
+
 @dataclass
 class WeightStream:
-    """Reads each tensor of a checkpoint at most once, cut to the slice, and remembers which were read."""
+    """Reads each tensor of a checkpoint once, cut to the slice; `check_tensors` has passed them."""
 
     checkpoint: Checkpoint
     slice: Slice
     progress: Callable[[int], None]
 
-    def __post_init__(self) -> None:
-        self.consumed: set[str] = set()
-
     def write_file(self, path: Path, placements: Mapping[str, Placement], scale: float = 1.0) -> FileInfo:
         """Writes all tensors of one data file, each multiplied by `scale`.
 
         Raises:
-            CheckpointError: a tensor is missing, has another shape, or holds NaN or infinity.
+            CheckpointError: a tensor holds NaN or infinity.
             ExportError: a value does not fit into the target dtype.
         """
-        file = HashedFile(path)
-        for name, place in placements.items():
-            file.align(_alignment(place.nbytes))
-            assert file.size == place.offset
-            for block in self._blocks(name, place):
-                data = _cast(name, block, place.dtype, scale)
-                file.write(data.data.cast("B"))
-                self.progress(data.nbytes)
-        return file.close()
+        with HashedFile(path) as file:
+            for name, place in placements.items():
+                file.align(_alignment(place.nbytes))
+                assert file.size == place.offset
+                for block in self._blocks(name):
+                    data = _cast(name, block, place.dtype, scale)
+                    file.write(data.data.cast("B"))
+                    self.progress(data.nbytes)
+        return file.info()
 
-    def _blocks(self, name: str, place: Placement) -> Iterator[np.ndarray]:
+    def _blocks(self, name: str) -> Iterator[np.ndarray]:
         cut = self.slice.source_of(name)
         spec = self.checkpoint.spec(cut.source)
-        found = _shape_after(spec.shape, cut)
-        if found != place.shape:
-            raise CheckpointError(
-                f"Tensor {cut.source} has shape {list(spec.shape)}, which does not give the {list(place.shape)} "
-                "that its config.json asks for; the checkpoint's config and weights do not belong together."
-            )
-        self.consumed.add(cut.source)
         row_bytes = max(1, int(np.prod(spec.shape[1:]))) * 4
         step = max(1, BLOCK_BYTES // row_bytes)
         for start, stop in cut.rows or ((0, spec.shape[0]),):
@@ -123,13 +137,6 @@ def read_cut(checkpoint: Checkpoint, cut: TensorCut) -> torch.Tensor:
     if cut.columns is not None:
         values = np.concatenate([values[:, a:b] for a, b in cut.columns], axis=1)
     return _as_torch(values)
-
-
-def _shape_after(shape: tuple[int, ...], cut: TensorCut) -> tuple[int, ...]:
-    rows = sum(b - a for a, b in cut.rows) if cut.rows is not None else shape[0]
-    if cut.columns is None:
-        return (rows, *shape[1:])
-    return (rows, sum(b - a for a, b in cut.columns))
 
 
 def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:

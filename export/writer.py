@@ -5,56 +5,96 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from gemma3n_onnx.runtime.artifact import FileInfo
+from gemma3n_onnx.runtime.artifact import MANIFEST, FileInfo
+from gemma3n_onnx.runtime.errors import Gemma3nError
 
 from .errors import ExportError
 
 ALIGNMENT = 4096  # of large tensors, so that they can be mapped in place
 
 
-@contextlib.contextmanager
-def staged(output: Path, *, force: bool, needed_bytes: int) -> Iterator[Path]:
-    """A temporary sibling of `output` to write into; renamed to `output` when the block ends well.
+# What tells a folder that --force may replace from one that holds something else.
+MARKERS = {"artifact": (MANIFEST,), "checkpoint": ("model.safetensors", "model.safetensors.index.json")}
 
-    On any failure, SIGTERM included, the sibling is removed and an existing `output` stays as it was.
-    Leftovers of exports that were killed are removed at the start.
+
+def check_output(output: Path, *, force: bool, kind: str = "artifact") -> Path:
+    """`output` as an absolute path, links followed.
 
     Raises:
-        ExportError: `output` exists and `force` is false, no permission, or too little disk space.
+        ExportError: it exists and may not be replaced, or no folder can be made there.
     """
-    output = output.absolute()
-    if output.exists() and not force:
-        raise ExportError(f"{output} exists; give another --output, or --force to replace it.")
-    if output.exists() and not output.is_dir():
-        raise ExportError(f"{output} is not a folder, so it will not be replaced; give another --output.")
-    stage = output.parent / f".{output.name}.{os.getpid()}.partial"
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(output)
-        _check_space(output.parent, needed_bytes)
-        stage.mkdir()
-    except OSError as error:
-        raise ExportError(f"Cannot write to {output.parent} ({error.strerror}).") from error
+        output = output.resolve()
+        exists = output.exists()
+        ancestor = next(folder for folder in output.parents if folder.exists())
+        if exists and not force:
+            raise ExportError(f"{output} exists already; give another output folder, or replace it with --force.")
+        if exists and not output.is_dir():
+            raise ExportError(f"{output} is a file and will not be replaced; give another output folder.")
+        if exists and any(output.iterdir()) and not any((output / name).is_file() for name in MARKERS[kind]):
+            raise ExportError(
+                f"{output} is no {kind} (it holds no {MARKERS[kind][0]}) and will not be replaced; "
+                "give another output folder."
+            )
+        if not ancestor.is_dir():
+            raise ExportError(f"{ancestor} is a file, so there can be no folder in it; give another output folder.")
+        if not os.access(ancestor, os.W_OK | os.X_OK):
+            raise ExportError(f"There is no permission to write to {ancestor}; give another output folder.")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that go round in circles
+        if isinstance(error, ExportError):
+            raise
+        raise ExportError(f"{output} cannot be an output folder ({_reason(error)}); give another.") from error
+    return output
+
+
+@contextlib.contextmanager
+def staged(output: Path, *, force: bool, needed_bytes: int, kind: str = "artifact") -> Iterator[Path]:
+    """A temporary sibling of `output` to write into; put in the place of `output` when the block ends well.
+
+    On any failure, Ctrl-C and SIGTERM included, the sibling and the parents made for it are removed, and an
+    existing `output` stays as it was. Leftovers of exports that were killed are removed at the start.
+
+    Raises:
+        ExportError: as `check_output`; too little disk space, or the writing fails.
+    """
+    output = check_output(output, force=force, kind=kind)
+    missing = [folder for folder in output.parents if not folder.exists()]
+    stage = output.parent / f".{output.name}.{os.getpid()}.partial"
+    done = False
     try:
         with _terminate_as_exception():
+            _remove_leftovers(output)
+            _check_space(next(folder for folder in output.parents if folder.exists()), needed_bytes)
+            stage.mkdir(parents=True)
             yield stage
             _sync(stage)
-            _put_in_place(stage, output)
+            with _undisturbed():
+                _put_in_place(stage, output)
+                done = True
+    except Gemma3nError:
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExportError(f"The disk of {output.parent} is full; free some space and export again.") from error
-        raise
+            raise ExportError(f"The disk of {output.parent} is full; free some space and try again.") from error
+        raise ExportError(f"Writing {output} failed ({_reason(error)}); give another output folder.") from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        with _undisturbed():
+            shutil.rmtree(stage, ignore_errors=True)
+            if not done:
+                for folder in missing:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
 
 
 class HashedFile:
@@ -75,9 +115,14 @@ class HashedFile:
         if padding := -self.size % alignment:
             self.write(bytes(padding))
 
-    def close(self) -> FileInfo:
-        self._stream.close()
+    def info(self) -> FileInfo:
         return FileInfo(self.size, self._digest.hexdigest())
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
 
 
 def file_info(path: Path) -> FileInfo:
@@ -86,13 +131,19 @@ def file_info(path: Path) -> FileInfo:
 
 
 def _remove_leftovers(output: Path) -> None:
-    for leftover in output.parent.glob(f".{output.name}.*.partial"):
-        owner = leftover.name.removesuffix(".partial").rpartition(".")[2]
-        if owner.isdigit() and not _is_running(int(owner)):
+    for leftover in sorted(output.parent.glob(f".{glob.escape(output.name)}.*")):
+        owner, _, suffix = leftover.name.removeprefix(f".{output.name}.").rpartition(".")
+        if suffix not in ("partial", "old") or not owner.isdigit() or _is_running(int(owner)):
+            continue
+        if suffix == "old" and not output.exists():
+            leftover.rename(output)  # killed between the two renames of `_put_in_place`
+        else:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _is_running(pid: int) -> bool:
+    if sys.platform == "win32":  # os.kill would kill; a leftover costs less
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -106,14 +157,14 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ExportError(
-            f"The export needs {needed / 1e9:.1f} GB and the disk of {folder} has {free / 1e9:.1f} GB free; "
-            "free some space or give another --output."
+            f"{needed / 1e9:.1f} GB are needed and the disk of {folder} has {free / 1e9:.1f} GB free; "
+            "free some space or give another output folder."
         )
 
 
 def _sync(folder: Path) -> None:
     for path in folder.iterdir():
-        with path.open("rb") as stream:
+        with path.open("r+b") as stream:
             os.fsync(stream.fileno())
 
 
@@ -123,7 +174,11 @@ def _put_in_place(stage: Path, output: Path) -> None:
     elif not _exchange(stage, output):
         old = stage.with_suffix(".old")
         output.rename(old)
-        stage.rename(output)
+        try:
+            stage.rename(output)
+        except BaseException:
+            old.rename(output)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -137,19 +192,42 @@ def _exchange(a: Path, b: Path) -> bool:
     return renameat2(at_current_folder, os.fsencode(a), at_current_folder, os.fsencode(b), rename_exchange) == 0
 
 
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def _terminate_as_exception() -> Iterator[None]:
-    """SIGTERM unwinds the stack like Ctrl-C does, so that clean-up runs."""
+    """SIGTERM and SIGHUP unwind the stack like Ctrl-C does, so that clean-up runs."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
 
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: its owner decides about signals
+    deadly = [s for s in _SIGNALS if signal.getsignal(s) is signal.SIG_DFL]
+    with _handling(deadly, stop):
         yield
-        return
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """The last few steps, once begun, are finished: no signal cuts them in two."""
+    with _handling(_SIGNALS, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(signals: Iterable[int], handler: Any) -> Iterator[None]:
+    previous: dict[int, Any] = {}
     try:
+        with contextlib.suppress(ValueError):  # not the main thread: its owner decides about signals
+            for number in signals:
+                previous[number] = signal.signal(number, handler)
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error)
+    name = getattr(error, "filename", None)
+    return f"{reason}: {name}" if name else reason

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ FORMAT = "gemma3n-onnx"
 FORMAT_VERSION = "1.0"
 MANIFEST = "manifest.json"
 
+TABLE_DTYPES = ("fp32", "fp16", "bf16")
 BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 
@@ -132,7 +134,9 @@ def load_manifest(folder: Path) -> Manifest:
         )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON ({error}); export the artifact again.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ArtifactError(f"{path} does not describe a {FORMAT} artifact; export it with gemma3n-export.")
@@ -144,6 +148,10 @@ def load_manifest(folder: Path) -> Manifest:
         )
     manifest = _parse(Manifest, data, str(path))
     for name, info in manifest.files.items():
+        if not _is_plain_name(name):
+            raise ArtifactError(
+                f"{path} names the file {name!r}, which is not in its folder; export the artifact again."
+            )
         file = folder / name
         if not file.is_file():
             raise ArtifactError(f"{folder} lacks the file {name}; copy it again or export the artifact again.")
@@ -152,6 +160,7 @@ def load_manifest(folder: Path) -> Manifest:
                 f"{file} has {found:,} bytes and its manifest says {info.bytes:,}; "
                 "copy it again or export the artifact again."
             )
+    _check_consistency(manifest, path)
     return manifest
 
 
@@ -178,6 +187,42 @@ def verify_checksums(folder: Path, manifest: Manifest, progress: Callable[[str, 
                 f"{folder / name} is damaged: its SHA-256 differs from the manifest's; "
                 "copy it again or export the artifact again."
             )
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and not any(character in name for character in "/\\:\0")
+
+
+def _check_consistency(manifest: Manifest, path: Path) -> None:
+    """What the runtime relies on when it maps tables and lays out caches."""
+
+    def require(holds: bool, complaint: str) -> None:
+        if not holds:
+            raise ArtifactError(f"{path}: {complaint}; export the artifact again.")
+
+    for name in ("num_layers", "vocab_size", "max_context"):
+        require(getattr(manifest, name) > 0, f"{name} is {getattr(manifest, name)}, and must be positive")
+    for token_id in (manifest.bos_token_id, manifest.pad_token_id, *manifest.eos_token_ids):
+        require(0 <= token_id < manifest.vocab_size, f"token id {token_id} is not within the vocabulary")
+    for graph in (manifest.decoder, manifest.embedding):
+        require(graph.file in manifest.files, f"the graph {graph.file!r} is not among the files")
+    for table in (manifest.token_embeddings, manifest.per_layer_embeddings):
+        require(table.file in manifest.files, f"the table {table.file!r} is not among the files")
+        require(table.dtype in TABLE_DTYPES, f"the table {table.file} has the unknown dtype {table.dtype!r}")
+        require(table.rows > 0 and table.width > 0, f"the table {table.file} is {table.rows} x {table.width}")
+        require(math.isfinite(table.scale), f"the table {table.file} has the scale {table.scale}")
+        needed, found = table.rows * table.width * BYTES_PER_VALUE[table.dtype], manifest.files[table.file].bytes
+        require(
+            needed == found,
+            f"the table {table.file} of {table.rows} x {table.width} {table.dtype} values takes {needed:,} bytes "
+            f"and the file has {found:,}",
+        )
+    rows = manifest.token_embeddings.rows
+    require(rows == manifest.vocab_size, f"vocab_size is {manifest.vocab_size} and the token table has {rows} rows")
+    for cache in manifest.caches:
+        require(cache.dtype in TABLE_DTYPES, f"the cache of layer {cache.layer} has the unknown dtype {cache.dtype!r}")
+        sizes = (cache.kv_heads, cache.head_dim, 1 if cache.window is None else cache.window)
+        require(min(sizes) > 0, f"the cache of layer {cache.layer} has a size that is not positive")
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:

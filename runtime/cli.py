@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,9 +16,9 @@ from typing import Any
 import click
 
 from .artifact import Manifest, load_manifest, verify_checksums
-from .errors import Gemma3nError
+from .errors import Gemma3nError, PromptError
 from .generation import Timings
-from .model import OnnxGemma3n
+from .model import OnnxGemma3n, generation_options
 
 COMMANDS_GROUP = "gemma3n_onnx.commands"
 
@@ -34,10 +36,7 @@ class CommandGroup(click.Group):
             try:
                 return entry.load()
             except ImportError as error:
-                raise click.ClickException(
-                    f"The command {cmd_name} needs {error.name or error}; "
-                    'install it with: pip install "gemma3n-onnx[export]".'
-                ) from error
+                raise click.ClickException(_missing_package(error)) from error
         return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -51,16 +50,39 @@ class CommandGroup(click.Group):
 
 
 def exit_with_message(command: Callable[[], Any]) -> None:
-    """Runs a command line; a user's error becomes one sentence on stderr and exit code 1."""
+    """Runs a command line, given as click's `main` with standalone_mode=False, and exits.
+
+    A user's error becomes one sentence on stderr and exit code 1, a wrong usage 2, Ctrl-C 130.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character ends no answer
     try:
-        command()
+        code = command()
     except Gemma3nError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+        code = _complain(str(error))
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = 128 + signal.SIGINT
+    except ModuleNotFoundError as error:
+        code = _complain(_missing_package(error))
+    except MemoryError:
+        code = _complain("The memory of this machine is used up; use a smaller batch, prompt or model.")
     except OSError as error:
         reason = error.strerror or str(error)
-        click.echo(f"Error: {reason}{f': {error.filename}' if error.filename else ''}.", err=True)
-        sys.exit(1)
+        code = _complain(f"{reason}{f': {error.filename}' if error.filename else ''}.")
+    sys.exit(code)
+
+
+def _complain(sentence: str) -> int:
+    click.echo(f"Error: {sentence}", err=True)
+    return 1
+
+
+def _missing_package(error: ImportError) -> str:
+    return f'This command needs {error.name or error}; install it with: pip install "gemma3n-onnx[export]".'
 
 
 @click.group(cls=CommandGroup)
@@ -70,7 +92,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    exit_with_message(partial(cli.main, prog_name="gemma3n"))
+    exit_with_message(partial(cli.main, prog_name="gemma3n", standalone_mode=False))
 
 
 _artifact = click.argument("artifact", type=click.Path(path_type=Path))
@@ -107,6 +129,9 @@ def run(
     """Answer PROMPT with the model in the folder ARTIFACT."""
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template, which --raw leaves out.")
+    if not prompt:
+        raise PromptError("The prompt is empty; give some text to answer.")
+    generation_options(options)  # a bad option is told before a model is loaded
     model = OnnxGemma3n.from_pretrained(artifact, provider, threads=threads)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})

@@ -31,12 +31,13 @@ class Engine:
         threads: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
-        if prefill_chunk < 1:
-            raise OptionError(f"prefill_chunk is {prefill_chunk}; give a positive number of tokens.")
+        if not isinstance(prefill_chunk, int) or isinstance(prefill_chunk, bool) or prefill_chunk < 1:
+            raise OptionError(f"prefill_chunk is {prefill_chunk!r}; give a positive number of tokens.")
         self.manifest, self.profile, self.prefill_chunk = manifest, profile, prefill_chunk
         self._tokens = Table(folder, manifest.token_embeddings, manifest.compute_dtype)
         self._per_layer = Table(folder, manifest.per_layer_embeddings, manifest.compute_dtype)
         self._session = Session(folder / manifest.decoder.file, profile, threads)
+        _check_graph(self._session, manifest)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         return KVCache(self.manifest.caches, self.profile, rows, capacity)
@@ -98,6 +99,39 @@ class Engine:
         binding.input("attention_mask", _mask(lengths + new, new), "int64")
         binding.run()
         lengths += new
+
+
+def _check_graph(session: Session, manifest: Manifest) -> None:
+    """Raises ArtifactError where the decoder does not take and give what the runtime binds."""
+    compute = manifest.compute_dtype
+    inputs = {
+        "inputs_embeds": (compute, manifest.token_embeddings.width),
+        "per_layer_inputs": (compute, manifest.per_layer_embeddings.width),
+        "position_ids": ("int64", None),
+        "attention_mask": ("int64", None),
+    }
+    outputs: dict[str, tuple[str, int | None]] = {"logits": ("fp32", manifest.vocab_size)}
+    for cache in manifest.caches:
+        inputs |= dict.fromkeys((cache.past_key, cache.past_value), (cache.dtype, cache.head_dim))
+        outputs |= dict.fromkeys((cache.present_key, cache.present_value), (cache.dtype, cache.head_dim))
+    for kind, wanted, found in (("input", inputs, session.inputs), ("output", outputs, session.outputs)):
+        tensors = {tensor.name: tensor for tensor in found}
+        for name, (dtype, width) in wanted.items():
+            tensor = tensors.pop(name, None)
+            if tensor is None:
+                complaint = f"has no {kind} {name!r}"
+            elif tensor.dtype != dtype:
+                complaint = f"has the {kind} {name!r} in {tensor.dtype} instead of {dtype}"
+            elif width is not None and tensor.shape and isinstance(tensor.shape[-1], int) and tensor.shape[-1] != width:
+                complaint = f"has the {kind} {name!r} of width {tensor.shape[-1]} instead of {width}"
+            else:
+                continue
+            raise ArtifactError(f"{manifest.decoder.file} {complaint}; export the artifact again.")
+        if kind == "input" and tensors:
+            raise ArtifactError(
+                f"{manifest.decoder.file} has the input {min(tensors)!r}, which the manifest does not describe; "
+                "export the artifact again."
+            )
 
 
 class Decoder:

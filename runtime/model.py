@@ -10,7 +10,7 @@ from typing import Any
 from .artifact import Manifest, load_manifest
 from .chat import Chat
 from .engine import PREFILL_CHUNK, Engine
-from .errors import OptionError, PromptError
+from .errors import ArtifactError, OptionError, PromptError
 from .generation import Generation, Timings
 from .kv_cache import KVCache
 from .prompt import ChatTemplate, IncrementalDetokenizer, StopMatcher, Tokenizer, encode_prompt
@@ -73,8 +73,14 @@ class OnnxGemma3n:
         manifest = load_manifest(folder)
         profile = choose_profile(provider, manifest)
         tokenizer = Tokenizer.from_folder(folder)
+        if (tokens := tokenizer.vocab_size) > manifest.vocab_size:
+            raise ArtifactError(
+                f"The tokenizer in {folder} has {tokens:,} tokens and the model {manifest.vocab_size:,}, so they "
+                "do not belong together; export the artifact again."
+            )
+        template = _load_template(folder)
         engine = Engine(folder, manifest, profile, threads=threads, prefill_chunk=prefill_chunk)
-        return cls(manifest, engine, tokenizer, _load_template(folder))
+        return cls(manifest, engine, tokenizer, template)
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """The answer to a prompt, or a list of them to a batch of prompts of any lengths.
@@ -209,4 +215,8 @@ def _load_template(folder: Path) -> ChatTemplate | None:
     path = folder / CHAT_TEMPLATE_FILE
     if not path.is_file():
         return None
-    return ChatTemplate(path.read_text(encoding="utf-8"), {"bos_token": "<bos>", "eos_token": "<eos>"})
+    try:
+        source = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8 text; export the artifact again.") from error
+    return ChatTemplate(source, {"bos_token": "<bos>", "eos_token": "<eos>"})

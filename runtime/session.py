@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .artifact import BYTES_PER_VALUE, Manifest
+from .artifact import BYTES_PER_VALUE, Manifest, TensorInfo
 from .errors import ArtifactError, OptionError, ProviderError, RuntimeMissingError
 
 MINIMUM_VERSION = (1, 31)
@@ -88,8 +90,16 @@ class Buffer:
     def __init__(self, profile: Profile, shape: tuple[int, ...], dtype: str) -> None:
         self.profile, self.shape, self.dtype = profile, shape, dtype
         ort = _onnxruntime()
-        self._value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), _element_type(dtype), profile.device, 0)
-        self.nbytes = int(np.prod(shape)) * BYTES_PER_VALUE[dtype]
+        self.nbytes = math.prod(shape) * BYTES_PER_VALUE[dtype]
+        try:
+            self._value = ort.OrtValue.ortvalue_from_shape_and_type(
+                list(shape), _element_type(dtype), profile.device, 0
+            )
+        except Exception as error:  # the library has no type of its own for this
+            raise ProviderError(
+                f"{profile.provider} cannot allocate {self.nbytes / 1e9:.2f} GB for a KV cache "
+                f"({_first_line(error)}); use a smaller batch, a shorter prompt or fewer max_new_tokens."
+            ) from error
 
     def address(self, row: int) -> int:
         return self._value.data_ptr() + row * (self.nbytes // self.shape[0])
@@ -113,18 +123,25 @@ class Session:
         try:
             self._session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:
-            raise ArtifactError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
+            raise ArtifactError(
+                f"ONNX Runtime cannot load {path} ({_first_line(error)}); copy it again or export the artifact again."
+            ) from error
         if (active := self._session.get_providers())[0] != profile.provider:
             raise ProviderError(
                 f"{profile.provider} did not start and ONNX Runtime fell back to {active[0]}; "
                 "check the driver and the CUDA libraries that it needs."
             )
         self.profile = profile
-        self.output_names = [output.name for output in self._session.get_outputs()]
+        self.inputs = [_signature(node) for node in self._session.get_inputs()]
+        self.outputs = [_signature(node) for node in self._session.get_outputs()]
+        self.output_names = [output.name for output in self.outputs]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Host arrays in, host arrays out."""
-        return dict(zip(self.output_names, self._session.run(None, dict(inputs))))
+        """Host arrays in, host arrays out. ProviderError: the graph fails."""
+        try:
+            return dict(zip(self.output_names, self._session.run(None, dict(inputs))))
+        except Exception as error:
+            raise _run_error(error, self.profile) from error
 
     def bind(self) -> Binding:
         return Binding(self)
@@ -166,7 +183,11 @@ class Binding:
         self._kept[name] = array
 
     def run(self) -> None:
-        self._session._session.run_with_iobinding(self._binding, self._options)
+        """ProviderError: the graph fails, for instance for want of memory."""
+        try:
+            self._session._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:
+            raise _run_error(error, self._session.profile) from error
 
 
 def _element_type(dtype: str) -> Any:
@@ -178,20 +199,46 @@ def _onnxruntime() -> Any:
     """The module, imported at first use so that the package itself imports without it."""
     try:
         import onnxruntime
+    except ModuleNotFoundError as error:
+        raise RuntimeMissingError(
+            f"No {error.name or 'onnxruntime'} is installed; install ONNX Runtime with: "
+            'pip install "gemma3n-onnx[cpu]" (or "gemma3n-onnx[cuda]" for an NVIDIA GPU).'
+        ) from error
     except ImportError as error:
         raise RuntimeMissingError(
-            'No ONNX Runtime is installed; install one with: pip install "gemma3n-onnx[cpu]" '
-            '(or "gemma3n-onnx[cuda]" for an NVIDIA GPU).'
+            f"ONNX Runtime is installed but cannot be loaded ({_first_line(error)}); install it again."
         ) from error
-    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    if version < MINIMUM_VERSION:
+    found = str(getattr(onnxruntime, "__version__", ""))  # none: a folder that an uninstallation left behind
+    parts = re.match(r"(\d+)\.(\d+)", found)
+    if parts is None or tuple(map(int, parts.groups())) < MINIMUM_VERSION:
         wanted = ".".join(map(str, MINIMUM_VERSION))
         raise RuntimeMissingError(
-            f"ONNX Runtime {onnxruntime.__version__} is too old, {wanted} is needed; "
+            f"ONNX Runtime {found or 'of an unknown version'} is too old, {wanted} is needed; "
             f'upgrade with: pip install -U "onnxruntime>={wanted}" (or onnxruntime-gpu).'
         )
     return onnxruntime
 
 
+_DTYPE_NAMES = {
+    "tensor(float)": "fp32",
+    "tensor(float16)": "fp16",
+    "tensor(bfloat16)": "bf16",
+    "tensor(int64)": "int64",
+}
+
+
+def _signature(node: Any) -> TensorInfo:
+    shape = tuple(size if isinstance(size, int) else str(size) for size in node.shape)
+    return TensorInfo(node.name, _DTYPE_NAMES.get(node.type, node.type), shape)
+
+
+def _run_error(error: Exception, profile: Profile) -> ProviderError:
+    return ProviderError(
+        f"{profile.provider} failed in the graph ({_first_line(error)}); if memory is short, use a smaller batch, "
+        "a shorter prompt or a smaller prefill_chunk."
+    )
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".")
