@@ -91,9 +91,9 @@ class Chat:
         reply = result.text.strip()
         made = list(result.token_ids)
         self._cached = [*turn.ids, *made][: int(self._cache.lengths[0])]
-        ended = made[-1] in self._model.manifest.eos_token_ids
-        whole = self._model.tokenizer.decode(made[:-1] if ended else made).strip() == reply
-        self._transcript = (turn.rendered + reply, turn.ids + made[:-1]) if ended and whole else None
+        spoken = made[:-1] if made[-1] in self._model.manifest.eos_token_ids else made
+        whole = self._model.tokenizer.decode(spoken).strip() == reply
+        self._transcript = (turn.rendered + reply, turn.ids + spoken) if whole else None
         self.messages = [*turn.messages, {"role": "assistant", "content": reply}]
 
     def _forget(self, turn: Turn) -> None:
