@@ -145,7 +145,8 @@ class Decoder:
     def step(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
         """tokens [B] int64, running [B] bool -> logits [B, V] fp32, valid until the next step.
 
-        Rows that are not running compute along and are left as they are.
+        Rows that are not running compute along, do not count the token, and cannot run again: their windowed
+        caches may have dropped positions at each step.
         """
         lengths = self._cache.lengths.copy()
         self._engine._run(self._binding, tokens[:, None], lengths)

@@ -1,0 +1,65 @@
+"""Checkpoints, artifacts and oracles, each made once for all parity tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.make_checkpoint import make_checkpoint
+from gemma3n_onnx.export.pipeline import ExportOptions, export
+from gemma3n_onnx.runtime import OnnxGemma3n
+from oracle import WINDOW, NoProgress, load_oracle
+from transformers import Gemma3nForCausalLM
+
+Exporter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
+    """`exported(checkpoint, **ExportOptions)`: the artifact's folder; tests must not write into it."""
+    done: dict[Any, Path] = {}
+
+    def make(checkpoint: Path, **options: Any) -> Path:
+        key = (checkpoint, *sorted(options.items()))
+        if key not in done:
+            folder = tmp_path_factory.mktemp("artifacts") / "artifact"
+            export(Checkpoint(checkpoint), folder, ExportOptions(**options), NoProgress())
+            done[key] = folder
+        return done[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shallow_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten layers, five of them sharing K and V, every feature active: for what does not depend on depth."""
+    overrides = {
+        "num_hidden_layers": 10,
+        "num_kv_shared_layers": 5,
+        "activation_sparsity_pattern": [0.95] * 3 + [0.0] * 7,
+        "sliding_window": WINDOW,
+    }
+    return make_checkpoint("tiny", tmp_path_factory.mktemp("checkpoint") / "shallow", overrides=overrides)
+
+
+@pytest.fixture(scope="session")
+def tiny_oracle(tiny_checkpoint: Path) -> Gemma3nForCausalLM:
+    return load_oracle(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint: Path, exported: Exporter) -> OnnxGemma3n:
+    return OnnxGemma3n.from_pretrained(exported(tiny_checkpoint))
+
+
+@pytest.fixture(scope="session")
+def shallow_oracle(shallow_checkpoint: Path) -> Gemma3nForCausalLM:
+    return load_oracle(shallow_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def shallow_model(shallow_checkpoint: Path, exported: Exporter) -> OnnxGemma3n:
+    return OnnxGemma3n.from_pretrained(exported(shallow_checkpoint))

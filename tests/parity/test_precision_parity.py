@@ -1,0 +1,88 @@
+"""What the storage precisions cost, and the embedding graph against the runtime's own tables."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gemma3n_onnx.runtime import OnnxGemma3n
+from gemma3n_onnx.runtime.session import PROFILES, Session
+from gemma3n_onnx.runtime.tables import Table
+from oracle import (
+    LONG,
+    TOLERANCE,
+    assert_close,
+    generate_greedily,
+    kl_divergence,
+    load_oracle,
+    oracle_logits,
+    random_prompt,
+    relative_error,
+)
+
+STEPS = 48
+
+
+def compare(what, ours, theirs):
+    """(error, largest KL in nats, greedy agreement), printed."""
+    error, kl = relative_error(ours, theirs), kl_divergence(theirs, ours)
+    agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
+    print(f"{what}: error {error:.2e} of the range, KL mean {kl.mean():.2e} max {kl.max():.2e}, greedy {agreement:.1%}")
+    return error, float(kl.max()), agreement
+
+
+def test_bf16_storage_equals_transformers_on_weights_rounded_to_bf16(tiny_checkpoint, exported, tiny_oracle):
+    model = OnnxGemma3n.from_pretrained(exported(tiny_checkpoint, precision="bf16"))
+    ours = generate_greedily(model, random_prompt(LONG, seed=8), STEPS)
+    compare("bf16 storage against fp32 weights", ours.logits, oracle_logits(tiny_oracle, ours.oracle_ids, STEPS))
+    rounded = load_oracle(tiny_checkpoint)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.bfloat16())
+    theirs = oracle_logits(rounded, ours.oracle_ids, STEPS)
+    assert_close("bf16 storage against rounded weights", ours.logits, theirs, TOLERANCE)
+    assert ours.tokens == theirs.argmax(-1).tolist()
+
+
+def test_fp16_stays_within_its_bound(shallow_checkpoint, exported, shallow_oracle):
+    """Weights and activations have 11 bits of significand, so a relative rounding of 2^-11 = 4.9e-4.
+
+    About ten roundings lie on the residual's way through each of ten layers; independent, they add up to
+    4.9e-4 * sqrt(100) = 4.9e-3 of a logit's standard deviation, 5 at most, so to errors of 0.025 nats and a KL
+    of half their variance, 3e-4. The bounds leave a factor of three for the largest of many positions.
+    """
+    model = OnnxGemma3n.from_pretrained(exported(shallow_checkpoint, precision="fp16"))
+    ours = generate_greedily(model, random_prompt(LONG, seed=8), STEPS)
+    theirs = oracle_logits(shallow_oracle, ours.oracle_ids, STEPS)
+    error, kl, agreement = compare("fp16", ours.logits, theirs)
+    assert error <= 5e-3
+    assert kl <= 1e-3
+    assert agreement >= 0.95
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_embedding_graph_agrees_with_the_runtime_tables_bit_for_bit(shallow_checkpoint, exported, precision):
+    folder = exported(shallow_checkpoint, precision=precision)
+    manifest = OnnxGemma3n.from_pretrained(folder).manifest
+    last_row, last = manifest.per_layer_embeddings.rows - 1, manifest.vocab_size - 1
+    ids = np.array([[0, 1, 2, 5, last_row - 1, last_row], [last_row + 1, last_row + 2, last - 1, last, 7, 7]])
+    graph = Session(folder / manifest.embedding.file, PROFILES["cpu"]).run({"input_ids": ids})
+    tables = {
+        "inputs_embeds": (manifest.token_embeddings, ids),
+        "per_layer_inputs": (manifest.per_layer_embeddings, np.where(ids <= last_row, ids, 0)),
+    }
+    for name, (info, rows) in tables.items():
+        ours = Table(folder, info, manifest.compute_dtype).rows(rows.reshape(-1)).reshape(*ids.shape, -1)
+        assert graph[name].dtype == ours.dtype
+        np.testing.assert_array_equal(graph[name].view(np.uint8), ours.view(np.uint8), name)
+
+
+def test_embeddings_equal_transformers(shallow_checkpoint, exported, shallow_oracle):
+    folder = exported(shallow_checkpoint)
+    ids = np.array([[2, 5, 1023, 1024, 1279]])
+    graph = Session(folder / "embedding.onnx", PROFILES["cpu"]).run({"input_ids": ids})
+    with torch.no_grad():
+        embeds = shallow_oracle.model.embed_tokens(torch.from_numpy(ids)).numpy()
+        per_layer = shallow_oracle.model.get_per_layer_inputs(torch.from_numpy(ids)).flatten(2).numpy()
+    np.testing.assert_array_equal(graph["inputs_embeds"], embeds)
+    np.testing.assert_array_equal(graph["per_layer_inputs"], per_layer)
