@@ -13,7 +13,7 @@ from typing import Any, Protocol, get_args
 import onnx_ir as ir
 from gemma3n_onnx.graphs.config import SLIDING, TextConfig
 from gemma3n_onnx.graphs.decoder import Logits, cache_specs
-from gemma3n_onnx.graphs.passes.store_bf16 import StoreBf16
+from gemma3n_onnx.graphs.passes.store_narrow import StoreNarrow
 from gemma3n_onnx.runtime import artifact
 from gemma3n_onnx.runtime.artifact import Manifest
 from onnx_ir.passes import Sequential

@@ -112,7 +112,7 @@ class WeightStream:
                 assert file.size == place.offset
                 for block in self._blocks(name):
                     data = _cast(name, block, place.dtype, scale)
-                    file.write(data.data.cast("B"))
+                    file.write(data.reshape(-1).view(np.uint8).data)
                     self.progress(data.nbytes)
         return file.info()
 

@@ -3,10 +3,28 @@
 from pathlib import Path
 
 import pytest
+from gemma3n_onnx.export.checkpoint import Checkpoint
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint
+from gemma3n_onnx.export.pipeline import ExportOptions, export
+from gemma3n_onnx.export.progress import TerminalProgress
+from support import SMALL
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text-only checkpoint of E4B's depth with every feature, a few MB; tests must not write into it."""
     return make_checkpoint("tiny", tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers, traced in seconds; tests must not write into it."""
+    return make_checkpoint("tiny", tmp_path_factory.mktemp("small_checkpoint") / "small", overrides=SMALL)
+
+
+@pytest.fixture(scope="session")
+def small_artifact(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of `small_checkpoint`, whole, fp32 for the CPU; tests must not write into it."""
+    folder = tmp_path_factory.mktemp("small_artifact") / "artifact"
+    export(Checkpoint.open(small_checkpoint), folder, ExportOptions(), TerminalProgress(quiet=True))
+    return folder

@@ -1,4 +1,4 @@
-"""Keeps the weights of an fp32 graph as bf16: half the file, the same fp32 arithmetic.
+"""Keeps the weights of an fp32 graph as fp16 or bf16: half the file, the same fp32 arithmetic.
 
 Matches: every initializer named in `parameters`, which must be fp32.
 Refuses: nothing else is touched; other initializers and all nodes stay as they are.
@@ -10,10 +10,10 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 
-class StoreBf16(InPlacePass):
-    def __init__(self, parameters: set[str]) -> None:
+class StoreNarrow(InPlacePass):
+    def __init__(self, parameters: set[str], storage: ir.DataType) -> None:
         super().__init__()
-        self.parameters = parameters
+        self.parameters, self.storage = parameters, storage
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
@@ -26,7 +26,7 @@ class StoreBf16(InPlacePass):
             widened.dtype = ir.DataType.FLOAT
             stored.replace_all_uses_with(widened)
             cast.replace_input_with(0, stored)
-            stored.dtype = ir.DataType.BFLOAT16
+            stored.dtype = self.storage
             casts.append(cast)
         if casts:
             graph.insert_before(graph[0], casts)

@@ -1,0 +1,190 @@
+"""The commands doing what they are for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from gemma3n_onnx.export.make_checkpoint import make_checkpoint
+from gemma3n_onnx.runtime import OnnxGemma3n, PromptError
+from gemma3n_onnx.runtime import cli as runtime_cli
+from support import SMALL, Outcome, run_command
+
+OPTIONS = ("--max-new-tokens", "12")
+
+
+@pytest.fixture
+def gemma3n(monkeypatch: pytest.MonkeyPatch):
+    return lambda *arguments: run_command(monkeypatch, ["gemma3n", *map(str, arguments)])
+
+
+def test_run_prints_what_generate_gives(gemma3n, small_artifact: Path) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    wanted = OnnxGemma3n.from_pretrained(small_artifact).generate(messages, max_new_tokens=12).text
+    assert gemma3n("run", small_artifact, "Hello", *OPTIONS) == Outcome(0, wanted + "\n", "")
+
+
+def test_run_raw_and_with_options(gemma3n, small_artifact: Path) -> None:
+    options = {"max_new_tokens": 12, "temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 3}
+    wanted = OnnxGemma3n.from_pretrained(small_artifact).generate("Hello", **options).text
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert gemma3n("run", "--raw", small_artifact, "Hello", *flags).out == wanted + "\n"
+
+
+def test_run_with_a_system_prompt(gemma3n, small_artifact: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    wanted = OnnxGemma3n.from_pretrained(small_artifact).generate(messages, max_new_tokens=12).text
+    assert gemma3n("run", small_artifact, "Hello", "--system", "Be brief.", *OPTIONS).out == wanted + "\n"
+
+
+def test_statistics_go_to_stderr(gemma3n, small_artifact: Path) -> None:
+    plain, with_stats = (gemma3n("run", small_artifact, "Hello", *OPTIONS, *more) for more in ((), ("--stats",)))
+    assert with_stats.out == plain.out
+    assert "decode 11 tokens" in with_stats.err and "peak memory" in with_stats.err
+    assert plain.err == ""
+
+
+def test_inspect_shows_the_manifest(gemma3n, small_artifact: Path) -> None:
+    shown = gemma3n("inspect", small_artifact)
+    assert shown.code == 0
+    assert "layers: 3, KV caches: 2 (1 of them windowed)" in shown.out
+    assert "decoder.onnx.data" in shown.out
+
+
+def test_inspect_json_is_the_manifest(gemma3n, small_artifact: Path) -> None:
+    shown = gemma3n("inspect", "--json", "--verify", small_artifact)
+    assert json.loads(shown.out) == json.loads((small_artifact / "manifest.json").read_text())
+    assert "checksums are right" in shown.err
+
+
+def test_slices_lists_the_published_ones(gemma3n) -> None:
+    lines = gemma3n("slices").out.splitlines()
+    assert len(lines) == 1 + 16
+    assert len(json.loads(gemma3n("slices", "--json").out)) == 16
+
+
+def test_verify_passes_on_the_artifacts_own_checkpoint(gemma3n, small_artifact: Path, small_checkpoint: Path) -> None:
+    options = ("--model", small_checkpoint, "--new-tokens", "8", "--prompts", "1")
+    shown = gemma3n("verify", small_artifact, *options)
+    assert (shown.code, shown.err) == (0, "")
+    assert "PASS" in shown.out
+    assert json.loads(gemma3n("verify", small_artifact, *options, "--json").out)["passed"] is True
+
+
+def test_verify_fails_on_other_weights(gemma3n, small_artifact: Path, tmp_path: Path) -> None:
+    other = make_checkpoint("tiny", tmp_path / "other", seed=1, overrides=SMALL)
+    shown = gemma3n("verify", small_artifact, "--model", other, "--new-tokens", "8", "--prompts", "1")
+    assert shown.code == 1
+    assert "FAIL" in shown.out
+
+
+def test_export_writes_where_it_says(
+    monkeypatch: pytest.MonkeyPatch, small_artifact: Path, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = run_command(monkeypatch, ["gemma3n-export", "--model", str(small_checkpoint)])
+    assert shown.code == 0
+    assert shown.err == "", "progress on what is no terminal"
+    assert "small-whole-fp32-cpu" in shown.out
+    made = tmp_path / "small-whole-fp32-cpu"
+    assert [path.name for path in tmp_path.iterdir()] == [made.name]
+    copies = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (made, small_artifact)]
+    assert copies[0] == copies[1]
+    again = ["gemma3n-export", "--model", str(small_checkpoint), "--output", str(made), "--force", "--quiet"]
+    assert run_command(monkeypatch, again) == Outcome(0, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == [made.name]
+
+
+def test_a_slice_name_makes_no_folders_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slices.csv").write_text('name,layers,ffn_hidden_dims,layers_skipped\n../a b,3,"[128, 256, 64]",[]\n')
+    command = ["gemma3n-export", "--model", str(small_checkpoint), "--matformer-config", "slices.csv"]
+    assert run_command(monkeypatch, [*command, "--slice", "../a b"]).code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["slices.csv", "small-a-b-fp32-cpu"]
+
+
+def test_make_checkpoint(gemma3n, tmp_path: Path) -> None:
+    shown = gemma3n("make-checkpoint", "--size", "tiny", "--output", tmp_path / "new")
+    assert (shown.code, shown.err) == (0, "")
+    assert (tmp_path / "new" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["run", "inspect", "slices", "verify", "make-checkpoint"])
+def test_help_of_the_group_names_every_command(gemma3n, command: str) -> None:
+    assert command in gemma3n("--help").out
+    assert gemma3n(command, "--help").code == 0
+
+
+def test_a_command_whose_package_is_missing_says_what_to_install(gemma3n, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gemma3n_onnx.export.cli", None)
+    shown = gemma3n("slices")
+    assert shown.code == 1
+    assert shown.err.startswith("Error: ") and "gemma3n-onnx[export]" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (None, 0, ""),
+        (PromptError("The prompt is empty."), 1, "Error: The prompt is empty.\n"),
+        (click.UsageError("No such option."), 2, "Error: No such option.\n"),
+        (click.Abort(), 130, ""),
+        (KeyboardInterrupt(), 130, ""),
+        (MemoryError(), 1, "Error: The memory of this machine is used up; use a smaller batch, prompt or model.\n"),
+        (PermissionError(13, "Permission denied", "x.bin"), 1, "Error: Permission denied: x.bin.\n"),
+        (ModuleNotFoundError("No module", name="torch"), 1, "Error: This command needs torch; install it with: "),
+        (SystemExit(1), 1, ""),
+    ],
+)
+def test_every_end_has_its_exit_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException | None, code: int, says: str
+) -> None:
+    def command() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        runtime_cli.exit_with_message(command)
+    assert (exit_.value.code or 0) == code
+    assert capsys.readouterr().err.startswith(says)
+
+
+MAIN = [sys.executable, "-c", "from gemma3n_onnx.runtime.cli import main; main()"]
+
+
+def test_a_closed_pipe_is_no_traceback(small_artifact: Path) -> None:
+    command = [*MAIN, "run", "--raw", str(small_artifact), "Hello", "--max-new-tokens", "200"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.wait(timeout=60)
+    assert err == b""
+
+
+def test_ctrl_c_is_no_traceback(small_artifact: Path) -> None:
+    wait = "import time; from gemma3n_onnx.runtime import cli; cli.load_manifest = lambda _: (print('on', flush=True), "
+    wait += "[time.sleep(0.1) for _ in range(300)]); cli.main()"
+    command = [sys.executable, "-c", wait, "inspect", str(small_artifact)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+
+
+def test_characters_that_the_terminal_lacks_end_no_answer(small_artifact: Path) -> None:
+    command = [*MAIN, "run", "--raw", str(small_artifact), "Hello", *OPTIONS]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?" in done.stdout

@@ -1,0 +1,50 @@
+"""A small model, and the command lines run in this process as their console scripts run them."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, EntryPoints
+from typing import Any
+
+import pytest
+from gemma3n_onnx.export import cli as export_cli
+from gemma3n_onnx.runtime import cli as runtime_cli
+
+# The fewest layers with both attention types, a reader of a donor, and an own K and V for each type.
+SMALL = {
+    "num_hidden_layers": 3,
+    "num_kv_shared_layers": 1,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "max_position_embeddings": 256,
+}
+
+ENTRY_POINTS = EntryPoints(
+    EntryPoint(name, f"gemma3n_onnx.export.cli:{function}", runtime_cli.COMMANDS_GROUP)
+    for name, function in (("make-checkpoint", "make_checkpoint"), ("slices", "slices"), ("verify", "verify"))
+)
+
+
+def fake_entry_points(**selection: Any) -> EntryPoints:
+    return ENTRY_POINTS.select(**selection)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, command: Sequence[str]) -> Outcome:
+    """`command` is `gemma3n` or `gemma3n-export` and its arguments."""
+    monkeypatch.setattr(sys, "argv", list(command))
+    monkeypatch.setattr(runtime_cli, "entry_points", fake_entry_points)
+    main = {"gemma3n": runtime_cli.main, "gemma3n-export": export_cli.main}[command[0]]
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_:
+        main()
+    code = exit_.value.code
+    texts = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    return Outcome(code if isinstance(code, int) else 0 if code is None else 1, *texts)

@@ -1,0 +1,131 @@
+"""Which room may enter which: read from the imports of every module, and from a process of its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "gemma3n_onnx"
+ROOMS = ("runtime", "graphs", "export")
+# What a device has no use for.
+HEAVY = (
+    "huggingface_hub",
+    "librosa",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "optimum",
+    "safetensors",
+    "scipy",
+    "torch",
+    "transformers",
+)
+# Modules of the runtime that the exporter's others may enter, and its modules that may enter any.
+DOORS = {"gemma3n_onnx.runtime.artifact", "gemma3n_onnx.runtime.errors"}
+FREE = ("export/cli.py", "export/verify.py")
+
+
+def modules(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Full dotted names of all that a module imports, also within functions; `a.b` for `from a import b`."""
+    package = [PACKAGE, *path.relative_to(ROOT).parent.parts]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*parent, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def offences(room: str, *banned: str) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in modules(room)
+        for name in sorted(imports(path))
+        if within(name, *banned)
+    ]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_is_read(room: str) -> None:
+    assert len(modules(room)) > 3
+    assert any(imports(path) for path in modules(room))
+
+
+def test_relative_imports_are_resolved() -> None:
+    assert "gemma3n_onnx.runtime.artifact.Manifest" in imports(ROOT / "runtime/model.py")
+    assert "gemma3n_onnx.export.slicing" in imports(ROOT / "export/pipeline.py")
+
+
+def test_the_runtime_stands_alone() -> None:
+    assert offences("runtime", f"{PACKAGE}.export", f"{PACKAGE}.graphs", *HEAVY) == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_one_module_imports_onnxruntime(room: str) -> None:
+    users = {offence.split(" ", 1)[0] for offence in offences(room, "onnxruntime")}
+    assert users == ({"runtime/session.py"} if room == "runtime" else set())
+
+
+def test_the_graphs_enter_no_other_room() -> None:
+    assert offences("graphs", f"{PACKAGE}.export", f"{PACKAGE}.runtime") == []
+
+
+def test_the_graphs_open_no_files() -> None:
+    assert offences("graphs", "io", "os", "pathlib", "shutil", "tempfile", "safetensors") == []
+    file_calls = {"open", "read_text", "write_text", "read_bytes", "write_bytes", "load", "save"}
+    for path in modules("graphs"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+                assert called not in file_calls, f"{path.name}:{node.lineno} calls {called}"
+
+
+def test_the_exporter_enters_the_runtime_through_its_doors() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in modules("export")
+        if str(path.relative_to(ROOT)) not in FREE
+        for name in sorted(imports(path))
+        if within(name, f"{PACKAGE}.runtime") and not within(name, *DOORS)
+    ]
+    assert wrong == []
+
+
+REPORT = """
+import sys, time
+started = time.perf_counter()
+import gemma3n_onnx.runtime
+seconds = time.perf_counter() - started
+print(*sys.modules)
+import psutil
+print(f"{seconds:.2f} s, {psutil.Process().memory_info().rss / 2**20:.0f} MiB")
+"""
+
+
+def test_importing_the_runtime_loads_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", REPORT], capture_output=True, text=True, check=True)
+    loaded, cost = done.stdout.splitlines()
+    print(f"import gemma3n_onnx.runtime: {cost}")
+    names = loaded.split()
+    assert "gemma3n_onnx.runtime.model" in names
+    assert [name for name in names if within(name, *HEAVY, f"{PACKAGE}.export", f"{PACKAGE}.graphs")] == []
+
+
+def test_help_of_the_exporter_loads_no_torch() -> None:
+    code = "import sys, gemma3n_onnx.export.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
