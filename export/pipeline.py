@@ -16,14 +16,13 @@ from gemma3n_onnx.graphs.decoder import Logits, cache_specs
 from gemma3n_onnx.graphs.passes.store_narrow import StoreNarrow
 from gemma3n_onnx.runtime import artifact
 from gemma3n_onnx.runtime.artifact import Manifest
-from onnx_ir.passes import Sequential
 
 from . import slicing, trace
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ExportOptionError
 from .precision import Precision, precision_for
 from .sizes import parameter_counts
-from .weights import Placement, WeightStream, attach, check_tensors, lay_out
+from .weights import IR_DTYPES, Placement, WeightStream, attach, check_tensors, lay_out
 from .writer import file_info, staged
 
 PRODUCER = "gemma3n-onnx 0.1.0"
@@ -78,10 +77,12 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     with staged(output, force=options.force, needed_bytes=data_bytes + _SMALL_FILES_BYTES) as folder:
         progress.stage("Tracing the decoder")
         decoder = trace.trace_decoder(config, options.logits, precision.compute)
-        embedding = trace.trace_embedding(config, precision.compute)
+        if precision.storage != precision.compute:
+            StoreNarrow(set(trace.parameter_shapes(config)), IR_DTYPES[precision.storage])(decoder)
+        embedding = trace.trace_embedding(config, precision.storage, precision.compute)
         for model, file in ((decoder, DECODER), (embedding, EMBEDDING)):
-            parameters = {n for n, v in model.graph.initializers.items() if v.const_value is None}
-            attach_and_save(model, folder / file, parameters, placements, precision)
+            attach(model, placements)
+            ir.save(model, folder / file)
 
         progress.stage("Writing weights")
         progress.bytes_total(data_bytes)
@@ -109,19 +110,6 @@ def choose_slice(config: TextConfig, name: str | None, table: Path | None) -> sl
     if name is None:
         return slicing.whole(config)
     return slicing.resolve(slicing.find_slice(name, slicing.load_slices(table)), config)
-
-
-def attach_and_save(
-    model: ir.Model,
-    path: Path,
-    parameters: set[str],
-    placements: Mapping[str, Placement],
-    precision: Precision,
-) -> None:
-    if precision.storage == "bf16" and precision.compute == "fp32":
-        Sequential(StoreBf16(parameters))(model)
-    attach(model, placements)
-    ir.save(model, path)
 
 
 def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:

@@ -18,11 +18,11 @@ class Precision:
     compute: str
 
 
-# ONNX Runtime 1.31: the CPU provider has no bf16 arithmetic, so bf16 weights are widened to fp32 at load;
-# GroupQueryAttention on CUDA takes fp16 and bf16 only.
+# ONNX Runtime 1.31: the CPU provider has no bf16 arithmetic and on x86 none in fp16 that is faster than fp32,
+# so narrow weights are widened at load; GroupQueryAttention on CUDA takes fp16 and bf16 only.
 _SUPPORTED = {
     ("fp32", "cpu"): Precision("fp32", storage="fp32", compute="fp32"),
-    ("fp16", "cpu"): Precision("fp16", storage="fp16", compute="fp16"),
+    ("fp16", "cpu"): Precision("fp16", storage="fp16", compute="fp32"),
     ("bf16", "cpu"): Precision("bf16", storage="bf16", compute="fp32"),
     ("fp16", "cuda"): Precision("fp16", storage="fp16", compute="fp16"),
     ("bf16", "cuda"): Precision("bf16", storage="bf16", compute="bf16"),

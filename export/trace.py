@@ -50,10 +50,11 @@ def trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model:
     return model
 
 
-def trace_embedding(config: TextConfig, compute: str) -> ir.Model:
-    """The embedding graph: ids to scaled token embeddings and PLE rows."""
+def trace_embedding(config: TextConfig, storage: str, compute: str) -> ir.Model:
+    """The embedding graph: ids to scaled token embeddings and PLE rows, tables stored in `storage`."""
     ids = torch.zeros(AXES["batch"], AXES["new_tokens"], dtype=torch.int64, device="meta")
-    return _trace(lambda: Embedding(config), compute, (ids,), ["input_ids"], ["inputs_embeds", "per_layer_inputs"])
+    outputs = ["inputs_embeds", "per_layer_inputs"]
+    return _trace(lambda: Embedding(config, DTYPES[compute]), storage, (ids,), ["input_ids"], outputs)
 
 
 def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
@@ -82,10 +83,10 @@ def _trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model
 
 
 def _trace(
-    build: Callable[[], nn.Module], compute: str, arguments: tuple, inputs: list[str], outputs: list[str]
+    build: Callable[[], nn.Module], weights: str, arguments: tuple, inputs: list[str], outputs: list[str]
 ) -> ir.Model:
-    """Traces a module on meta `arguments` whose varying axes have the sizes of `AXES`."""
-    dtype = DTYPES[compute]
+    """Traces a module, its parameters of dtype `weights`, on meta `arguments` of the sizes of `AXES`."""
+    dtype = DTYPES[weights]
     with torch.device("meta"):
         module = build().eval()
     parameters = [name for name, _ in module.named_parameters()]

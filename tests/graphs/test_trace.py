@@ -118,3 +118,24 @@ def test_config_refuses_what_the_graph_cannot_do() -> None:
         TextConfig.from_hf({"model_type": "gemma3_text"})
     with pytest.raises(ConfigError, match="3 entries"):
         dataclasses.replace(CONFIG, intermediate_sizes=(64, 64, 64))
+
+
+@pytest.mark.parametrize("storage", ["fp16", "bf16"])
+def test_narrow_tables_are_widened_row_by_row(storage: str) -> None:
+    embedding = trace.trace_embedding(CONFIG, storage, "fp32")
+    for node in nodes(embedding, "Cast"):
+        assert node.inputs[0].producer().op_type == "Gather"
+    assert [value.dtype for value in embedding.graph.outputs] == [ir.DataType.FLOAT] * 2
+
+
+def test_narrow_weights_are_widened_where_they_are_used() -> None:
+    from gemma3n_onnx.graphs.passes.store_narrow import StoreNarrow
+
+    stored = trace.trace_decoder(CONFIG, "last", "fp32")
+    shapes = trace.parameter_shapes(CONFIG)
+    assert StoreNarrow(set(shapes), ir.DataType.BFLOAT16)(stored).modified
+    for name in shapes:
+        value = stored.graph.initializers[name]
+        assert value.dtype == ir.DataType.BFLOAT16
+        assert {node.op_type for node in value.consumers()} == {"Cast"}
+    assert not StoreNarrow(set(), ir.DataType.BFLOAT16)(stored).modified
