@@ -64,7 +64,9 @@ class Checkpoint:
         try:
             self.text_config = TextConfig.from_hf(self.config)
         except ConfigError as error:
-            raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {str(error).rstrip('.')}; give an unchanged checkpoint of Gemma 3n."
+            ) from error
         self._files = _open_files(folder)
         self.prefix = self._find_prefix()
         self._check_dtypes()

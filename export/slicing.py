@@ -109,7 +109,7 @@ def load_slices(path: Path | None = None) -> tuple[SliceSpec, ...]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise SliceError(f"There is no slice table at {path}.") from error
+        raise SliceError(f"There is no slice table at {path}; give the path of a CSV.") from error
     except UnicodeDecodeError as error:
         raise SliceError(f"{path} is not a CSV: it is not UTF-8 text.") from error
     except OSError as error:

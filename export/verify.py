@@ -197,8 +197,9 @@ def _check_same_architecture(model: OnnxGemma3n, config: TextConfig) -> None:
     per_layer = config.num_layers * config.hidden_size_per_layer_input
     if widths != (config.hidden_size, per_layer, config.vocab_size):
         raise ExportError(
-            f"The artifact is the slice {manifest.slice!r} of {manifest.source} with {manifest.num_layers} layers, "
-            f"and --model with --slice gives {config.num_layers}; give the checkpoint and slice it was made of."
+            f"The artifact, slice {manifest.slice!r} of {manifest.source}, has {manifest.num_layers} layers, "
+            f"{widths[0]} channels and {widths[2]} tokens, and --model with --slice gives {config.num_layers}, "
+            f"{config.hidden_size} and {config.vocab_size}; give the checkpoint and slice it was made of."
         )
 
 

@@ -80,14 +80,14 @@ def check_tensors(checkpoint: Checkpoint, chosen: Slice, shapes: Mapping[str, tu
     dropped = slicing.dropped({*names, *shapes}, chosen)
     if unused := names - shapes.keys() - dropped:
         raise CheckpointError(
-            f"The checkpoint holds {min(unused)} and {len(unused) - 1} more tensors that a Gemma 3n decoder "
-            "does not have; it is not a Gemma 3n of the layout that its config.json describes."
+            f"The checkpoint holds {min(unused)} and {len(unused) - 1} more tensors that a Gemma 3n decoder of its "
+            "config.json does not have; give an unchanged checkpoint of Gemma 3n."
         )
     for name, wanted in shapes.items():
         if name not in dropped and (found := checkpoint.spec(name).shape) != wanted:
             raise CheckpointError(
                 f"Tensor {name} has shape {list(found)} instead of the {list(wanted)} that config.json asks for; "
-                "the checkpoint's config and weights do not belong together."
+                "config and weights do not belong together, download the checkpoint again."
             )
 
 
@@ -147,7 +147,7 @@ def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:
     target = source.to(DTYPES[dtype])
     if not torch.isfinite(target).all():
         if not torch.isfinite(source).all():
-            raise CheckpointError(f"Tensor {name} holds NaN or infinity; the checkpoint is damaged.")
+            raise CheckpointError(f"Tensor {name} holds NaN or infinity; the checkpoint is damaged, download it again.")
         raise ExportError(f"Tensor {name} does not fit into {dtype}; choose --precision bf16 or fp32.")
     return target.view(torch.uint16).numpy() if dtype == "bf16" else target.numpy()
 

@@ -71,7 +71,7 @@ class Tokenizer:
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
-            raise PromptError("The prompt holds a lone surrogate, which no text has.") from error
+            raise PromptError("The prompt holds a lone surrogate, which no text has; give valid Unicode.") from error
         return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -186,7 +186,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise ArtifactError(f"The chat template cannot be read ({error}); export again.") from error
+            raise ArtifactError(f"The chat template cannot be read ({error}); export the model again.") from error
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
