@@ -35,6 +35,7 @@ class Chat:
         self._cache: KVCache | None = None
         self._cached: list[int] = []
         self._transcript: tuple[str, list[int]] | None = None
+        self._current: Turn | None = None
 
     def send(self, text: str, **options: Any) -> GenerationResult:
         """The answer to the next user message; options and errors as for `OnnxGemma3n.generate`."""
@@ -44,7 +45,10 @@ class Chat:
         return turn.result
 
     def stream(self, text: str, **options: Any) -> Turn:
-        """The same as pieces of text; a turn that is not iterated to its end is forgotten."""
+        """The same as pieces of text; a turn that is not iterated to its end is forgotten.
+
+        PromptError: while iterating, when the turn has ended, by itself or by the next one.
+        """
         from .model import Answer, generation_options
 
         chosen = generation_options(options)
@@ -52,9 +56,11 @@ class Chat:
         assert self._model.template is not None
         rendered = self._model.template.render(messages)
         ids = self._encode(rendered)
+        self._current = None
         kept = self._keep(ids)
         answer = Answer(self._model, [ids[kept:]], chosen, self._ready_cache(), ids[:kept])
-        return Turn(self, answer, messages, rendered, ids)
+        self._current = Turn(self, answer, messages, rendered, ids)
+        return self._current
 
     def _encode(self, rendered: str) -> list[int]:
         """Ids of the whole conversation; the model's turns by the ids that it made."""
@@ -83,6 +89,11 @@ class Chat:
             engine = self._model.engine
             self._cache = engine.new_cache(1, engine.manifest.max_context)
         return self._cache
+
+    def _require_current(self, turn: Turn) -> None:
+        """One cache serves one turn at a time."""
+        if self._current is not turn:
+            raise PromptError("This turn has ended, by itself or by the next one; send its message again.")
 
     def _record(self, turn: Turn) -> None:
         """A turn has ended: keeps its messages and what its tokens left in the cache."""
@@ -114,13 +125,18 @@ class Turn:
     def __iter__(self) -> Iterator[str]:
         ended = False
         try:
-            yield from self.answer
+            self.chat._require_current(self)
+            for piece in self.answer:
+                yield piece
+                self.chat._require_current(self)
             ended = True
         finally:
-            if ended:
-                self.chat._record(self)
-            else:
-                self.chat._forget(self)
+            if self.chat._current is self:
+                self.chat._current = None
+                if ended:
+                    self.chat._record(self)
+                else:
+                    self.chat._forget(self)
 
     @property
     def result(self) -> GenerationResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from gemma3n_onnx.runtime import PromptError
 
 NEW_TOKENS = 48
 TURNS = (
@@ -26,8 +27,8 @@ def model(shallow_model, monkeypatch):
     return shallow_model
 
 
-def assert_equals_a_fresh_start(model, result):
-    fresh = model.generate(list(result.prompt_token_ids), max_new_tokens=NEW_TOKENS)
+def assert_equals_a_fresh_start(model, result, new_tokens=NEW_TOKENS):
+    fresh = model.generate(list(result.prompt_token_ids), max_new_tokens=new_tokens)
     assert result.token_ids == fresh.token_ids
     assert result.text == fresh.text
 
@@ -95,13 +96,24 @@ def test_edited_conversation_equals_a_fresh_start(model):
 
 def test_turn_left_open_does_not_disturb_later_turns(model):
     chat = model.chat()
-    chat.send(TURNS[0], max_new_tokens=NEW_TOKENS)
-    left_open = iter(chat.stream(TURNS[1], max_new_tokens=NEW_TOKENS))
+    left_open = iter(chat.stream("a", max_new_tokens=NEW_TOKENS))
     next(left_open)
-    second = chat.send(TURNS[2], max_new_tokens=NEW_TOKENS)
-    assert_equals_a_fresh_start(model, second)
+    # As short as its prompt, so that the windowed caches could be cut.
+    assert_equals_a_fresh_start(model, chat.send("b", max_new_tokens=1), 1)
     left_open.close()
-    del chat.messages[2:]
+    chat.messages.clear()
+    assert_equals_a_fresh_start(model, chat.send("a", max_new_tokens=NEW_TOKENS))
+
+
+def test_turn_left_open_cannot_go_on_after_the_next(model):
+    chat = model.chat()
+    left_open = iter(chat.stream(TURNS[0]))
+    next(left_open)
+    never_begun = iter(chat.stream(TURNS[1]))
+    chat.send(TURNS[2], max_new_tokens=NEW_TOKENS)
+    for turn in (left_open, never_begun):
+        with pytest.raises(PromptError, match="has ended"):
+            next(turn)
     assert_equals_a_fresh_start(model, chat.send(TURNS[1], max_new_tokens=NEW_TOKENS))
 
 
