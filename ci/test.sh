@@ -10,4 +10,4 @@ bash ci/install.sh
 ruff check .
 ruff format --check .
 bash ci/mypy.sh
-python -m pytest
+python -m pytest -rP

@@ -39,9 +39,7 @@ def trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model:
 
     `compute` is the dtype of weights and activations, a key of `DTYPES`.
     """
-    # The nodes are the same for every FFN width: slices of one depth share one trace.
-    narrow = dataclasses.replace(config, intermediate_sizes=(32,) * config.num_layers)
-    model = _trace_decoder(narrow, logits, compute).clone()
+    model = _trace_decoder(_without_widths(config), logits, compute).clone()
     for i, width in enumerate(config.intermediate_sizes):
         shapes = {"gate_proj": (width, config.hidden_size), "down_proj": (config.hidden_size, width)}
         shapes["up_proj"] = shapes["gate_proj"]
@@ -52,9 +50,12 @@ def trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model:
 
 def trace_embedding(config: TextConfig, storage: str, compute: str) -> ir.Model:
     """The embedding graph: ids to scaled token embeddings and PLE rows, tables stored in `storage`."""
-    ids = torch.zeros(AXES["batch"], AXES["new_tokens"], dtype=torch.int64, device="meta")
-    outputs = ["inputs_embeds", "per_layer_inputs"]
-    return _trace(lambda: Embedding(config, DTYPES[compute]), storage, (ids,), ["input_ids"], outputs)
+    return _trace_embedding(_without_widths(config), storage, compute).clone()
+
+
+def _without_widths(config: TextConfig) -> TextConfig:
+    """The nodes of a graph are the same for every FFN width, so slices of one depth share one trace."""
+    return dataclasses.replace(config, intermediate_sizes=(32,) * config.num_layers)
 
 
 def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
@@ -80,6 +81,13 @@ def _trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model
         )
     names = outline.input_names, outline.output_names
     return _trace(lambda: Decoder(config, logits), compute, arguments, *names)
+
+
+@functools.lru_cache(maxsize=8)
+def _trace_embedding(config: TextConfig, storage: str, compute: str) -> ir.Model:
+    ids = torch.zeros(AXES["batch"], AXES["new_tokens"], dtype=torch.int64, device="meta")
+    outputs = ["inputs_embeds", "per_layer_inputs"]
+    return _trace(lambda: Embedding(config, DTYPES[compute]), storage, (ids,), ["input_ids"], outputs)
 
 
 def _trace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gemma3n_onnx.export.trace import DTYPES
 from gemma3n_onnx.runtime import OnnxGemma3n
 from gemma3n_onnx.runtime.session import PROFILES, Session
 from gemma3n_onnx.runtime.tables import Table
@@ -31,28 +32,32 @@ def compare(what, ours, theirs):
     return error, float(kl.max()), agreement
 
 
-def test_bf16_storage_equals_transformers_on_weights_rounded_to_bf16(tiny_checkpoint, exported, tiny_oracle):
-    model = OnnxGemma3n.from_pretrained(exported(tiny_checkpoint, precision="bf16"))
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_narrow_storage_equals_transformers_on_rounded_weights(tiny_checkpoint, exported, tiny_oracle, precision):
+    model = OnnxGemma3n.from_pretrained(exported(tiny_checkpoint, precision=precision))
     ours = generate_greedily(model, random_prompt(LONG, seed=8), STEPS)
-    compare("bf16 storage against fp32 weights", ours.logits, oracle_logits(tiny_oracle, ours.oracle_ids, STEPS))
+    theirs = oracle_logits(tiny_oracle, ours.oracle_ids, STEPS)
+    compare(f"{precision} storage against fp32 weights", ours.logits, theirs)
     rounded = load_oracle(tiny_checkpoint)
     with torch.no_grad():
         for parameter in rounded.parameters():
-            parameter.copy_(parameter.bfloat16())
+            parameter.copy_(parameter.to(DTYPES[precision]))
     theirs = oracle_logits(rounded, ours.oracle_ids, STEPS)
-    assert_close("bf16 storage against rounded weights", ours.logits, theirs, TOLERANCE)
+    assert_close(f"{precision} storage against rounded weights", ours.logits, theirs, TOLERANCE)
     assert ours.tokens == theirs.argmax(-1).tolist()
 
 
-def test_fp16_stays_within_its_bound(shallow_checkpoint, exported, shallow_oracle):
-    """A significand of 11 bits rounds by at most 2^-11 = 4.9e-4, on average by half of that.
+def test_fp16_arithmetic_stays_within_its_bound(shallow_checkpoint, exported, shallow_oracle):
+    """The graph for CUDA, on the CPU.
+
+    A significand of 11 bits rounds by at most 2^-11 = 4.9e-4, on average by half of that.
 
     About ten roundings lie on the residual's way through each of ten layers; independent, they add up to
     2.4e-4 * sqrt(100) = 2.4e-3 of a logit's standard deviation, which is a sixth of the range or so: 4e-4 of
     the range. With a standard deviation of 5 that is 0.012 nats, and half their variance as KL: 7e-5. The
     bounds leave a factor of ten for the largest of many positions.
     """
-    model = OnnxGemma3n.from_pretrained(exported(shallow_checkpoint, precision="fp16"))
+    model = OnnxGemma3n.from_pretrained(exported(shallow_checkpoint, precision="fp16", target="cuda"), "cpu")
     ours = generate_greedily(model, random_prompt(LONG, seed=8), STEPS)
     theirs = oracle_logits(shallow_oracle, ours.oracle_ids, STEPS)
     error, kl, agreement = compare("fp16", ours.logits, theirs)
@@ -61,10 +66,10 @@ def test_fp16_stays_within_its_bound(shallow_checkpoint, exported, shallow_oracl
     assert agreement >= 0.95
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_embedding_graph_agrees_with_the_runtime_tables_bit_for_bit(shallow_checkpoint, exported, precision):
-    folder = exported(shallow_checkpoint, precision=precision)
-    manifest = OnnxGemma3n.from_pretrained(folder).manifest
+@pytest.mark.parametrize(("precision", "target"), [("fp32", "cpu"), ("fp16", "cpu"), ("bf16", "cpu"), ("fp16", "cuda")])
+def test_embedding_graph_agrees_with_the_runtime_tables_bit_for_bit(shallow_checkpoint, exported, precision, target):
+    folder = exported(shallow_checkpoint, precision=precision, target=target)
+    manifest = OnnxGemma3n.from_pretrained(folder, "cpu").manifest
     last_row, last = manifest.per_layer_embeddings.rows - 1, manifest.vocab_size - 1
     ids = np.array([[0, 1, 2, 5, last_row - 1, last_row], [last_row + 1, last_row + 2, last - 1, last, 7, 7]])
     graph = Session(folder / manifest.embedding.file, PROFILES["cpu"]).run({"input_ids": ids})
