@@ -43,8 +43,12 @@ PROFILES = {
         device="cpu",
         compute_dtypes=("fp32", "fp16"),
         window_slack=0.25,
-        # Float weights stay in the mapped file; packing would copy each of them into private memory.
-        session_entries={"session.disable_prepacking": "1"},
+        session_entries={
+            # Float weights stay in the mapped file; packing would copy each of them into private memory.
+            "session.disable_prepacking": "1",
+            # Narrow weights are widened once, at load. The default limit leaves a large head to every step.
+            "optimization.constant_folding_max_output_size_in_bytes": str(1 << 40),
+        },
     ),
     "cuda": Profile(
         name="cuda",
