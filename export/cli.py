@@ -147,11 +147,15 @@ def slices(table: Path | None, model: str | None, as_json: bool) -> None:
     """List the MatFormer slices with their parameters and sizes."""
     from .checkpoint import Checkpoint
     from .errors import SliceError
-    from .sizes import render_table, slices_table
+    from .sizes import E4B, E4B_CONFIG, render_table, slices_table
     from .slicing import load_slices
 
-    config = Checkpoint.open(model).text_config if model else None
-    rows = slices_table(config, load_slices(table))
+    specs = load_slices(table)
+    if model is None:
+        rows = slices_table(E4B, E4B_CONFIG, specs)
+    else:
+        checkpoint = Checkpoint.open(model)
+        rows = slices_table(checkpoint.text_config, checkpoint.config, specs)
     if not rows:
         raise SliceError(
             f"No slice of {table or 'the published table'} can be cut from {model or 'E4B'}; give another."

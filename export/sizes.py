@@ -45,13 +45,29 @@ E4B = TextConfig(
 )
 """The decoder of google/gemma-3n-E4B, for a table without a checkpoint."""
 
+E4B_CONFIG: Mapping[str, Any] = {
+    "text_config": {"hidden_size": 2048},
+    "vision_config": {"architecture": "mobilenetv5_300m_enc", "hidden_size": 2048, "vocab_size": 128},
+    "audio_config": {
+        "hidden_size": 1536,
+        "vocab_size": 128,
+        "input_feat_size": 128,
+        "conf_num_attention_heads": 8,
+        "conf_num_hidden_layers": 12,
+        "conf_conv_kernel_size": 5,
+        "sscp_conv_channel_size": (128, 32),
+        "sscp_conv_kernel_size": ((3, 3), (3, 3)),
+        "sscp_conv_stride_size": ((2, 2), (2, 2)),
+    },
+}
+"""What its `config.json` says of the encoders, as far as their sizes follow from it."""
+
 
 @dataclass(frozen=True)
 class ParameterCounts:
     """Parameters of a text decoder, counted as Google counts them.
 
-    The published figures include K and V projections of all layers, because the checkpoints have them; those
-    of
+    The published figures include K and V projections of all layers, because the checkpoints have them; those of
     KV-shared layers (`unused_kv`) are never read, and no exported graph holds them.
     """
 
@@ -146,9 +162,8 @@ def _audio_tower(audio: Mapping[str, Any]) -> int:
 def published_total(config: TextConfig, hf_config: Mapping[str, Any]) -> int:
     """All parameters, by the accounting of the published totals.
 
-    It counts the decoder, the four encoder parts as of timm 1.0.16, and the output head a second time
-    although it
-    is tied to the token embedding.
+    It counts the decoder, the four encoder parts as of timm 1.0.16, and the output head a second time although it is
+    tied to the token embedding.
 
     Raises:
         ConfigError, SliceError: see `encoder_parameter_counts`.
@@ -180,19 +195,25 @@ class SliceRow:
     layers: int
     effective: int
     text: int
+    total: int | None
+    """With the encoders, as published; None for a text-only checkpoint or reduced encoders."""
     published_effective_b: float | None
     mmlu: float | None
     disk_bytes: Mapping[str, int]
     """By precision."""
 
 
-def slices_table(config: TextConfig | None = None, specs: Iterable[SliceSpec] | None = None) -> list[SliceRow]:
-    """The slices that can be cut from a checkpoint (by default E4B); those that it is too small for are left
-    out."""
+def slices_table(
+    config: TextConfig = E4B, hf_config: Mapping[str, Any] = E4B_CONFIG, specs: Iterable[SliceSpec] | None = None
+) -> list[SliceRow]:
+    """The slices that can be cut from a checkpoint; those that it is too small for are left out.
+
+    `config` is its decoder, `hf_config` its `config.json`.
+    """
     rows = []
     for spec in load_slices() if specs is None else specs:
         try:
-            sliced = resolve(spec, config or E4B).config
+            sliced = resolve(spec, config).config
         except SliceError:
             continue
         counts = parameter_counts(sliced)
@@ -202,6 +223,7 @@ def slices_table(config: TextConfig | None = None, specs: Iterable[SliceSpec] | 
                 sliced.num_layers,
                 counts.effective,
                 counts.text,
+                _total(sliced, hf_config),
                 spec.effective_params_b,
                 spec.mmlu,
                 {precision: disk_bytes(sliced, precision) for precision in BYTES_PER_PARAMETER},
@@ -210,10 +232,17 @@ def slices_table(config: TextConfig | None = None, specs: Iterable[SliceSpec] | 
     return rows
 
 
+def _total(config: TextConfig, hf_config: Mapping[str, Any]) -> int | None:
+    try:
+        return published_total(config, hf_config)
+    except (ConfigError, SliceError):
+        return None
+
+
 def render_table(rows: Iterable[SliceRow]) -> str:
     """Aligned columns, one line a slice; parameters in billions, disk in 10^9 bytes."""
     disk = tuple(f"{precision} GB" for precision in BYTES_PER_PARAMETER)
-    lines = [("name", "layers", "effective B", "published B", "text B", "MMLU %", *disk)]
+    lines = [("name", "layers", "effective B", "published B", "text B", "total B", "MMLU %", *disk)]
     for row in rows:
         lines.append(
             (
@@ -222,6 +251,7 @@ def render_table(rows: Iterable[SliceRow]) -> str:
                 f"{row.effective / 1e9:.2f}",
                 "-" if row.published_effective_b is None else f"{row.published_effective_b:.2f}",
                 f"{row.text / 1e9:.2f}",
+                "-" if row.total is None else f"{row.total / 1e9:.2f}",
                 "-" if row.mmlu is None else f"{row.mmlu:.1f}",
                 *(f"{row.disk_bytes[precision] / 1e9:.1f}" for precision in BYTES_PER_PARAMETER),
             )

@@ -93,14 +93,11 @@ _ELEMENT = re.compile(rf"({_INTEGER})(?:\s*\*\s*({_INTEGER}))?")
 def load_slices(path: Path | None = None) -> tuple[SliceSpec, ...]:
     """The published table, or a CSV with the same columns under their published or their tidy names.
 
-    A list cell holds integers (underscores allowed) and products `a * b`, in brackets; it must be quoted if
-    it has
-    commas. The widths of a file are absolute; only those of the published table scale. Other columns are
-    ignored.
+    A list cell holds integers (underscores allowed) and products `a * b`, in brackets; it must be quoted if it has
+    commas. The widths of a file are absolute; only those of the published table scale. Other columns are ignored.
 
     Raises:
-        SliceError: no such file, not a CSV, a column is missing, or a row breaks a rule; the message names
-        the
+        SliceError: no such file, not a CSV, a column is missing, or a row breaks a rule; the message names the
             line, the column and the rule.
     """
     if path is None:
@@ -366,15 +363,12 @@ def whole(config: TextConfig, name: str = "whole") -> Slice:
 def resolve(spec: SliceSpec, config: TextConfig) -> Slice:
     """Checks a slice against a checkpoint, and says what is left of the checkpoint.
 
-    A full-size checkpoint, told by E4B's hidden size of 2048, is cut to the widths as they are written. A
-    narrower
-    one is a scaled-down test model: the widths of a published slice shrink with it (times its FFN width /
-    16384),
+    A full-size checkpoint, told by E4B's hidden size of 2048, is cut to the widths as they are written. A narrower
+    one is a scaled-down test model: the widths of a published slice shrink with it (times its FFN width / 16384),
     which needs one FFN width in all its layers.
 
-    A checkpoint that already is the slice comes back whole. It is one if it has as many layers as the slice
-    keeps
-    of E4B's 35, and the slice's widths; a narrower checkpoint, widths in the same proportions.
+    A checkpoint that already is the slice comes back whole. It is one if it has as many layers as the slice keeps of
+    E4B's 35, and the slice's widths; a narrower checkpoint, widths in the same proportions.
 
     Raises:
         SliceError: the checkpoint has too few layers or channels for the slice, or the slice breaks a rule.

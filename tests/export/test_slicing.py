@@ -387,5 +387,7 @@ def test_table_lists_what_a_checkpoint_can_be_cut_to():
     lines = text.splitlines()
     assert len(lines) == 17
     assert len({len(line) for line in lines}) == 1
-    assert lines[2].split()[:6] == ["E2B", "30", "1.91", "1.91", "4.46", "50.9"]
-    assert [row.name for row in slices_table(E2B.config)] == ["E2B"]
+    assert lines[2].split()[:7] == ["E2B", "30", "1.91", "1.91", "4.46", "5.98", "50.9"]
+    e2b = slices_table()[1]
+    assert (e2b.total, e2b.text, e2b.effective) == (5_976_833_408, 4_456_156_768, 1_905_495_648)
+    assert [row.name for row in slices_table(E2B.config, {})] == ["E2B"]
