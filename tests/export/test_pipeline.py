@@ -1,0 +1,102 @@
+"""Checkpoints of other makers give the same artifact as ours of the same weights."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.pipeline import ExportOptions, export
+from gemma3n_onnx.export.progress import TerminalProgress
+from gemma3n_onnx.runtime.artifact import load_manifest, verify_checksums
+from safetensors.torch import load_file, save_file
+
+WEIGHTS = "model.safetensors"
+DATA = ("decoder.onnx.data", "token_embeddings.bin", "per_layer_embeddings.bin", "decoder.onnx", "embedding.onnx")
+
+Tensors = dict[str, torch.Tensor]
+
+
+def export_to(checkpoint: Path, folder: Path) -> Path:
+    export(Checkpoint.open(checkpoint), folder, ExportOptions(), TerminalProgress(quiet=True))
+    return folder
+
+
+@pytest.fixture
+def rewritten(small_checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the small checkpoint with other tensors and another config."""
+
+    def make(tensors: Callable[[Tensors], Tensors], config: Callable[[dict], dict] = lambda c: c) -> Path:
+        folder = tmp_path / "other"
+        shutil.copytree(small_checkpoint, folder)
+        save_file(tensors(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+        path = folder / "config.json"
+        path.write_text(json.dumps(config(json.loads(path.read_text()))))
+        return folder
+
+    return make
+
+
+def assert_same_artifact(artifact: Path, other: Path) -> None:
+    for name in DATA:
+        assert (artifact / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_full_checkpoint_gives_the_text_only_artifact(rewritten, small_artifact, tmp_path) -> None:
+    def multimodal(tensors: Tensors) -> Tensors:
+        moved = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+        towers = ("vision_tower.timm_model.conv_stem.conv.weight", "audio_tower.x", "embed_vision.embedding.weight")
+        return moved | {f"model.{name}": torch.ones(2, 2) for name in towers}
+
+    folder = rewritten(multimodal, lambda config: {"model_type": "gemma3n", "text_config": config})
+    assert_same_artifact(small_artifact, export_to(folder, tmp_path / "artifact"))
+
+
+def test_keys_and_values_of_shared_layers_may_be_there_or_not(rewritten, small_artifact, tmp_path) -> None:
+    def with_unused(tensors: Tensors) -> Tensors:
+        donor = "model.layers.0.self_attn."
+        unused = {
+            name.replace("layers.0.", "layers.2."): torch.full_like(tensor, 7.0)
+            for name, tensor in tensors.items()
+            if name.startswith(donor) and name.removeprefix(donor).split(".")[0] in ("k_proj", "v_proj", "k_norm")
+        }
+        assert len(unused) == 3
+        return tensors | unused
+
+    assert_same_artifact(small_artifact, export_to(rewritten(with_unused), tmp_path / "artifact"))
+
+
+def test_a_config_as_transformers_4_wrote_it(rewritten, small_artifact, tmp_path) -> None:
+    def older(config: dict) -> dict:
+        del config["rope_parameters"]
+        return config | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "torch_dtype": "float32"}
+
+    assert_same_artifact(small_artifact, export_to(rewritten(dict, older), tmp_path / "artifact"))
+
+
+def test_other_rope_bases_reach_the_graph(rewritten, small_artifact, tmp_path) -> None:
+    def other_base(config: dict) -> dict:
+        del config["rope_parameters"]
+        return config | {"rope_theta": 5e5}
+
+    other = export_to(rewritten(dict, other_base), tmp_path / "artifact")
+    assert (other / "decoder.onnx.data").read_bytes() == (small_artifact / "decoder.onnx.data").read_bytes()
+    assert (other / "decoder.onnx").read_bytes() != (small_artifact / "decoder.onnx").read_bytes()
+
+
+def test_an_export_is_reproducible_and_its_checksums_hold(small_checkpoint, small_artifact, tmp_path) -> None:
+    again = export_to(small_checkpoint, tmp_path / "artifact")
+    assert_same_artifact(small_artifact, again)
+    verify_checksums(again, load_manifest(again))
+
+
+def test_the_head_is_the_token_table(small_artifact) -> None:
+    import onnx
+
+    model = onnx.load(small_artifact / "decoder.onnx", load_external_data=False)
+    head = next(tensor for tensor in model.graph.initializer if tensor.name == "lm_head.weight")
+    external = {entry.key: entry.value for entry in head.external_data}
+    assert external["location"] == "token_embeddings.bin"
+    assert int(external["length"]) == (small_artifact / "token_embeddings.bin").stat().st_size
