@@ -20,6 +20,14 @@ SMALL = {
     "max_position_embeddings": 256,
 }
 
+# First lines of a subprocess: one started by a background job would ignore Ctrl-C, as that job does.
+DEFAULT_SIGNALS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+
 ENTRY_POINTS = EntryPoints(
     EntryPoint(name, f"gemma3n_onnx.export.cli:{function}", runtime_cli.COMMANDS_GROUP)
     for name, function in (("make-checkpoint", "make_checkpoint"), ("slices", "slices"), ("verify", "verify"))

@@ -111,8 +111,8 @@ started = time.perf_counter()
 import gemma3n_onnx.runtime
 seconds = time.perf_counter() - started
 print(*sys.modules)
-import psutil
-print(f"{seconds:.2f} s, {psutil.Process().memory_info().rss / 2**20:.0f} MiB")
+import resource
+print(f"{seconds:.2f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB at most")
 """
 
 

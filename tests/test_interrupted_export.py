@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from gemma3n_onnx.runtime import OnnxGemma3n
 from gemma3n_onnx.runtime.artifact import load_manifest, verify_checksums
+from support import DEFAULT_SIGNALS
 
 # The export command over traced graphs, so that what is left to interrupt is the writing. Where `moment` says,
 # it tells the parent and waits to be killed; "" never waits.
@@ -84,7 +85,7 @@ class Scene:
         self.old = self.tokens()
 
     def start(self, moment: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", DRIVER, *map(str, self.graphs), moment]
+        command = [sys.executable, "-c", DEFAULT_SIGNALS + DRIVER, *map(str, self.graphs), moment]
         command += ["--model", str(self.checkpoint), "--output", str(self.artifact), "--force", "--quiet"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "started\n", process.communicate()

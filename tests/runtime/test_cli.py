@@ -12,7 +12,7 @@ import pytest
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.runtime import OnnxGemma3n, PromptError
 from gemma3n_onnx.runtime import cli as runtime_cli
-from support import SMALL, Outcome, run_command
+from support import DEFAULT_SIGNALS, SMALL, Outcome, run_command
 
 OPTIONS = ("--max-new-tokens", "12")
 
@@ -172,7 +172,7 @@ def test_a_closed_pipe_is_no_traceback(small_artifact: Path) -> None:
 def test_ctrl_c_is_no_traceback(small_artifact: Path) -> None:
     wait = "import time; from gemma3n_onnx.runtime import cli; cli.load_manifest = lambda _: (print('on', flush=True), "
     wait += "[time.sleep(0.1) for _ in range(300)]); cli.main()"
-    command = [sys.executable, "-c", wait, "inspect", str(small_artifact)]
+    command = [sys.executable, "-c", DEFAULT_SIGNALS + wait, "inspect", str(small_artifact)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
