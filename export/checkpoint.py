@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
 from gemma3n_onnx.export.hub import find_folder
 from gemma3n_onnx.export.safetensors_file import NUMPY_DTYPES, SafetensorsFile, TensorSpec

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
 from gemma3n_onnx.runtime.cli import exit_with_message
 from gemma3n_onnx.runtime.generation import peak_memory_bytes
 
@@ -193,6 +194,7 @@ def verify(
     The slice is the artifact's own unless --slice names another. Exits with 1 where parity fails.
     """
     import numpy as np
+
     from gemma3n_onnx.runtime.model import OnnxGemma3n
 
     from .checkpoint import Checkpoint

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
 from gemma3n_onnx.export.checkpoint import INDEX, WEIGHTS
 from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.make_tokenizer import BOS, EOS, PAD, SMALLEST_TEXT_VOCAB, SOFT_IDS, write_tokenizer

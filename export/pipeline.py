@@ -7,10 +7,12 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
 import onnx_ir as ir
+
 from gemma3n_onnx.graphs.config import SLIDING, TextConfig
 from gemma3n_onnx.graphs.decoder import Logits, cache_specs
 from gemma3n_onnx.graphs.passes.store_narrow import StoreNarrow
@@ -25,7 +27,7 @@ from .sizes import parameter_counts
 from .weights import IR_DTYPES, Placement, WeightStream, attach, check_tensors, lay_out
 from .writer import file_info, staged
 
-PRODUCER = "gemma3n-onnx 0.1.0"
+PRODUCER = f"gemma3n-onnx {version('gemma3n-onnx')}"
 
 DECODER, DECODER_DATA, EMBEDDING = "decoder.onnx", "decoder.onnx.data", "embedding.onnx"
 TOKEN_TABLE, PER_LAYER_TABLE = "token_embeddings.bin", "per_layer_embeddings.bin"

@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from gemma3n_onnx.export.errors import CheckpointError
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {

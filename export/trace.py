@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterator
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
-from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.graphs.decoder import Decoder, Logits
-from gemma3n_onnx.graphs.embedding import Embedding
 from onnx_ir.passes import Sequential
 from onnx_ir.passes import common as passes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
+
+from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.graphs.decoder import Decoder, Logits
+from gemma3n_onnx.graphs.embedding import Embedding
 
 OPSET = 23
 # Sizes that the varying axes have while tracing: primes that no model dimension is a multiple of.

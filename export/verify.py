@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.runtime.generation import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
-from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .errors import ExportError

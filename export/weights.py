@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, FileInfo
 
 from . import slicing

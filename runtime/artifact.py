@@ -194,7 +194,7 @@ def _is_plain_name(name: str) -> bool:
 
 
 def _check_consistency(manifest: Manifest, path: Path) -> None:
-    """What the runtime relies on when it maps tables and lays out caches."""
+    """What the runtime relies on when it reads tables and lays out caches."""
 
     def require(holds: bool, complaint: str) -> None:
         if not holds:

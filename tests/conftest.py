@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from gemma3n_onnx.export.checkpoint import Checkpoint
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export

@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 from typing import Any
 
 import pytest
+
 from gemma3n_onnx.export import cli as export_cli
 from gemma3n_onnx.runtime import cli as runtime_cli
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from gemma3n_onnx.export import trace
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.writer import HashedFile

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from gemma3n_onnx.runtime import OnnxGemma3n
 from gemma3n_onnx.runtime.artifact import load_manifest, verify_checksums
 from support import DEFAULT_SIGNALS

@@ -9,12 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
+
 from gemma3n_onnx.export.checkpoint import INDEX, WEIGHTS, Checkpoint
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.safetensors_file import TensorSpec
-from huggingface_hub import errors as hub_errors
-from safetensors.torch import load_file, save_file
 
 SMALL = {"num_hidden_layers": 7, "num_kv_shared_layers": 2}
 EMBEDDING = "model.embed_tokens.weight"

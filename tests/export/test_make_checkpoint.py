@@ -7,13 +7,14 @@ import jinja2
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, Gemma3nForCausalLM, Gemma3nTextConfig
+
 from gemma3n_onnx.export import make_checkpoint as module
 from gemma3n_onnx.export.checkpoint import INDEX, Checkpoint
 from gemma3n_onnx.export.errors import ExportError, ExportOptionError
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.make_tokenizer import SpecialIds, write_tokenizer
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, Gemma3nForCausalLM, Gemma3nTextConfig
 
 SMALL = {"num_hidden_layers": 7, "num_kv_shared_layers": 2}
 SENTENCES = [

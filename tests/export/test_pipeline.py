@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from gemma3n_onnx.export.checkpoint import Checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
 from gemma3n_onnx.runtime.artifact import load_manifest, verify_checksums
-from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
 DATA = ("decoder.onnx.data", "token_embeddings.bin", "per_layer_embeddings.bin", "decoder.onnx", "embedding.onnx")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from gemma3n_onnx.export.errors import ExportOptionError, SliceError
 from gemma3n_onnx.export.sizes import (
     E4B,

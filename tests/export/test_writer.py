@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from gemma3n_onnx.export import writer
 from gemma3n_onnx.export.errors import ExportError
 from gemma3n_onnx.export.writer import HashedFile, file_info, staged

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+
 from gemma3n_onnx.export import trace
 from gemma3n_onnx.export.sizes import E4B
 from gemma3n_onnx.graphs import decoder, ops

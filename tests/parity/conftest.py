@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma3nForCausalLM
+
 from gemma3n_onnx.export.checkpoint import Checkpoint
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.runtime import OnnxGemma3n
 from oracle import WINDOW, NoProgress, load_oracle
-from transformers import Gemma3nForCausalLM
 
 Exporter = Callable[..., Path]
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gemma3n_onnx.runtime import OnnxGemma3n
 from transformers import Gemma3nForCausalLM, GenerationConfig
+
+from gemma3n_onnx.runtime import OnnxGemma3n
 
 TOLERANCE = 1e-4  # fp32 through tens of layers, between two implementations
 SAME_GRAPH = 1e-5  # the same graph fed in another way: only the order of sums differs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from gemma3n_onnx.runtime import PromptError
 
 NEW_TOKENS = 48

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from gemma3n_onnx.runtime import OnnxGemma3n
 from oracle import (
     LONG,

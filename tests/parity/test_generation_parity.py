@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from gemma3n_onnx.runtime import ContextLengthError, OptionError, PromptError
 from oracle import TOLERANCE, log_softmax, oracle_logits, random_prompt
 

@@ -10,8 +10,9 @@ from types import MethodType
 
 import pytest
 import torch
-from oracle import LONG, TOLERANCE, generate_greedily, oracle_logits, random_prompt, relative_error
 from torch import nn
+
+from oracle import LONG, TOLERANCE, generate_greedily, oracle_logits, random_prompt, relative_error
 
 STEPS = 16
 FAR = 10 * TOLERANCE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from gemma3n_onnx.export.trace import DTYPES
 from gemma3n_onnx.runtime import OnnxGemma3n
 from gemma3n_onnx.runtime.session import PROFILES, Session

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gemma3n_onnx.runtime import OnnxGemma3n
-from oracle import LONG, TOLERANCE, assert_close, generate_greedily, oracle_logits, random_prompt
 from safetensors.numpy import load_file
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+from gemma3n_onnx.runtime import OnnxGemma3n
+from oracle import LONG, TOLERANCE, assert_close, generate_greedily, oracle_logits, random_prompt
 
 # FFN widths in eighths of the checkpoint's, run by run, and the skipped layers.
 SKIPPED = tuple(range(20, 25))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.runtime import OnnxGemma3n, PromptError
 from gemma3n_onnx.runtime import cli as runtime_cli

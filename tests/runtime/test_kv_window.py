@@ -1,4 +1,5 @@
 import pytest
+
 from gemma3n_onnx.runtime.kv_window import can_truncate, resident_length
 
 CACHES = [(1, 1), (5, 1), (5, 4), (5, 5), (8, 3), (17, 8)]  # (capacity, window)

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
+
 from gemma3n_onnx.runtime.errors import ArtifactError, PromptError
 from gemma3n_onnx.runtime.prompt import (
     ChatTemplate,
@@ -15,8 +18,6 @@ from gemma3n_onnx.runtime.prompt import (
     check_messages,
     encode_prompt,
 )
-from tokenizers import decoders, models, normalizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 TEMPLATE = """{{ bos_token }}

@@ -4,9 +4,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.generation import logits_process as oracle
+
 from gemma3n_onnx.runtime import sampling as s
 from gemma3n_onnx.runtime.errors import OptionError, ProviderError
-from transformers.generation import logits_process as oracle
 
 NO_TOKENS = torch.zeros((1, 0), dtype=torch.long)
 
