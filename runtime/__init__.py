@@ -1,5 +1,6 @@
 """Gemma 3n on ONNX Runtime. Stands alone on a device: imports nothing of the exporter, and no torch."""
 
+from .answer import GenerationResult
 from .errors import (
     ArtifactError,
     ArtifactNotFoundError,
@@ -11,7 +12,7 @@ from .errors import (
     RuntimeMissingError,
 )
 from .generation import Timings
-from .model import GenerationResult, OnnxGemma3n
+from .model import OnnxGemma3n
 from .sampling import GenerationOptions, TokenLogprob
 
 __all__ = [

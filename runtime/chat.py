@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from .answer import Answer, GenerationResult, generation_options
 from .errors import OptionError, PromptError
 from .kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from .model import Answer, GenerationResult, OnnxGemma3n
+    from .model import OnnxGemma3n
 
 
 class Chat:
@@ -49,8 +50,6 @@ class Chat:
 
         PromptError: while iterating, when the turn has ended, by itself or by the next one.
         """
-        from .model import Answer, generation_options
-
         chosen = generation_options(options)
         messages = [*self.messages, {"role": "user", "content": text}]
         assert self._model.template is not None
@@ -58,7 +57,9 @@ class Chat:
         ids = self._encode(rendered)
         self._current = None
         kept = self._keep(ids)
-        answer = Answer(self._model, [ids[kept:]], chosen, self._ready_cache(), ids[:kept])
+        answer = Answer(
+            self._model.engine, self._model.tokenizer, [ids[kept:]], chosen, self._ready_cache(), ids[:kept]
+        )
         self._current = Turn(self, answer, messages, rendered, ids)
         return self._current
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import click
 
+from .answer import generation_options
 from .artifact import Manifest, load_manifest, verify_checksums
 from .errors import Gemma3nError, PromptError
 from .generation import Timings
-from .model import OnnxGemma3n, generation_options
+from .model import OnnxGemma3n
 
 COMMANDS_GROUP = "gemma3n_onnx.commands"
 

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .answer import Answer, generation_options
 from .artifact import Manifest, load_manifest
 from .chat import Chat
 from .engine import PREFILL_CHUNK, Engine
-from .errors import ArtifactError, OptionError, PromptError
-from .generation import Generation, Timings
-from .kv_cache import KVCache
-from .prompt import ChatTemplate, IncrementalDetokenizer, StopMatcher, Tokenizer, encode_prompt
-from .sampling import GenerationOptions, TokenLogprob
+from .errors import ArtifactError, PromptError
+from .prompt import ChatTemplate, Tokenizer, encode_prompt
 from .session import choose_profile
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """One answer.
-
-    `text` leaves out special tokens and everything from a stop string on; `token_ids` are all that were
-    made. `finish_reason` is "stop" (an end token or a stop string) or "length" (`max_new_tokens`).
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_token_ids: tuple[int, ...]
-    finish_reason: str
-    logprobs: tuple[TokenLogprob, ...] | None
-    timings: Timings
 
 
 class OnnxGemma3n:
@@ -99,7 +80,7 @@ class OnnxGemma3n:
         chosen = generation_options(options)
         batched = _is_batch(prompt)
         encoded = [self.encode(p) for p in (prompt if batched else [prompt])]
-        answer = Answer(self, encoded, chosen)
+        answer = Answer(self.engine, self.tokenizer, encoded, chosen)
         for _ in answer:
             pass
         return answer.results() if batched else answer.results()[0]
@@ -111,7 +92,7 @@ class OnnxGemma3n:
         """
         if _is_batch(prompt):
             raise PromptError("stream takes one prompt; use generate for a batch.")
-        return Answer(self, [self.encode(prompt)], generation_options(options))
+        return Answer(self.engine, self.tokenizer, [self.encode(prompt)], generation_options(options))
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation whose KV cache is kept from turn to turn."""
@@ -120,90 +101,6 @@ class OnnxGemma3n:
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt in any of its forms."""
         return encode_prompt(prompt, self.tokenizer, self.template, self.manifest.vocab_size)
-
-
-class Answer:
-    """Text of a generation as it is made. Iterate for pieces; `results()` when done."""
-
-    def __init__(
-        self,
-        model: OnnxGemma3n,
-        prompts: list[list[int]],
-        options: GenerationOptions,
-        cache: KVCache | None = None,
-        cached_ids: Sequence[int] = (),
-    ) -> None:
-        self._prompts = [[*cached_ids, *ids] for ids in prompts]
-        self._options = options
-        self._generation = Generation(model.engine, prompts, options, cache, cached_ids)
-        self._rows = [_Row(model.tokenizer, options) for _ in prompts]
-        self._pieces = self._run()
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def _run(self) -> Iterator[str]:
-        for token in self._generation:
-            row = self._rows[token.row]
-            piece = row.push(token.token_id, token.logprob, token.finish)
-            if row.finish is not None:
-                self._generation.stop(token.row)
-            if piece:
-                yield piece
-
-    def results(self) -> list[GenerationResult]:
-        timings = self._generation.timings
-        return [
-            GenerationResult(
-                text="".join(row.text),
-                token_ids=tuple(row.token_ids),
-                prompt_token_ids=tuple(prompt),
-                finish_reason=row.finish or "stop",
-                logprobs=None if self._options.logprobs is None else tuple(row.logprobs),
-                timings=timings,
-            )
-            for row, prompt in zip(self._rows, self._prompts)
-        ]
-
-    @property
-    def result(self) -> GenerationResult:
-        return self.results()[0]
-
-
-class _Row:
-    """What has been made of one answer so far."""
-
-    def __init__(self, tokenizer: Tokenizer, options: GenerationOptions) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
-        self._matcher = StopMatcher(options.stop)
-        self.text: list[str] = []
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.finish: str | None = None
-
-    def push(self, token_id: int, logprob: TokenLogprob | None, finish: str | None) -> str:
-        self.token_ids.append(token_id)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        piece = self._matcher.push(self._detokenizer.push(token_id))
-        if finish and self._matcher.matched is None:
-            piece += self._matcher.push(self._detokenizer.flush())
-            if self._matcher.matched is None:
-                piece += self._matcher.flush()
-        self.finish = "stop" if self._matcher.matched is not None else finish
-        self.text.append(piece)
-        return piece
-
-
-def generation_options(options: Mapping[str, Any]) -> GenerationOptions:
-    """Raises OptionError for an unknown option, as for a bad value."""
-    known = GenerationOptions.__dataclass_fields__
-    if unknown := options.keys() - known.keys():
-        raise OptionError(f"Unknown option {sorted(unknown)[0]!r}; known are {', '.join(known)}.")
-    return GenerationOptions(**options)
 
 
 def _is_batch(prompt: Any) -> bool:
