@@ -359,9 +359,10 @@ class Decoder(nn.Module):
         return Step(batch, rope, last_position, total_length)
 
     def _sliding_source(self) -> int | None:
-        sliding = [i for i in range(self.config.num_kv_layers, self.config.num_layers)
-                   if self.config.layer_types[i] == SLIDING]  # fmt: skip
-        return self.config.kv_source(sliding[0]) if sliding else None
+        """The layer whose cache the KV-shared sliding layers read, if there are such layers."""
+        config = self.config
+        readers = range(config.num_kv_layers, config.num_layers)
+        return next((config.kv_source(i) for i in readers if config.layer_types[i] == SLIDING), None)
 
     def _per_layer_inputs(self, embeds: Tensor, rows: Tensor) -> Tensor:
         """embeds [T, H], table rows [B, S, L * P] -> per-layer inputs [T, L, P]."""
@@ -400,11 +401,13 @@ def _last_valid(attention_mask: Tensor, batch: ops.Size, new_tokens: ops.Size) -
 
 
 def _narrow(step: Step, index: Tensor) -> Step:
-    rope = {
-        kind: tuple(ops.reshape(x, -1, x.shape[2]).index_select(0, index).unsqueeze(1) for x in pair)
-        for kind, pair in step.rope.items()
-    }
-    return Step(step.batch, rope, step.last_position, step.total_length)  # type: ignore[arg-type]
+    """The step of one position of each row; `index` [B] is flat."""
+
+    def at_index(x: Tensor) -> Tensor:
+        return ops.reshape(x, -1, x.shape[2]).index_select(0, index).unsqueeze(1)
+
+    rope = {kind: (at_index(cos), at_index(sin)) for kind, (cos, sin) in step.rope.items()}
+    return Step(step.batch, rope, step.last_position, step.total_length)
 
 
 def _resident_length(seen: Tensor, capacity: Tensor, window: int) -> Tensor:
