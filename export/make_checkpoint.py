@@ -21,7 +21,7 @@ from gemma3n_onnx.export.checkpoint import INDEX, WEIGHTS
 from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.make_tokenizer import BOS, EOS, PAD, SMALLEST_TEXT_VOCAB, SOFT_IDS, write_tokenizer
 from gemma3n_onnx.export.safetensors_file import LENGTH_BYTES, NUMPY_DTYPES
-from gemma3n_onnx.export.writer import staged
+from gemma3n_onnx.export.writer import staged, write_json
 from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
 
 Size = Literal["tiny", "e2b", "e4b"]
@@ -128,7 +128,7 @@ def make_checkpoint(
     output = Path(output)
     with staged(output, force=force, needed_bytes=total + SPARE_BYTES, kind="checkpoint") as partial:
         _write_weights(partial, shards, dtype, seed, total, progress=progress)
-        _write_json(partial / "config.json", config)
+        write_json(partial / "config.json", config)
         write_tokenizer(partial, architecture.vocab_size_per_layer_input, architecture.vocab_size)
     return output
 
@@ -279,7 +279,7 @@ def _write_weights(
                     if progress is not None:
                         progress(written, total)
     if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _header(shard: list[_Tensor], dtype: str) -> bytes:
@@ -312,7 +312,3 @@ def _blocks(tensor: _Tensor, dtype: str, seed: int) -> Iterator[np.ndarray]:
 
 def _itemsize(dtype: str) -> int:
     return NUMPY_DTYPES[SAFETENSORS_DTYPES[dtype]].itemsize
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

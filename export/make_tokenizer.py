@@ -11,6 +11,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
+from gemma3n_onnx.export.writer import write_json
+
 SPACE = "▁"
 PAD, EOS, BOS, UNK, MASK = 0, 1, 2, 3, 4
 START_OF_TURN, END_OF_TURN = 105, 106
@@ -64,8 +66,8 @@ def write_tokenizer(folder: Path, text_vocab: int, vocab_size: int) -> None:
     """
     special = SpecialIds.of_text_vocab(text_vocab).tokens()
     _build(text_vocab, vocab_size, special).save(str(folder / "tokenizer.json"), pretty=False)
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config())
-    _write_json(folder / "generation_config.json", _generation_config())
+    write_json(folder / "tokenizer_config.json", _tokenizer_config())
+    write_json(folder / "generation_config.json", _generation_config())
     template = resources.files(__package__).joinpath("chat_template.jinja").read_bytes()
     (folder / "chat_template.jinja").write_bytes(template)
 
@@ -143,7 +145,3 @@ def _generation_config() -> dict[str, Any]:
         "top_k": 64,
         "top_p": 0.95,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

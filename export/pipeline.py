@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any, Protocol, get_args
 
 import onnx_ir as ir
 
-from gemma3n_onnx.graphs.config import SLIDING, TextConfig
+from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Logits, cache_specs
 from gemma3n_onnx.graphs.passes.store_narrow import StoreNarrow
 from gemma3n_onnx.runtime import artifact
@@ -25,7 +24,7 @@ from .errors import CheckpointError, ExportOptionError
 from .precision import Precision, precision_for
 from .sizes import parameter_counts
 from .weights import IR_DTYPES, Placement, WeightStream, attach, check_tensors, lay_out
-from .writer import file_info, staged
+from .writer import file_info, staged, write_json
 
 PRODUCER = f"gemma3n-onnx {version('gemma3n-onnx')}"
 
@@ -156,7 +155,7 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path, config: dict[str, Any
         shutil.copyfile(path, folder / path.name)
     if (template := checkpoint.chat_template()) is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
 
 
 @dataclass(frozen=True)
@@ -244,16 +243,16 @@ def _cache_infos(config: TextConfig, logits: Logits, precision: Precision) -> tu
     return tuple(
         artifact.CacheInfo(
             layer=spec.layer,
-            past_key=f"past_key_values.{i}.key",
-            past_value=f"past_key_values.{i}.value",
-            present_key=f"present.{i}.key",
-            present_value=f"present.{i}.value",
+            past_key=spec.past[0],
+            past_value=spec.past[1],
+            present_key=spec.present[0],
+            present_value=spec.present[1],
             dtype=precision.compute,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            window=config.sliding_window if spec.windowed and config.layer_types[spec.layer] == SLIDING else None,
+            window=config.sliding_window if spec.windowed else None,
         )
-        for i, spec in enumerate(cache_specs(config, logits))
+        for spec in cache_specs(config, logits)
     )
 
 

@@ -111,33 +111,29 @@ class WeightStream:
             for name, place in placements.items():
                 file.align(_alignment(place.nbytes))
                 assert file.size == place.offset
-                for block in self._blocks(name):
+                for block in _blocks(self.checkpoint, self.slice.source_of(name)):
                     data = _cast(name, block, place.dtype, scale)
                     file.write(data.reshape(-1).view(np.uint8).data)
                     self.progress(data.nbytes)
         return file.info()
 
-    def _blocks(self, name: str) -> Iterator[np.ndarray]:
-        cut = self.slice.source_of(name)
-        spec = self.checkpoint.spec(cut.source)
-        row_bytes = max(1, int(np.prod(spec.shape[1:]))) * 4
-        step = max(1, BLOCK_BYTES // row_bytes)
-        for start, stop in cut.rows or ((0, spec.shape[0]),):
-            for first in range(start, stop, step):
-                block = self.checkpoint.read_rows(cut.source, first, min(first + step, stop))
-                if cut.columns is not None:
-                    block = np.concatenate([block[:, a:b] for a, b in cut.columns], axis=1)
-                yield block
-
 
 def read_cut(checkpoint: Checkpoint, cut: TensorCut) -> torch.Tensor:
     """One tensor of a slice, whole, in the checkpoint's dtype."""
-    rows = checkpoint.spec(cut.source).shape[0]
-    blocks = [checkpoint.read_rows(cut.source, a, b) for a, b in cut.rows or ((0, rows),)]
-    values = np.concatenate(blocks)
-    if cut.columns is not None:
-        values = np.concatenate([values[:, a:b] for a, b in cut.columns], axis=1)
-    return _as_torch(values)
+    return _as_torch(np.concatenate(list(_blocks(checkpoint, cut))))
+
+
+def _blocks(checkpoint: Checkpoint, cut: TensorCut) -> Iterator[np.ndarray]:
+    """One tensor of a slice, a few rows at a time."""
+    shape = checkpoint.spec(cut.source).shape
+    row_bytes = max(1, int(np.prod(shape[1:]))) * 4
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for start, stop in cut.rows or ((0, shape[0]),):
+        for first in range(start, stop, step):
+            block = checkpoint.read_rows(cut.source, first, min(first + step, stop))
+            if cut.columns is not None:
+                block = np.concatenate([block[:, a:b] for a, b in cut.columns], axis=1)
+            yield block
 
 
 def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:

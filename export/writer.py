@@ -7,11 +7,12 @@ import ctypes
 import errno
 import glob
 import hashlib
+import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -123,6 +124,10 @@ class HashedFile:
 
     def __exit__(self, *error: object) -> None:
         self._stream.close()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def file_info(path: Path) -> FileInfo:

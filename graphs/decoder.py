@@ -35,6 +35,16 @@ class CacheSpec:
     layer: int
     windowed: bool
 
+    @property
+    def past(self) -> tuple[str, str]:
+        """The graph's inputs for K and V."""
+        return f"past_key_values.{self.layer}.key", f"past_key_values.{self.layer}.value"
+
+    @property
+    def present(self) -> tuple[str, str]:
+        """The graph's outputs for K and V."""
+        return f"present.{self.layer}.key", f"present.{self.layer}.value"
+
 
 def cache_specs(config: TextConfig, logits: Logits) -> tuple[CacheSpec, ...]:
     """The caches in graph order, one for each layer that produces K and V.
@@ -290,13 +300,12 @@ class Decoder(nn.Module):
 
     @property
     def input_names(self) -> list[str]:
-        past = [f"past_key_values.{i}.{part}" for i in range(len(self.caches)) for part in ("key", "value")]
+        past = [name for cache in self.caches for name in cache.past]
         return ["inputs_embeds", "per_layer_inputs", "attention_mask", "position_ids", *past]
 
     @property
     def output_names(self) -> list[str]:
-        present = [f"present.{i}.{part}" for i in range(len(self.caches)) for part in ("key", "value")]
-        return ["logits", *present]
+        return ["logits", *(name for cache in self.caches for name in cache.present)]
 
     def forward(
         self,

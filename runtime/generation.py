@@ -75,7 +75,7 @@ class Generation:
     def __iter__(self) -> Iterator[GeneratedToken]:
         # 1. Prefill, row by row: no padding, and memory that does not grow with the batch.
         started = time.perf_counter()
-        logits = np.stack([self._engine.prefill(self._cache, row, ids).copy() for row, ids in enumerate(self._prompts)])
+        logits = np.stack([self._engine.prefill(self._cache, row, ids) for row, ids in enumerate(self._prompts)])
         self._prefill_seconds = time.perf_counter() - started
         # 2. One stream of random numbers for each row.
         random = [rng_for(self._options.seed) for _ in self._prompts]
