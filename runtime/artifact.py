@@ -73,6 +73,52 @@ class TableInfo:
 
 
 @dataclass(frozen=True)
+class SoftTokens:
+    """How one image or clip stands in a prompt's text: `prefix`, `count` times `token`, `suffix`."""
+
+    token: str
+    token_id: int
+    count: int
+    prefix: str
+    suffix: str
+
+
+@dataclass(frozen=True)
+class VisionInfo:
+    """The vision encoder and how an image becomes its input: a square of `image_sizes`, values times `rescale`."""
+
+    graph: GraphInfo
+    soft_tokens: SoftTokens
+    image_sizes: tuple[int, ...]
+    default_image_size: int
+    rescale: float
+
+
+@dataclass(frozen=True)
+class LogMelInfo:
+    """The front end of the audio encoder; lengths in samples."""
+
+    sample_rate_hz: int
+    frame_length: int
+    hop_length: int
+    fft_length: int
+    mel_bins: int
+    min_frequency_hz: float
+    max_frequency_hz: float
+    preemphasis: float
+    mel_floor: float
+    max_samples: int
+    pad_multiple: int
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    graph: GraphInfo
+    soft_tokens: SoftTokens
+    log_mel: LogMelInfo
+
+
+@dataclass(frozen=True)
 class FileInfo:
     bytes: int
     sha256: str

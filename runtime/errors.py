@@ -31,3 +31,23 @@ class ContextLengthError(PromptError):
 
 class OptionError(Gemma3nError, ValueError):
     """A generation or load option is out of range."""
+
+
+class MediaError(PromptError):
+    """An image, a clip or a video cannot be read, or the model cannot take it."""
+
+
+class MediaNotFoundError(MediaError, FileNotFoundError):
+    """There is no file at the given path, or nothing at the URL."""
+
+
+class UrlRefusedError(MediaError, PermissionError):
+    """The URL's scheme or address is not one that may be fetched."""
+
+
+class AudioTooLongError(MediaError):
+    """The clip is longer than the encoder's context."""
+
+
+class PackageMissingError(Gemma3nError, ImportError):
+    """An optional package is needed for this input and is not installed."""

@@ -1,0 +1,46 @@
+"""From an encoder's width to the decoder's: `embed_vision` and `embed_audio` of a checkpoint.
+
+transformers' `Gemma3nMultimodalEmbedder`: norm, projection, and a norm without weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .ops import linear, rms_norm
+
+
+class MultimodalEmbedder(nn.Module):
+    """Soft tokens (an encoder's output) and hard ones (rows of a table of its own), to [..., text_hidden].
+
+    Both come out as the decoder reads them: not to be scaled by sqrt(text_hidden) as text embeddings are.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, text_hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.embedding = Weight(vocab_size, hidden_size)
+        self.hard_embedding_norm = Weight(hidden_size)
+        self.soft_embedding_norm = Weight(hidden_size)
+        self.embedding_projection = Weight(text_hidden_size, hidden_size)
+        self.register_buffer("ones", torch.ones(text_hidden_size), persistent=False)
+
+    def soft(self, features: Tensor) -> Tensor:
+        """features [T, hidden] -> [T, text_hidden]."""
+        return self._project(rms_norm(features, self.soft_embedding_norm.weight, self.eps))
+
+    def hard(self, rows: Tensor) -> Tensor:
+        """rows [T, hidden] of `embedding.weight` -> [T, text_hidden]."""
+        return self._project(rms_norm(rows, self.hard_embedding_norm.weight, self.eps))
+
+    def _project(self, normed: Tensor) -> Tensor:
+        return rms_norm(linear(normed, self.embedding_projection.weight), self.ones, self.eps)
+
+
+class Weight(nn.Module):
+    """A parameter under the name that a checkpoint gives to a layer's: `<layer>.weight`."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
