@@ -12,7 +12,8 @@ import functools
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -23,13 +24,32 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from gemma3n_onnx.graphs.audio import AudioConfig, AudioEncoder
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Decoder, Logits
-from gemma3n_onnx.graphs.embedding import Embedding
+from gemma3n_onnx.graphs.embedding import Embedding, HardRows
+from gemma3n_onnx.graphs.vision import VisionConfig, VisionEncoder
 
 OPSET = 23
 # Sizes that the varying axes have while tracing: primes that no model dimension is a multiple of.
-AXES = {"batch": 1009, "new_tokens": 2003, "total_length": 4001, "window_capacity": 7001, "capacity": 8009}
+AXES = {
+    "batch": 1009,
+    "new_tokens": 2003,
+    "total_length": 4001,
+    "window_capacity": 7001,
+    "capacity": 8009,
+    "image_features_rows": 9001,
+    "audio_features_rows": 9007,
+    "images": 1013,
+    "height": 256 * 10007,
+    "width": 256 * 10009,
+    "clips": 1511,
+    "frames": 48 * 2161 - 5,
+}
+# What the vision encoder halves again and again, height and width, comes down to these.
+_IMAGE_SIZES = (10007, 10009)
+# What the audio encoder derives from its frames, as primes too: the steps, and the chunks of 12 steps.
+_AUDIO_SIZES = (12 * 2161 - 1, 2161)
 _AXIS_NAMES = {size: name for name, size in AXES.items()}
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,9 +69,28 @@ def trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model:
     return model
 
 
-def trace_embedding(config: TextConfig, storage: str, compute: str) -> ir.Model:
-    """The embedding graph: ids to scaled token embeddings and PLE rows, tables stored in `storage`."""
-    return _trace_embedding(_without_widths(config), storage, compute).clone()
+def trace_embedding(
+    config: TextConfig,
+    storage: str,
+    compute: str,
+    hard_rows: HardRows | None = None,
+    soft_token_ids: Mapping[str, int] = MappingProxyType({}),
+) -> ir.Model:
+    """The embedding graph: ids to scaled token embeddings and PLE rows, tables stored in `storage`.
+
+    `soft_token_ids` names an input of features for each soft token.
+    """
+    return _trace_embedding(_without_widths(config), storage, compute, hard_rows, tuple(soft_token_ids.items())).clone()
+
+
+def trace_audio(config: AudioConfig) -> ir.Model:
+    """The audio encoder graph in fp32, dynamic in clips and mel frames; inputs are those of `AudioEncoder.forward`."""
+    return _trace_audio(config).clone()
+
+
+def trace_vision(config: VisionConfig) -> ir.Model:
+    """The vision encoder graph in fp32, dynamic in images, height and width (multiples of 256)."""
+    return _trace_vision(config).clone()
 
 
 def _without_widths(config: TextConfig) -> TextConfig:
@@ -85,10 +124,39 @@ def _trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model
 
 
 @functools.lru_cache(maxsize=8)
-def _trace_embedding(config: TextConfig, storage: str, compute: str) -> ir.Model:
-    ids = torch.zeros(AXES["batch"], AXES["new_tokens"], dtype=torch.int64, device="meta")
+def _trace_embedding(
+    config: TextConfig, storage: str, compute: str, hard_rows: HardRows | None, soft_tokens: tuple[tuple[str, int], ...]
+) -> ir.Model:
+    with torch.device("meta"):
+        ids = torch.zeros(AXES["batch"], AXES["new_tokens"], dtype=torch.int64)
+        features = [torch.empty(AXES[f"{name}_rows"], config.hidden_size) for name, _ in soft_tokens]
+    inputs = ["input_ids", *(name for name, _ in soft_tokens)]
     outputs = ["inputs_embeds", "per_layer_inputs"]
-    return _trace(lambda: Embedding(config, DTYPES[compute]), storage, (ids,), ["input_ids"], outputs)
+    token_ids = tuple(token_id for _, token_id in soft_tokens)
+    return _trace(
+        lambda: Embedding(config, DTYPES[compute], hard_rows, token_ids), storage, (ids, features), inputs, outputs
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _trace_audio(config: AudioConfig) -> ir.Model:
+    clips, frames = AXES["clips"], AXES["frames"]
+    arguments = (
+        torch.empty(clips, frames, config.mel_bins, device="meta"),
+        torch.empty(clips, frames, dtype=torch.bool, device="meta"),
+    )
+    inputs = ["input_features", "input_features_mask"]
+    model = _trace(lambda: AudioEncoder(config), "fp32", arguments, inputs, ["audio_features"])
+    model.graph.outputs[0].shape = ir.Shape(["audio_tokens", config.text_hidden_size])
+    return model
+
+
+@functools.lru_cache(maxsize=2)
+def _trace_vision(config: VisionConfig) -> ir.Model:
+    pixels = torch.empty(AXES["images"], 3, AXES["height"], AXES["width"], device="meta")
+    model = _trace(lambda: VisionEncoder(config), "fp32", (pixels,), ["pixel_values"], ["image_features"])
+    model.graph.outputs[0].shape = ir.Shape(["image_tokens", config.text_hidden_size])
+    return model
 
 
 def _trace(
@@ -121,7 +189,7 @@ def _trace(
     assert program is not None
     model = program.model
     _forget_sizes(model)
-    _simplify(model, parameters)
+    _simplify(model, [name for name in parameters if name in model.graph.initializers])  # none that is never used
     _check_no_size_is_fixed(model)
     return model
 
@@ -141,13 +209,14 @@ def _forget_sizes(model: ir.Model) -> None:
 
 
 def _check_no_size_is_fixed(model: ir.Model) -> None:
-    """A size of `AXES` among the graph's integer constants means that a module used a torch view."""
+    """A size of the trace among the graph's integer constants means that a module used a torch view."""
+    sizes = (*AXES.values(), *_AUDIO_SIZES, *_IMAGE_SIZES)
     values = [*model.graph.initializers.values(), *(output for node in model.graph for output in node.outputs)]
     for value in values:
         constant = ir.convenience.get_const_tensor(value)
         if constant is not None and constant.dtype == ir.DataType.INT64:
             for number in (*constant.shape.numpy(), *constant.numpy().flatten().tolist()):
-                if abs(number) < 2**31 and any(number and number % size == 0 for size in AXES.values()):
+                if number and any(number % size == 0 for size in sizes):
                     users = sorted({node.op_type for node in value.consumers()})
                     raise AssertionError(f"The size {number} of the trace is fixed in {value.name}, used by {users}.")
 

@@ -17,6 +17,8 @@ class MultimodalEmbedder(nn.Module):
     Both come out as the decoder reads them: not to be scaled by sqrt(text_hidden) as text embeddings are.
     """
 
+    ones: Tensor
+
     def __init__(self, vocab_size: int, hidden_size: int, text_hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -24,7 +26,7 @@ class MultimodalEmbedder(nn.Module):
         self.hard_embedding_norm = Weight(hidden_size)
         self.soft_embedding_norm = Weight(hidden_size)
         self.embedding_projection = Weight(text_hidden_size, hidden_size)
-        self.register_buffer("ones", torch.ones(text_hidden_size), persistent=False)
+        self.register_buffer("ones", torch.ones(text_hidden_size, device="cpu"), persistent=False)
 
     def soft(self, features: Tensor) -> Tensor:
         """features [T, hidden] -> [T, text_hidden]."""

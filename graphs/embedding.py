@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import TextConfig
+from .ops import replace_rows, reshape, size_of_axis
+
+
+@dataclass(frozen=True)
+class HardRows:
+    """Ids of `first_id` and above have rows of their own, which follow the `vocab_size` rows of the text."""
+
+    first_id: int
+    count: int
 
 
 class Embedding(nn.Module):
     """`input_ids` [B, S] int64 -> `inputs_embeds` [B, S, H] and `per_layer_inputs` [B, S, L * P].
 
-    The tables may be narrower than `compute`, the outputs' dtype: rows are widened, never a table. The PLE
-    table holds rows that are already scaled; an id without a row reads row 0.
+    Features [n, H] fp32, one input for each of `soft_token_ids`, take the places of that token in order; with
+    no rows they leave the token's own embedding. The tables may be narrower than `compute`, the outputs'
+    dtype: rows are widened, never a table. The PLE table holds rows that are already scaled; an id without a
+    row reads row 0.
     """
 
-    def __init__(self, config: TextConfig, compute: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        compute: torch.dtype,
+        hard_rows: HardRows | None = None,
+        soft_token_ids: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
-        self.compute = compute
+        self.compute, self.hard_rows, self.soft_token_ids = compute, hard_rows, soft_token_ids
         self.scale = config.hidden_size**0.5
         self.per_layer_rows = config.vocab_size_per_layer_input
-        self.embed_tokens = Table(config.vocab_size, config.hidden_size)
+        rows = config.vocab_size + (hard_rows.count if hard_rows else 0)
+        self.embed_tokens = Table(rows, config.hidden_size)
         self.embed_tokens_per_layer = Table(self.per_layer_rows, config.num_layers * config.hidden_size_per_layer_input)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        rows = input_ids
+        if self.hard_rows is not None:
+            rows = torch.where(input_ids >= self.hard_rows.first_id, input_ids + self.hard_rows.count, input_ids)
+        embeds = self.embed_tokens(rows).to(self.compute) * self.scale
+        if features:
+            batch, length = size_of_axis(input_ids, 0), size_of_axis(input_ids, 1)
+            flat, ids = reshape(embeds, -1, embeds.shape[-1]), reshape(input_ids, -1)
+            for token_id, of_token in zip(self.soft_token_ids, features, strict=True):
+                flat = replace_rows(flat, ids == token_id, of_token.to(self.compute))
+            embeds = reshape(flat, batch, length, embeds.shape[-1])
         has_row = (input_ids >= 0) & (input_ids < self.per_layer_rows)
-        return (
-            self.embed_tokens(input_ids).to(self.compute) * self.scale,
-            self.embed_tokens_per_layer(torch.where(has_row, input_ids, 0)).to(self.compute),
-        )
+        return embeds, self.embed_tokens_per_layer(torch.where(has_row, input_ids, 0)).to(self.compute)
 
 
 class Table(nn.Module):

@@ -47,6 +47,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return symbolic("RMSNormalization", (x, weight), attributes, dtype=x.dtype, shape=x.shape, version=_OPSET)
 
 
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x))."""
+    if not tracing():
+        return F.softplus(x)
+    return symbolic("Softplus", (x,), dtype=x.dtype, shape=x.shape, version=_OPSET)
+
+
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     """RoPE in the half-split form over the whole head. x [B, S, heads * D]; cos, sin [B, S, D / 2]."""
     if tracing():
@@ -105,11 +112,53 @@ def count_to(size: Size) -> Tensor:
     return symbolic("Range", bounds, dtype=torch.int64, shape=(size.number,), version=_OPSET)
 
 
+def ceil_divide(size: Size, by: int) -> Size:
+    """`size / by`, rounded up."""
+    return Size(-(-size.number // by), integer_divide(size.tensor + (by - 1), torch.tensor([by])))
+
+
+def difference(a: int, b: Size) -> Size:
+    """a - b. While tracing, when sizes are made up, the number is at least 1."""
+    number = a - b.number
+    return Size(max(number, 1) if tracing() else number, a - b.tensor)
+
+
+def expand(x: Tensor, *sizes: int | Size) -> Tensor:
+    """x, repeated along its axes of length 1 up to `sizes`; a size below 0 is an error (of the graph, too)."""
+    numbers = [size.number if isinstance(size, Size) else size for size in sizes]
+    if not tracing():
+        return x + torch.zeros(numbers, dtype=x.dtype)
+    wanted = torch.cat([size.tensor if isinstance(size, Size) else torch.tensor([size]) for size in sizes])
+    return symbolic("Expand", (x, wanted), dtype=x.dtype, shape=numbers, version=_OPSET)
+
+
+def fit(x: Tensor, axis: int, length: Size, before: int = 0) -> Tensor:
+    """`axis` of x, moved back by `before` zeros and then brought to `length` at its end: zeros added, or cut."""
+    if not tracing():
+        return F.pad(x, (0, 0) * (x.ndim - 1 - axis) + (before, length.number - before - x.shape[axis]))
+    after = length.tensor - size_of_axis(x, axis).tensor - before
+    shape = [*x.shape[:axis], length.number, *x.shape[axis + 1 :]]
+    inputs = (x, torch.cat([torch.tensor([before]), after]), torch.tensor(0, dtype=x.dtype), torch.tensor([axis]))
+    return symbolic("Pad", inputs, dtype=x.dtype, shape=shape, version=_OPSET)
+
+
 def integer_divide(a: Tensor, b: Tensor) -> Tensor:
     """`a // b` for int64 a [B] >= 0 and b [1] > 0."""
     if not tracing():
         return a // b
     return symbolic("Div", (a, b), dtype=torch.int64, shape=a.shape, version=_OPSET)
+
+
+def replace_rows(x: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:
+    """x [T, H], its first n chosen rows replaced by rows [n, H] in order; chosen [T] bool, n may be 0."""
+    if not tracing():
+        return x.index_copy(0, chosen.nonzero()[: len(rows), 0], rows)
+    count = size_of_axis(rows, 0)
+    places = symbolic("NonZero", (chosen,), dtype=torch.int64, shape=(1, x.shape[0]), version=_OPSET)
+    bounds = (places, torch.tensor([0]), count.tensor, torch.tensor([1]))
+    first = symbolic("Slice", bounds, dtype=torch.int64, shape=(1, count.number), version=_OPSET)
+    indices = symbolic("Transpose", (first,), dtype=torch.int64, shape=(count.number, 1), version=_OPSET)
+    return symbolic("ScatterND", (x, indices, rows), dtype=x.dtype, shape=x.shape, version=_OPSET)
 
 
 def attend_and_cache(
@@ -217,3 +266,40 @@ def _no_rows(x: Tensor, width: int) -> Tensor:
     """x [B, S, n] -> [B, 0, width], for width <= n."""
     starts, ends, axes = torch.tensor([0, 0]), torch.tensor([0, width]), torch.tensor([1, 2])
     return symbolic("Slice", (x, starts, ends, axes), dtype=x.dtype, shape=(x.shape[0], 0, width), version=_OPSET)
+
+
+def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int, groups: int) -> Tensor:
+    """Convolution of x [n, C, h, w], zero-padded to an output of ceil(h / stride); an odd zero goes last."""
+    size, kernel = x.shape[2:], weight.shape[2:]
+    if not tracing():
+        height, width = (max((-(-s // stride) - 1) * stride + k - s, 0) for s, k in zip(size, kernel))
+        padding = (width // 2, width - width // 2, height // 2, height - height // 2)
+        return F.conv2d(F.pad(x, padding), weight, bias, stride, groups=groups)
+    attributes: Attributes = {
+        "auto_pad": "SAME_UPPER",
+        "group": groups,
+        "kernel_shape": list(kernel),
+        "strides": [stride, stride],
+    }
+    shape = (x.shape[0], weight.shape[0], *(-(-s // stride) for s in size))
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    return symbolic("Conv", inputs, attributes, dtype=x.dtype, shape=shape, version=_OPSET)
+
+
+def attend_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for query [n, Q, D], key and value [n, K, D], for any Q and K."""
+    if not tracing():
+        return F.scaled_dot_product_attention(query, key, value)
+    return symbolic(
+        "com.microsoft::MultiHeadAttention",
+        (query, key, value),
+        {"num_heads": 1},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=1,
+    )
+
+
+def floor_divide(size: Size, by: int) -> Size:
+    """`size / by`, rounded down."""
+    return Size(size.number // by, integer_divide(size.tensor, torch.tensor([by])))
