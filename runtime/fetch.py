@@ -1,0 +1,370 @@
+"""Media sources, from the local disk to the network, as open binary files.
+
+A URL's host is resolved once; every address it has is checked, and the connection goes to an address that was
+checked, so a name that changes its mind between check and use reaches nothing. Redirects are followed here, one
+check each. Proxies set in the environment are not used: through one, the address could not be checked.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import http.client
+import io
+import ipaddress
+import os
+import re
+import socket
+import ssl
+import stat
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
+
+from .errors import MediaError, MediaNotFoundError, UrlRefusedError
+
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview
+
+MAX_REDIRECTS = 5
+REDIRECTS = (301, 302, 303, 307, 308)
+PORTS = {"http": 80, "https": 443}
+# Shorter texts of the base64 alphabet are paths: no image or clip is so small.
+SHORTEST_BASE64 = 64
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+BLOCK_BYTES = 1 << 16
+
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+# Prefixes that carry an IPv4 address, and the bit where it begins, counted from the right.
+CARRIERS_OF_IPV4 = (
+    (ipaddress.IPv6Network("::ffff:0:0/96"), 0),  # IPv4-mapped
+    (ipaddress.IPv6Network("64:ff9b::/96"), 0),  # NAT64
+    (ipaddress.IPv6Network("2002::/16"), 80),  # 6to4
+)
+TEREDO = ipaddress.IPv6Network("2001::/32")
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True)
+class FetchPolicy:
+    """What may be read, and how much of it.
+
+    `max_bytes` limits what is held in memory (URLs, data URLs, base64), not local files, which are read in
+    place. `timeout_seconds` is for a whole fetch: name, connection, redirects and body.
+    """
+
+    max_bytes: int = 64 << 20
+    timeout_seconds: float = 30.0
+    allow_private: bool = False
+    allow_files: bool = True
+
+
+def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
+    """`source` as an open, seekable binary file, which the caller closes.
+
+    A str is an http(s) URL, a data URL, a path, or base64 of the file itself.
+
+    Raises:
+        MediaNotFoundError: no such file, or nothing at the URL.
+        UrlRefusedError: a scheme, an address or a local file that the policy does not allow.
+        MediaError: too large, too slow, unreadable, or not decodable.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source)
+    if isinstance(source, os.PathLike):
+        return _open_file(os.fspath(source), policy)
+    if not isinstance(source, str):
+        raise MediaError(
+            f"Media cannot be read from {type(source).__name__}; give a path, a URL, a data URL, base64 text or bytes."
+        )
+    scheme, colon, rest = source.lstrip()[:32].partition(":")
+    scheme = scheme.lower()
+    if scheme in PORTS and colon:
+        return io.BytesIO(fetch_url(source.strip(), policy))
+    if scheme == "data" and colon:
+        return io.BytesIO(decode_data_url(source.strip(), policy))
+    if rest.startswith("//") and scheme.isalnum():
+        raise UrlRefusedError(f"{shorten(source)!r} is neither an http nor an https URL; use one, or a local path.")
+    if policy.allow_files and _exists(source):
+        return _open_file(source, policy)
+    if len(source) >= SHORTEST_BASE64 and BASE64.fullmatch(source):
+        return io.BytesIO(decode_base64(source, policy))
+    if not policy.allow_files:
+        raise UrlRefusedError(
+            f"{shorten(source)!r} is neither a URL, a data URL nor base64 text, and local files are not read here; "
+            "send the content itself."
+        )
+    raise MediaNotFoundError(
+        f"There is no file {shorten(source)!r}; give an existing path, an http(s) URL, a data URL or base64 text."
+    )
+
+
+def shorten(text: str, length: int = 80) -> str:
+    """`text` as a message may quote it: a data URL can have megabytes."""
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def decode_base64(text: str, policy: FetchPolicy) -> bytes:
+    """The bytes of base64 text, with or without line breaks and padding. MediaError: not base64, or too large."""
+    _check_size(len(text) * 3 // 4, policy, "The base64 text")
+    compact = "".join(text.split()).rstrip("=")
+    try:
+        data = base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MediaError(
+            f"{shorten(text, 40)!r} is not valid base64; send the bytes of the file in base64, complete."
+        ) from error
+    if not data:
+        raise MediaError("The base64 text is empty; send the bytes of the file in base64.")
+    return data
+
+
+def decode_data_url(url: str, policy: FetchPolicy) -> bytes:
+    """The bytes of `data:[type][;base64],content`. MediaError: malformed, empty or too large."""
+    header, comma, content = url.partition(",")
+    if not comma:
+        raise MediaError(f"The data URL {shorten(url, 40)!r} has no comma; write data:<type>;base64,<content>.")
+    _check_size(len(content) * 3 // 4, policy, "The data URL")
+    data = unquote_to_bytes(content)
+    if header.rstrip().lower().endswith(";base64"):
+        return decode_base64(data.decode("ascii", errors="replace"), policy)
+    if not data:
+        raise MediaError("The data URL is empty; put the bytes of the file after its comma.")
+    return data
+
+
+def fetch_url(url: str, policy: FetchPolicy) -> bytes:
+    """The body at an http or https URL.
+
+    Raises:
+        UrlRefusedError: the URL, or one that it redirects to, has another scheme, holds credentials, or leads to
+            an address that is not public.
+        MediaNotFoundError: 404 or 410.
+        MediaError: any other failure, more than `max_bytes`, or more than `timeout_seconds`.
+    """
+    deadline = time.monotonic() + policy.timeout_seconds
+    first = shorten(url)
+    try:
+        for _ in range(MAX_REDIRECTS + 1):
+            parts = _check_url(url)
+            body, location = _get(parts, policy, deadline)
+            if location is None:
+                return body
+            url = urljoin(url, location)
+    except MediaError:
+        raise
+    except ssl.SSLCertVerificationError as error:
+        raise MediaError(
+            f"The certificate of {shorten(url)!r} is not valid ({error.verify_message}); use another server."
+        ) from error
+    except TimeoutError as error:
+        raise MediaError(
+            f"{first!r} took longer than {policy.timeout_seconds:g} s; try again, or raise timeout_seconds."
+        ) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "strerror", None) or shorten(" ".join(str(error).split())) or type(error).__name__
+        raise MediaError(f"{shorten(url)!r} cannot be fetched ({reason}); check the URL and the network.") from error
+    raise MediaError(f"{first!r} redirects more than {MAX_REDIRECTS} times; give the final URL.")
+
+
+def is_public(address: IPAddress) -> bool:
+    """Whether an address is one of the open internet's unicast addresses, also where it carries another."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not (address.is_multicast or address.is_reserved)
+    for network, shift in CARRIERS_OF_IPV4:
+        if address in network:
+            return is_public(ipaddress.IPv4Address(int(address) >> shift & 0xFFFFFFFF))
+    return address in GLOBAL_UNICAST and address not in TEREDO and address.is_global
+
+
+def _exists(path: str) -> bool:
+    try:
+        os.stat(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _open_file(path: str, policy: FetchPolicy) -> BinaryIO:
+    if not policy.allow_files:
+        raise UrlRefusedError(f"The local file {shorten(path)!r} is not read here; send its content instead.")
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+            raise MediaError(f"{shorten(path)!r} is {kind}; give the path of an image, audio or video file.")
+        return Path(path).open("rb")
+    except MediaError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise MediaNotFoundError(f"There is no file {shorten(path)!r}; check the path.") from error
+    except OSError as error:
+        raise MediaError(f"{shorten(path)!r} cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def _check_size(size: int, policy: FetchPolicy, what: str) -> None:
+    if size > policy.max_bytes:
+        raise MediaError(
+            f"{what} has more than the {policy.max_bytes:,} bytes allowed; send a smaller file, or raise max_bytes."
+        )
+
+
+def _check_url(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        host = (parts.hostname or "").encode("idna")
+    except ValueError as error:  # UnicodeError too
+        raise MediaError(f"{shorten(url)!r} is not a valid URL; check its host and port.") from error
+    if parts.scheme not in PORTS:
+        raise UrlRefusedError(f"{shorten(url)!r} is neither an http nor an https URL; use one of these.")
+    if parts.username is not None or parts.password is not None:
+        raise UrlRefusedError("A URL with a user name or a password is not fetched; give one without.")
+    if not host or port == 0:
+        raise MediaError(f"{shorten(url)!r} is not a valid URL; check its host and port.")
+    return parts
+
+
+def _get(parts: SplitResult, policy: FetchPolicy, deadline: float) -> tuple[bytes, str | None]:
+    """The body, or where a redirect leads. Speaks to one server."""
+    host = (parts.hostname or "").encode("idna").decode("ascii")
+    port = parts.port or PORTS[parts.scheme]
+    connection = http.client.HTTPConnection(host, port)
+    raw = _connect(host, port, policy, deadline)
+    try:
+        if parts.scheme == "https":
+            raw.settimeout(_left(deadline))
+            raw = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+        connection.sock = _TimedSocket(raw, deadline)  # type: ignore[assignment]
+        connection.request("GET", _target(parts), headers=_headers(parts, host))
+        response = connection.getresponse()
+        if response.status in REDIRECTS and (location := response.getheader("Location")):
+            return b"", location
+        return _body(response, parts, policy), None
+    finally:
+        raw.close()
+
+
+def _target(parts: SplitResult) -> str:
+    safe = "/%:@!$&'()*+,;=~"
+    query = f"?{quote(parts.query, safe + '?')}" if parts.query else ""
+    return (quote(parts.path, safe) or "/") + query
+
+
+def _headers(parts: SplitResult, host: str) -> dict[str, str]:
+    name = f"[{host}]" if ":" in host else host
+    port = f":{parts.port}" if parts.port else ""
+    return {
+        "Host": name + port,
+        "User-Agent": "gemma3n-onnx",
+        "Accept": "*/*",
+        "Accept-Encoding": "identity",
+        "Connection": "close",
+    }
+
+
+def _body(response: http.client.HTTPResponse, parts: SplitResult, policy: FetchPolicy) -> bytes:
+    url = shorten(parts.geturl())
+    if response.status in (404, 410):
+        raise MediaNotFoundError(f"There is nothing at {url!r} (HTTP {response.status}); check the URL.")
+    if response.status != 200:
+        raise MediaError(f"{url!r} answers with HTTP {response.status}; give a URL that serves the file itself.")
+    if (coding := response.getheader("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
+        raise MediaError(f"{url!r} sends {shorten(coding)!r} content, unasked; give a URL that serves the file itself.")
+    declared = response.length
+    _check_size(declared or 0, policy, repr(url))
+    blocks: list[bytes] = []
+    received = 0
+    while block := response.read(BLOCK_BYTES):
+        received += len(block)
+        _check_size(received, policy, repr(url))
+        blocks.append(block)
+    if declared is not None and received < declared:
+        raise MediaError(f"{url!r} ended after {received:,} of {declared:,} bytes; try again.")
+    if not received:
+        raise MediaError(f"{url!r} is empty; check the URL.")
+    return b"".join(blocks)
+
+
+def _connect(host: str, port: int, policy: FetchPolicy, deadline: float) -> socket.socket:
+    """A connection to the first of the host's addresses that answers, once all of them are found allowed."""
+    found = _resolve(host, port, deadline)
+    if not policy.allow_private:
+        for *_, address in found:
+            if not is_public(ipaddress.ip_address(address[0])):
+                raise UrlRefusedError(
+                    f"{shorten(host)!r} leads to {address[0]}, which is not a public address; "
+                    "give a public URL, or send the content itself."
+                )
+    failure: OSError = OSError(f"{host} has no address")
+    for place, (family, kind, protocol, _, address) in enumerate(found):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(_left(deadline) / (len(found) - place))
+            connection.connect(address)
+            return connection
+        except OSError as error:
+            connection.close()
+            failure = error
+    raise failure
+
+
+def _resolve(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
+    """`getaddrinfo`, which knows no time limit, in a thread that is left behind when the time is over."""
+    answer: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answer.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_left(deadline))
+    if not answer:
+        raise TimeoutError
+    if isinstance(answer[0], Exception):
+        raise MediaNotFoundError(f"The host {shorten(host)!r} is not known; check the URL.") from answer[0]
+    return answer[0]
+
+
+def _left(deadline: float) -> float:
+    """Seconds until the deadline. TimeoutError: none."""
+    if (left := deadline - time.monotonic()) <= 0:
+        raise TimeoutError
+    return left
+
+
+class _TimedSocket:
+    """What `http.client` uses of a socket, every send and receive within one deadline."""
+
+    def __init__(self, raw: socket.socket, deadline: float) -> None:
+        self._raw = raw
+        self._deadline = deadline
+
+    def sendall(self, data: bytes) -> None:
+        self._raw.settimeout(_left(self._deadline))
+        self._raw.sendall(data)
+
+    def makefile(self, mode: str) -> BinaryIO:
+        return io.BufferedReader(_TimedReader(self._raw, self._deadline))
+
+    def close(self) -> None:
+        """The socket outlives the connection object, which closes early; `_get` closes it."""
+
+
+class _TimedReader(io.RawIOBase):
+    def __init__(self, raw: socket.socket, deadline: float) -> None:
+        self._raw = raw
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._raw.settimeout(_left(self._deadline))
+        return self._raw.recv_into(buffer)

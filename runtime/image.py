@@ -1,0 +1,155 @@
+"""Images from wherever they come, as RGB, and as the vision encoder's input."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from .errors import MediaError
+from .fetch import FetchPolicy, Source, open_media
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    ImageSource = Source | Image | np.ndarray
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 100_000_000
+# A JPEG's largest; resizing an image of one column takes `size` times its height.
+MAX_SIDE = 65_535
+ORIENTATION = 0x0112  # EXIF tag
+
+# Pillow warns of bombs through the process-wide filters, which one thread at a time may change.
+_filters = threading.Lock()
+
+
+def load_image(source: ImageSource, policy: FetchPolicy) -> Image:
+    """An image in mode RGB, turned upright where its EXIF data says so; of an animation the first frame.
+
+    Source: what `open_media` takes, a PIL image, or an array [height, width] or [height, width, 1, 3 or 4] of
+    uint8, uint16, or float from 0 to 1. What is transparent becomes white, as transformers' image processors have
+    it; values of 16 bits and floats are scaled to 8 bits.
+
+    Raises:
+        MediaError: not an image, damaged, of a format not read, or larger than `MAX_PIXELS` or `MAX_SIDE`.
+        MediaNotFoundError, UrlRefusedError: as `open_media` raises them.
+    """
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return _to_rgb(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    with open_media(source, policy) as file:
+        return _to_rgb(_open(file))
+
+
+def resize(image: Image, size: int) -> Image:
+    """The image stretched to a square by bilinear interpolation."""
+    from PIL import Image
+
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def to_pixels(square: Image, rescale: float) -> np.ndarray:
+    """A square RGB image as [3, size, size] fp32, values times `rescale`."""
+    values = (np.arange(256) * rescale).astype(np.float32)
+    return values[np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))]
+
+
+def _open(file: BinaryIO) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with _filters, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.init()
+            return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    except Image.DecompressionBombError as error:
+        raise _too_large(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}") from error
+    except UnidentifiedImageError as error:
+        empty = not file.seek(0) and not file.read(1)
+        what = "The file is empty" if empty else "This is not an image that can be read"
+        raise MediaError(f"{what}; give one of {', '.join(FORMATS)}.") from error
+    except Exception as error:  # plugins raise whatever a damaged header leads them to
+        raise _damaged(error) from error
+
+
+def _to_rgb(image: Image) -> Image:
+    from PIL import Image, ImageOps
+
+    _check_size(*image.size)
+    try:
+        image.load()
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            return _from_array(_unsigned(image))
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except MediaError:
+        raise
+    except Exception as error:  # decoders raise whatever damaged data leads them to
+        raise _damaged(error) from error
+
+
+def _unsigned(image: Image) -> np.ndarray:
+    """Grey of 16 or 32 bits -> uint16, which Pillow holds in mode I too, or float as it is."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f":
+        return values
+    if values.size and not 0 <= values.min() <= values.max() <= 65535:
+        raise MediaError("This image has grey values beyond 16 bits; save it with 8 or 16 bits a channel.")
+    return values.astype(np.uint16)
+
+
+def _from_array(values: np.ndarray) -> Image:
+    from PIL import Image
+
+    shape = " x ".join(map(str, values.shape))
+    if values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (1, 3, 4):
+        raise MediaError(
+            f"An image array of {shape} has its channels first; transpose it to height x width x channels."
+        )
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)) or not values.size:
+        raise MediaError(
+            f"An image array is height x width or height x width x (1, 3 or 4), not {shape or 'a scalar'}; reshape it."
+        )
+    _check_size(values.shape[1], values.shape[0])
+    if values.dtype == np.uint16:
+        values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    elif values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise MediaError("The image array holds NaN or infinite values; give finite ones from 0 to 1.")
+        if values.min() < 0 or values.max() > 1:
+            raise MediaError(
+                f"The image array holds values from {values.min():g} to {values.max():g}; "
+                "scale floats to 0 to 1, or give uint8."
+            )
+        values = np.rint(values * 255).astype(np.uint8)
+    elif values.dtype != np.uint8:
+        raise MediaError(f"An image array is uint8, uint16 or float, not {values.dtype}; convert it.")
+    grey = values.ndim == 3 and values.shape[2] == 1
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(values[..., 0] if grey else values)))
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise _too_large(f"{width:,} x {height:,}")
+
+
+def _too_large(found: str) -> MediaError:
+    return MediaError(
+        f"The image has too many pixels ({found}); "
+        f"scale it to at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} on a side."
+    )
+
+
+def _damaged(error: Exception) -> MediaError:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return MediaError(f"The image is damaged or incomplete ({reason}); save or download it again.")
