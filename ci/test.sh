@@ -7,6 +7,7 @@ trap 'rm -rf "$environment"' EXIT
 python3 -m venv "$environment"
 export PATH="$environment/bin:$PATH"
 bash ci/install.sh
+bash ci/install_oracles.sh
 ruff check .
 ruff format --check .
 bash ci/mypy.sh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,26 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 EMBEDDING = "embed_tokens.weight"
-# Prefix of the text decoder, and the raw name of its head: full, full as transformers 4 saved it, text-only.
-LAYOUTS = {
-    "model.language_model.": "lm_head.weight",
-    "language_model.model.": "language_model.lm_head.weight",
-    "model.": "lm_head.weight",
-}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a kind of file keeps its tensors: what raw names start with, and the raw name of a separate head.
+
+    `encoders` is the prefix of the encoders' and embedders' names, None where there is none.
+    """
+
+    text: str
+    encoders: str | None
+    head: str
+
+
+FULL_LAYOUT = Layout("model.language_model.", "model.", "lm_head.weight")
+TEXT_ONLY = Layout("model.", None, "lm_head.weight")
+AS_TRANSFORMERS_4_SAVED = Layout("language_model.model.", "", "language_model.lm_head.weight")
+LAYOUTS = (FULL_LAYOUT, AS_TRANSFORMERS_4_SAVED, TEXT_ONLY)
+# The modules of each modality besides text.
+ENCODER_MODULES = {"vision": ("vision_tower", "embed_vision"), "audio": ("audio_tower", "embed_audio")}
 TOKENIZER_FILES = (
     TOKENIZER,
     "tokenizer.model",
@@ -52,7 +67,8 @@ class Checkpoint:
         name: what the checkpoint is called: the folder's name, or the Hub id's without its owner.
         config: config.json as it is.
         text_config: the architecture of the text decoder.
-        prefix: what the raw names of the text decoder's tensors start with.
+        layout: what raw names start with.
+        modalities: those that the checkpoint has, "text" first.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
@@ -69,7 +85,8 @@ class Checkpoint:
                 f"{folder / 'config.json'}: {str(error).rstrip('.')}; give an unchanged checkpoint of Gemma 3n."
             ) from error
         self._files = _open_files(folder)
-        self.prefix = self._find_prefix()
+        self.layout = self._find_layout()
+        self.modalities = ("text", *(m for m in ENCODER_MODULES if self.encoder_names(m)))
         self._check_dtypes()
         self._check_head()
 
@@ -95,12 +112,21 @@ class Checkpoint:
 
     def text_names(self) -> tuple[str, ...]:
         """The names within the text decoder, sorted; a tied head is not among them."""
-        return tuple(name.removeprefix(self.prefix) for name in self.names if name.startswith(self.prefix))
+        prefix = self.layout.text
+        return tuple(name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
+
+    def encoder_names(self, modality: str) -> tuple[str, ...]:
+        """The names of a modality's encoder and embedder, from the module on (`audio_tower.…`), sorted."""
+        prefix = self.layout.encoders
+        if prefix is None:
+            return ()
+        wanted = tuple(f"{prefix}{module}." for module in ENCODER_MODULES[modality])
+        return tuple(name.removeprefix(prefix) for name in self.names if name.startswith(wanted))
 
     @property
     def head(self) -> str | None:
         """The raw name of the separate, but equal, copy of the token embedding that some files hold."""
-        name = LAYOUTS[self.prefix]
+        name = self.layout.head
         return name if name in self._files else None
 
     def spec(self, name: str) -> TensorSpec:
@@ -109,15 +135,15 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor; so do the other readers.
         """
-        return self.raw_spec(self.prefix + name)
+        return self.raw_spec(self.layout.text + name)
 
     def read(self, name: str) -> np.ndarray:
         """A text tensor in the dtype of the file (bf16 as `ml_dtypes.bfloat16`)."""
-        return self.raw_read(self.prefix + name)
+        return self.raw_read(self.layout.text + name)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of a text tensor, without touching the others."""
-        return self.raw_read_rows(self.prefix + name, start, stop)
+        return self.raw_read_rows(self.layout.text + name, start, stop)
 
     def raw_spec(self, name: str) -> TensorSpec:
         return self._file(name).spec(name)
@@ -127,6 +153,10 @@ class Checkpoint:
 
     def raw_read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         return self._file(name).read_rows(name, start, stop)
+
+    def encoder_raw_name(self, name: str) -> str:
+        """The raw name of a tensor that `encoder_names` gives."""
+        return f"{self.layout.encoders}{name}"
 
     def tokenizer_files(self) -> list[Path]:
         """The files beside config and weights that belong to an export, those that are there."""
@@ -158,6 +188,21 @@ class Checkpoint:
         path = self.folder / "generation_config.json"
         return _read_json(path) if path.is_file() else {}
 
+    def processor_config(self, part: str) -> dict[str, Any]:
+        """Settings of `image_processor` or `feature_extractor`; nothing where no file has them.
+
+        transformers 5 nests them in processor_config.json, earlier ones mix both in preprocessor_config.json.
+        """
+        for name in ("processor_config.json", "preprocessor_config.json"):
+            path = self.folder / name
+            settings = _read_json(path) if path.is_file() else {}
+            settings = settings.get(part, settings)
+            if not isinstance(settings, dict):
+                raise CheckpointError(f"The {part} of {path} is not an object; download it again.")
+            if "rescale_factor" in settings or "sampling_rate" in settings:
+                return settings
+        return {}
+
     def check_tokenizer(self) -> None:
         """Raises CheckpointError where the runtime could not read tokenizer or chat template."""
         path = self.folder / TOKENIZER
@@ -180,20 +225,33 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError(f"{self.folder} has no tensor {name}; download the checkpoint again.") from None
 
-    def _find_prefix(self) -> str:
-        for prefix in LAYOUTS:
-            if prefix + EMBEDDING in self._files:
-                return prefix
+    def check_all_known(self) -> None:
+        """Raises CheckpointError where a tensor belongs to no part of a Gemma 3n."""
+        if unknown := set(self.names) - {self.layout.head, *self._known_names()}:
+            raise CheckpointError(
+                f"The checkpoint holds {min(unknown)} and {len(unknown) - 1} more tensors that no Gemma 3n has; "
+                "give an unchanged checkpoint of Gemma 3n."
+            )
+
+    def _find_layout(self) -> Layout:
+        for layout in LAYOUTS:
+            if layout.text + EMBEDDING in self._files:
+                return layout
         raise CheckpointError(
             f"{self.folder} has no Gemma 3n text decoder: there is no "
-            f"{' or '.join(prefix + EMBEDDING for prefix in LAYOUTS)}."
+            f"{' or '.join(layout.text + EMBEDDING for layout in LAYOUTS)}."
         )
 
+    def _known_names(self) -> list[str]:
+        """The raw names of all that belongs to a Gemma 3n, a separate head aside."""
+        encoders = (self.encoder_raw_name(name) for m in ENCODER_MODULES for name in self.encoder_names(m))
+        return [*(self.layout.text + name for name in self.text_names()), *encoders]
+
     def _check_dtypes(self) -> None:
-        for name in self.text_names():
-            if (dtype := self.spec(name).dtype) not in NUMPY_DTYPES:
+        for name in self._known_names():
+            if (dtype := self.raw_spec(name).dtype) not in NUMPY_DTYPES:
                 raise CheckpointError(
-                    f"{self.prefix}{name} in {self.folder} is of dtype {dtype}; "
+                    f"{name} in {self.folder} is of dtype {dtype}; "
                     f"use a checkpoint in {', '.join(NUMPY_DTYPES)} (quantized ones are not read)."
                 )
 
@@ -214,7 +272,7 @@ class Checkpoint:
             )
         if not tied:
             raise CheckpointError(
-                f"{self.head} in {self.folder} differs from {self.prefix}{EMBEDDING}: untied heads are not "
+                f"{self.head} in {self.folder} differs from {self.layout.text}{EMBEDDING}: untied heads are not "
                 "supported; use a checkpoint whose head is tied to the token embedding, as Gemma 3n's is."
             )
 

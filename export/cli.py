@@ -56,6 +56,7 @@ _force = click.option("--force", is_flag=True, help="Replace the output if it ex
     show_default=True,
     help="Logits of the last position, or of all (for evaluation).",
 )
+@click.option("--modalities", help="Comma-separated: text,vision,audio; by default all that the checkpoint has.")
 @click.option("--output", type=_PATH, help="The folder to write; by default named after model and slice.")
 @_force
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
@@ -68,6 +69,7 @@ def export_command(
     precision: str,
     target: str,
     logits: str,
+    modalities: str | None,
     output: Path | None,
     force: bool,
     quiet: bool,
@@ -78,7 +80,8 @@ def export_command(
     from .progress import TerminalProgress
     from .writer import check_output
 
-    options = ExportOptions(slice_name, table, precision, target, logits, force)  # type: ignore[arg-type]
+    chosen = None if modalities is None else tuple(part.strip() for part in modalities.split(",") if part.strip())
+    options = ExportOptions(slice_name, table, precision, target, logits, chosen, force)  # type: ignore[arg-type]
     check_options(options)
     if output is not None:
         check_output(output, force=force)  # before a download
@@ -103,7 +106,7 @@ def describe_export(summary: ExportSummary) -> str:
         [
             f"Exported {manifest.slice} of {manifest.source} to {summary.folder}",
             f"  {manifest.num_layers} layers, {manifest.parameters.text:,} text parameters, "
-            f"{manifest.parameters.effective:,} effective",
+            f"{manifest.parameters.effective:,} effective; modalities: {', '.join(manifest.modalities)}",
             f"  {manifest.precision} for {manifest.target}, {sum(files.values()) / 1e9:.2f} GB in {len(files)} files",
             *(f"  {files[name] / 1e9:>9.3f} GB  {name}" for name in largest),
             f"  {summary.seconds:.0f} s, peak memory " + ("unknown" if memory is None else f"{memory / 2**30:.2f} GiB"),
@@ -119,8 +122,9 @@ def main() -> None:
 @click.option("--size", type=click.Choice(["tiny", "e2b", "e4b"]), required=True)
 @click.option("--output", type=_PATH, required=True, help="The folder to write.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--text-only", is_flag=True, help="Leave the vision and the audio encoder out.")
 @_force
-def make_checkpoint(size: str, output: Path, seed: int, force: bool) -> None:
+def make_checkpoint(size: str, output: Path, seed: int, text_only: bool, force: bool) -> None:
     """Write a checkpoint with random weights in Hugging Face format."""
     from .make_checkpoint import make_checkpoint as make
     from .progress import TerminalProgress
@@ -136,7 +140,7 @@ def make_checkpoint(size: str, output: Path, seed: int, force: bool) -> None:
             progress.bytes_done(now - done)
             done = now
 
-        make(size, output, seed, progress=report, force=force)  # type: ignore[arg-type]
+        make(size, output, seed, text_only=text_only, progress=report, force=force)  # type: ignore[arg-type]
     click.echo(f"Wrote a {size} checkpoint to {output}")
 
 
@@ -174,7 +178,8 @@ def slices(table: Path | None, model: str | None, as_json: bool) -> None:
 @click.option("--prompts", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--prompt-tokens", type=click.IntRange(1), help="By default more than twice the window.")
 @click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the random prompts.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the random inputs.")
+@click.option("--text-only", is_flag=True, help="Leave the encoders out.")
 @click.option("--json", "as_json", is_flag=True)
 def verify(
     artifact: Path,
@@ -187,6 +192,7 @@ def verify(
     prompt_tokens: int | None,
     new_tokens: int,
     seed: int,
+    text_only: bool,
     as_json: bool,
 ) -> None:
     """Compare ARTIFACT with transformers on the checkpoint that it was made of.
@@ -197,16 +203,24 @@ def verify(
 
     from gemma3n_onnx.runtime.model import OnnxGemma3n
 
-    from .checkpoint import Checkpoint
+    from .checkpoint import ENCODER_MODULES, Checkpoint
     from .verify import describe, random_prompts
     from .verify import verify as compare
+    from .verify_encoders import describe as describe_encoder
+    from .verify_encoders import verify_encoder
 
     loaded = OnnxGemma3n.from_pretrained(artifact, provider)
     checkpoint = Checkpoint.open(model, revision)
     chosen = slice_name or (None if loaded.manifest.slice == "whole" else loaded.manifest.slice)
     length = prompt_tokens or 2 * checkpoint.text_config.sliding_window + 5
-    texts = random_prompts(loaded, np.random.default_rng(seed), prompts, length)
-    parity = compare(loaded, checkpoint, chosen, table, texts, new_tokens)
-    click.echo(json.dumps({**asdict(parity), "passed": parity.passed}, indent=2) if as_json else describe(parity))
-    if not parity.passed:
+    rng = np.random.default_rng(seed)
+    parity = compare(loaded, checkpoint, chosen, table, random_prompts(loaded, rng, prompts, length), new_tokens)
+    modalities = [] if text_only else [m for m in loaded.manifest.modalities if m in ENCODER_MODULES]
+    encoders = [verify_encoder(loaded, checkpoint, modality, rng) for modality in modalities]
+    passed = parity.passed and all(encoder.passed for encoder in encoders)
+    if as_json:
+        click.echo(json.dumps({**asdict(parity), "encoders": [*map(asdict, encoders)], "passed": passed}, indent=2))
+    else:
+        click.echo("\n".join([describe(parity), *map(describe_encoder, encoders)]))
+    if not passed:
         sys.exit(1)

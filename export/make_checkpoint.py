@@ -10,18 +10,28 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from gemma3n_onnx.export.checkpoint import INDEX, WEIGHTS
+from gemma3n_onnx.export.checkpoint import FULL_LAYOUT, INDEX, TEXT_ONLY, WEIGHTS
 from gemma3n_onnx.export.errors import ExportOptionError
-from gemma3n_onnx.export.make_tokenizer import BOS, EOS, PAD, SMALLEST_TEXT_VOCAB, SOFT_IDS, write_tokenizer
+from gemma3n_onnx.export.make_tokenizer import (
+    BOS,
+    END_OF_TURN,
+    EOS,
+    PAD,
+    SMALLEST_TEXT_VOCAB,
+    SOFT_IDS,
+    SpecialIds,
+    write_tokenizer,
+)
 from gemma3n_onnx.export.safetensors_file import LENGTH_BYTES, NUMPY_DTYPES
 from gemma3n_onnx.export.writer import staged, write_json
+from gemma3n_onnx.graphs import audio, vision
 from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
 
 Size = Literal["tiny", "e2b", "e4b"]
@@ -60,6 +70,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
     },
 }
+# The reduced encoders of the tiny size: every kind of block, few channels.
+TINY_VISION = {"model_args": {"channel_multiplier": 0.03}}
+TINY_AUDIO = {
+    "hidden_size": 64,
+    "conf_num_attention_heads": 4,
+    "conf_num_hidden_layers": 2,
+    "sscp_conv_channel_size": [16, 8],
+}
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 SHARD_BYTES = 4_000_000_000
 BLOCK_VALUES = 8 * 2**20
@@ -71,12 +89,13 @@ NORM_SPREAD = 0.2
 # What a layer adds to the residual, and how strongly AltUp mixes its streams. Larger values make a random
 # network of this depth chaotic: it would magnify fp32 rounding until no comparison means anything.
 BRANCH_GAIN = 0.5
+LAYER_SCALE = 0.3
 ALTUP_STD = 0.03
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor to draw: `mean + std * normal`."""
+    """A tensor to draw: `mean + std * normal`. `name` is the one within its part of the model."""
 
     name: str
     shape: tuple[int, ...]
@@ -89,18 +108,20 @@ def make_checkpoint(
     output: Path,
     seed: int = 0,
     *,
+    text_only: bool = False,
     dtype: Dtype | None = None,
     overrides: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes a text-only checkpoint (`Gemma3nForCausalLM`) with its tokenizer; equal arguments, equal bytes.
+    """Writes a checkpoint (`Gemma3nForConditionalGeneration`) with its tokenizer; equal arguments, equal bytes.
 
     Args:
         size: "tiny" (E4B's depth, narrow), "e2b" or "e4b".
         output: the folder to write; it appears only when it is complete.
         seed: of all weights.
+        text_only: leaves the encoders out (`Gemma3nForCausalLM`); the decoder's weights are the same.
         dtype: of all weights; float32 for tiny, bfloat16 for the others.
         overrides: values of the text config that replace those of the size.
         progress: called with the bytes written and the bytes in all.
@@ -121,15 +142,22 @@ def make_checkpoint(
         raise ExportOptionError(f"Unknown dtype {dtype!r}; choose one of {', '.join(SAFETENSORS_DTYPES)}.")
     if not isinstance(seed, int) or seed < 0:
         raise ExportOptionError(f"The seed is {seed!r}; give a whole number of at least 0.")
-    config = _config(SIZES[size], dtype, overrides or {})
-    architecture = _architecture(config)
-    shards = _shards(_tensors(architecture), _itemsize(dtype), shard_bytes)
-    total = sum(math.prod(tensor.shape) for shard in shards for tensor in shard) * _itemsize(dtype)
+    text = _config(SIZES[size], dtype, overrides or {})
+    architecture = _architecture(text)
+    config = text if text_only else _full_config(text, architecture, reduced=size == "tiny")
+    layout = TEXT_ONLY if text_only else FULL_LAYOUT
+    tensors = [_Named(layout.text + tensor.name, tensor) for tensor in _tensors(architecture)]
+    if not text_only:
+        tensors += [_Named(f"{layout.encoders}{tensor.name}", tensor) for tensor in _encoder_tensors(config)]
+    shards = _shards(tensors, _itemsize(dtype), shard_bytes)
+    total = sum(math.prod(named.tensor.shape) for shard in shards for named in shard) * _itemsize(dtype)
     output = Path(output)
     with staged(output, force=force, needed_bytes=total + SPARE_BYTES, kind="checkpoint") as partial:
         _write_weights(partial, shards, dtype, seed, total, progress=progress)
         write_json(partial / "config.json", config)
         write_tokenizer(partial, architecture.vocab_size_per_layer_input, architecture.vocab_size)
+        if not text_only:
+            write_json(partial / "preprocessor_config.json", PREPROCESSOR)
     return output
 
 
@@ -165,6 +193,100 @@ def _config(size: Mapping[str, Any], dtype: str, overrides: Mapping[str, Any]) -
     return config | dict(overrides)
 
 
+def _full_config(text: dict[str, Any], architecture: TextConfig, *, reduced: bool) -> dict[str, Any]:
+    """The text config in one with both encoders, which take their ids from the end of the vocabulary."""
+    special = SpecialIds.of_text_vocab(architecture.vocab_size - 2 * SOFT_IDS)
+    vision = {
+        "model_type": "gemma3n_vision",
+        "architecture": "mobilenetv5_300m_enc",
+        "hidden_size": 2048,
+        "vocab_size": SOFT_IDS,
+        "vocab_offset": architecture.vocab_size - 2 * SOFT_IDS,
+        "rms_norm_eps": 1e-6,
+        "do_pooling": False,
+        "initializer_range": 0.02,
+        **(TINY_VISION if reduced else {}),
+    }
+    audio = {
+        "model_type": "gemma3n_audio",
+        "vocab_size": SOFT_IDS,
+        "vocab_offset": architecture.vocab_size - SOFT_IDS,
+        "input_feat_size": 128,
+        "hidden_size": 1536,
+        "rms_norm_eps": 1e-6,
+        "gradient_clipping": 1e10,
+        "conf_attention_chunk_size": 12,
+        "conf_attention_context_left": 13,
+        "conf_attention_context_right": 0,
+        "conf_attention_logit_cap": 50.0,
+        "conf_num_attention_heads": 8,
+        "conf_num_hidden_layers": 12,
+        "conf_conv_kernel_size": 5,
+        "conf_reduction_factor": 4,
+        "conf_residual_weight": 0.5,
+        "sscp_conv_channel_size": [128, 32],
+        "sscp_conv_group_norm_eps": 1e-3,
+        "sscp_conv_kernel_size": [[3, 3], [3, 3]],
+        "sscp_conv_stride_size": [[2, 2], [2, 2]],
+        **(TINY_AUDIO if reduced else {}),
+    }
+    shared = {key: text[key] for key in ("dtype", "pad_token_id", "bos_token_id", "initializer_range")}
+    return {
+        "architectures": ["Gemma3nForConditionalGeneration"],
+        "model_type": "gemma3n",
+        **shared,
+        "eos_token_id": [EOS, END_OF_TURN],
+        "tie_word_embeddings": True,
+        "text_config": text,
+        "vision_config": vision,
+        "audio_config": audio,
+        "vision_soft_tokens_per_image": 256,
+        "audio_soft_tokens_per_image": 188,
+        "boi_token_id": special.start_of_image,
+        "eoi_token_id": special.end_of_image,
+        "image_token_id": special.image_soft_token,
+        "boa_token_id": special.start_of_audio,
+        "eoa_token_id": special.end_of_audio,
+        "audio_token_id": special.audio_soft_token,
+    }
+
+
+PREPROCESSOR = {
+    "processor_class": "Gemma3nProcessor",
+    "image_processor_type": "SiglipImageProcessor",
+    "do_convert_rgb": None,
+    "do_normalize": False,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "image_seq_length": 256,
+    "resample": 2,
+    "rescale_factor": 1 / 255,
+    "size": {"height": 768, "width": 768},
+    "feature_extractor_type": "Gemma3nAudioFeatureExtractor",
+    "audio_seq_length": 188,
+    "dither": 0.0,
+    "feature_size": 128,
+    "fft_length": 1024,
+    "fft_overdrive": True,
+    "frame_length": 512,
+    "hop_length": 160,
+    "input_scale_factor": 1.0,
+    "max_frequency": 7600.0,
+    "mel_floor": 1e-05,
+    "min_frequency": 125.0,
+    "padding_side": "right",
+    "padding_value": 0.0,
+    "per_bin_mean": None,
+    "per_bin_stddev": None,
+    "preemphasis": 0.97,
+    "preemphasis_htk_flavor": True,
+    "return_attention_mask": True,
+    "sampling_rate": 16_000,
+}
+
+
 def _architecture(config: dict[str, Any]) -> TextConfig:
     """The architecture; the per-layer lists that `config` leaves open are filled in there."""
     try:
@@ -189,14 +311,14 @@ def _tensors(c: TextConfig) -> Iterator[_Tensor]:
     hidden, ple, streams = c.hidden_size, c.hidden_size_per_layer_input, c.altup_num_inputs
 
     def linear(name: str, rows: int, columns: int) -> _Tensor:
-        return _Tensor(f"model.{name}.weight", (rows, columns), 1 / math.sqrt(columns))
+        return _Tensor(f"{name}.weight", (rows, columns), 1 / math.sqrt(columns))
 
     def norm(name: str, width: int, mean: float = 1.0) -> _Tensor:
-        return _Tensor(f"model.{name}.weight", (width,), NORM_SPREAD * mean, mean)
+        return _Tensor(f"{name}.weight", (width,), NORM_SPREAD * mean, mean)
 
-    yield _Tensor("model.embed_tokens.weight", (c.vocab_size, hidden), LOGIT_STD / math.sqrt(hidden))
+    yield _Tensor("embed_tokens.weight", (c.vocab_size, hidden), LOGIT_STD / math.sqrt(hidden))
     yield _Tensor(
-        "model.embed_tokens_per_layer.weight",
+        "embed_tokens_per_layer.weight",
         (c.vocab_size_per_layer_input, c.num_layers * ple),
         1 / math.sqrt(ple),
     )
@@ -206,7 +328,7 @@ def _tensors(c: TextConfig) -> Iterator[_Tensor]:
         yield linear(f"altup_projections.{stream}", hidden, hidden)
         yield linear(f"altup_unembed_projections.{stream}", hidden, hidden)
     # Of zero mean: else the tied head finds the token's own embedding in the residual and repeats the token.
-    yield _Tensor("model.norm.weight", (hidden,), 1.0)
+    yield _Tensor("norm.weight", (hidden,), 1.0)
 
     # Normed queries and keys have unit values, so q.k over head_dim has this std at scale 1.
     qk_norm = math.sqrt(ATTENTION_LOGIT_STD / math.sqrt(c.head_dim))
@@ -235,30 +357,54 @@ def _tensors(c: TextConfig) -> Iterator[_Tensor]:
         yield linear(f"{layer}.laurel.linear_right", hidden, c.laurel_rank)
         yield linear(f"{layer}.per_layer_input_gate", ple, hidden)
         yield linear(f"{layer}.per_layer_projection", hidden, ple)
-        yield _Tensor(f"model.{layer}.altup.correct_output_scale", (hidden,), NORM_SPREAD, 1.0)
-        yield _Tensor(f"model.{layer}.altup.correction_coefs.weight", (streams, streams), ALTUP_STD)
-        yield _Tensor(f"model.{layer}.altup.prediction_coefs.weight", (streams**2, streams), ALTUP_STD)
+        yield _Tensor(f"{layer}.altup.correct_output_scale", (hidden,), NORM_SPREAD, 1.0)
+        yield _Tensor(f"{layer}.altup.correction_coefs.weight", (streams, streams), ALTUP_STD)
+        yield _Tensor(f"{layer}.altup.prediction_coefs.weight", (streams**2, streams), ALTUP_STD)
         # The router's input is divided by the hidden size; this brings tanh's argument back to unit std.
-        yield _Tensor(f"model.{layer}.altup.modality_router.weight", (streams, hidden), math.sqrt(hidden))
+        yield _Tensor(f"{layer}.altup.modality_router.weight", (streams, hidden), math.sqrt(hidden))
         yield norm(f"{layer}.altup.router_norm", hidden)
 
 
-def _shards(tensors: Iterator[_Tensor], itemsize: int, shard_bytes: int) -> list[list[_Tensor]]:
-    shards: list[list[_Tensor]] = [[]]
+def _encoder_tensors(config: Mapping[str, Any]) -> Iterator[_Tensor]:
+    """All tensors of both encoders and embedders, drawn so that activations keep their size from layer to layer."""
+    shapes = {
+        **vision.checkpoint_shapes(vision.VisionConfig.from_hf(config)),
+        **audio.checkpoint_shapes(audio.AudioConfig.from_hf(config)),
+    }
+    for name, shape in shapes.items():
+        if len(shape) > 1:
+            yield _Tensor(name, shape, 1 / math.sqrt(math.prod(shape[1:])))
+        elif name.endswith((".bias", "per_dim_scale")):
+            yield _Tensor(name, shape, NORM_SPREAD)
+        else:
+            mean = LAYER_SCALE if name.endswith(".gamma") else 1.0
+            yield _Tensor(name, shape, NORM_SPREAD * mean, mean)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A tensor under its name in the file."""
+
+    name: str
+    tensor: _Tensor
+
+
+def _shards(tensors: Iterable[_Named], itemsize: int, shard_bytes: int) -> list[list[_Named]]:
+    shards: list[list[_Named]] = [[]]
     filled = 0
-    for tensor in tensors:
-        size = math.prod(tensor.shape) * itemsize
+    for named in tensors:
+        size = math.prod(named.tensor.shape) * itemsize
         if filled and filled + size > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(tensor)
+        shards[-1].append(named)
         filled += size
     return shards
 
 
 def _write_weights(
     folder: Path,
-    shards: list[list[_Tensor]],
+    shards: list[list[_Named]],
     dtype: str,
     seed: int,
     total: int,
@@ -269,11 +415,11 @@ def _write_weights(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weight_map |= {tensor.name: name for tensor in shard}
+        weight_map |= {named.name: name for named in shard}
         with (folder / name).open("wb") as file:
             file.write(_header(shard, dtype))
-            for tensor in shard:
-                for block in _blocks(tensor, dtype, seed):
+            for named in shard:
+                for block in _blocks(named.tensor, dtype, seed):
                     file.write(block.view(np.uint8).data)
                     written += block.nbytes
                     if progress is not None:
@@ -282,14 +428,14 @@ def _write_weights(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _header(shard: list[_Tensor], dtype: str) -> bytes:
+def _header(shard: list[_Named], dtype: str) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for tensor in shard:
-        end = offset + math.prod(tensor.shape) * _itemsize(dtype)
-        header[tensor.name] = {
+    for named in shard:
+        end = offset + math.prod(named.tensor.shape) * _itemsize(dtype)
+        header[named.name] = {
             "dtype": SAFETENSORS_DTYPES[dtype],
-            "shape": tensor.shape,
+            "shape": named.tensor.shape,
             "data_offsets": [offset, end],
         }
         offset = end
@@ -300,7 +446,7 @@ def _header(shard: list[_Tensor], dtype: str) -> bytes:
 
 def _blocks(tensor: _Tensor, dtype: str, seed: int) -> Iterator[np.ndarray]:
     """The tensor's values, flat, `BLOCK_VALUES` at a time, from a random stream of its own."""
-    generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(tensor.name.encode())]))
+    generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(f"model.{tensor.name}".encode())]))
     left = math.prod(tensor.shape)
     while left:
         values = generator.standard_normal(min(left, BLOCK_VALUES), dtype=np.float32)

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
 import onnx_ir as ir
 
 from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.graphs.decoder import Logits, cache_specs
-from gemma3n_onnx.graphs.passes.store_narrow import StoreNarrow
+from gemma3n_onnx.graphs.decoder import Logits
+from gemma3n_onnx.graphs.embedding import HardRows
 from gemma3n_onnx.runtime import artifact
 from gemma3n_onnx.runtime.artifact import Manifest
 
 from . import slicing, trace
-from .checkpoint import Checkpoint
-from .errors import CheckpointError, ExportOptionError
+from .checkpoint import ENCODER_MODULES, Checkpoint
+from .encoders import (
+    FEATURES,
+    Encoder,
+    HardTokens,
+    choose_modalities,
+    find_encoders,
+    find_hard_tokens,
+    hard_row_values,
+)
+from .errors import ExportOptionError
+from .genai import GENAI_CONFIG, genai_config
+from .manifest import Exported, TokenIds, graph_info, manifest_of, token_ids
 from .precision import Precision, precision_for
-from .sizes import parameter_counts
-from .weights import IR_DTYPES, Placement, WeightStream, attach, check_tensors, lay_out
+from .processor import FrontEnds, read_front_ends
+from .weights import (
+    Blocks,
+    Placement,
+    WeightStream,
+    attach,
+    check_tensors,
+    cut_blocks,
+    lay_out,
+    raw_blocks,
+    weight_shapes,
+)
 from .writer import file_info, staged, write_json
-
-PRODUCER = f"gemma3n-onnx {version('gemma3n-onnx')}"
 
 DECODER, DECODER_DATA, EMBEDDING = "decoder.onnx", "decoder.onnx.data", "embedding.onnx"
 TOKEN_TABLE, PER_LAYER_TABLE = "token_embeddings.bin", "per_layer_embeddings.bin"
+TOKENS, PER_LAYER, HARD_ROWS = "embed_tokens.weight", "embed_tokens_per_layer.weight", "hard token rows"
 LOGITS: tuple[str, ...] = get_args(Logits)
+MODALITIES = ("text", *ENCODER_MODULES)
 
 _SMALL_FILES_BYTES = 64 << 20  # graphs, tokenizer, configs: an upper bound for the disk-space check
 
@@ -48,6 +70,8 @@ class ExportOptions:
     precision: str = "fp32"
     target: str = "cpu"
     logits: Logits = "last"
+    modalities: tuple[str, ...] | None = None
+    """Those of the checkpoint where None; text is always among them."""
     force: bool = False
 
 
@@ -68,32 +92,76 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     check_options(options)
     precision = precision_for(options.precision, options.target)
     chosen = choose_slice(checkpoint.text_config, options.slice, options.matformer_config)
-    config = chosen.config
-    tokens = _token_ids(checkpoint)
-    checkpoint.check_tokenizer()
-    check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
-    placements = _placements(config, precision)
-    data_bytes = sum({(p.file, p.offset): p.nbytes for p in placements.values()}.values())
+    source = _read_source(checkpoint, chosen, options.modalities)
+    placements = _text_placements(chosen.config, precision.storage, source.hard_rows)
 
-    with staged(output, force=options.force, needed_bytes=data_bytes + _SMALL_FILES_BYTES) as folder:
-        progress.stage("Tracing the decoder")
-        decoder = trace.trace_decoder(config, options.logits, precision.compute)
-        if precision.storage != precision.compute:
-            StoreNarrow(set(trace.parameter_shapes(config)), IR_DTYPES[precision.storage])(decoder)
-        embedding = trace.trace_embedding(config, precision.storage, precision.compute)
-        for model, file in ((decoder, DECODER), (embedding, EMBEDDING)):
-            attach(model, placements)
-            ir.save(model, folder / file)
-
+    with staged(output, force=options.force, needed_bytes=_needed_bytes(placements, source, precision)) as folder:
+        graphs = _trace_graphs(chosen.config, source, precision, options.logits, placements, progress)
+        for graph in graphs.values():
+            attach(graph.model, graph.weights)
+            ir.save(graph.model, folder / graph.file)
         progress.stage("Writing weights")
-        progress.bytes_total(data_bytes)
-        files = _write_weights(folder, checkpoint, chosen, placements, progress)
+        files = _write_weights(folder, checkpoint, chosen, source, {**placements, **_encoder_weights(graphs)}, progress)
         _copy_companions(checkpoint, folder, chosen.hf_config(checkpoint.config))
-        manifest = _manifest(checkpoint, chosen.name, config, precision, options, tokens, decoder, embedding)
+        manifest = manifest_of(
+            Exported(
+                checkpoint=checkpoint,
+                slice_name=chosen.name,
+                config=chosen.config,
+                precision=precision,
+                target=options.target,
+                logits=options.logits,
+                tokens=source.tokens,
+                hard_rows=source.hard_rows,
+                front_ends=source.front_ends,
+                encoders=source.encoders,
+                graphs={name: graph_info(graph.file, graph.model) for name, graph in graphs.items()},
+                token_table=TOKEN_TABLE,
+                per_layer_table=PER_LAYER_TABLE,
+            )
+        )
+        write_json(folder / GENAI_CONFIG, genai_config(manifest, chosen.config))
         small = {p.name: file_info(p) for p in sorted(folder.iterdir()) if p.name not in files}
         manifest = manifest.with_files({**small, **files})
         artifact.save_manifest(folder, manifest)
     return ExportSummary(output, manifest, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What an export needs to know of a checkpoint, all of it checked."""
+
+    tokens: TokenIds
+    encoders: Mapping[str, Encoder]
+    hard_tokens: HardTokens | None
+    front_ends: FrontEnds
+
+    @property
+    def hard_rows(self) -> HardRows | None:
+        return self.hard_tokens.rows if self.hard_tokens else None
+
+
+def _read_source(checkpoint: Checkpoint, chosen: slicing.Slice, modalities: Collection[str] | None) -> _Source:
+    wanted = choose_modalities(modalities, checkpoint)
+    tokens = token_ids(checkpoint)
+    checkpoint.check_tokenizer()
+    checkpoint.check_all_known()
+    check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
+    return _Source(
+        tokens=tokens,
+        encoders=find_encoders(checkpoint, wanted),
+        hard_tokens=find_hard_tokens(checkpoint),
+        front_ends=read_front_ends(checkpoint, wanted),
+    )
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A traced graph and where each of its weights lies."""
+
+    file: str
+    model: ir.Model
+    weights: Mapping[str, Placement]
 
 
 def check_options(options: ExportOptions) -> None:
@@ -101,6 +169,8 @@ def check_options(options: ExportOptions) -> None:
     precision_for(options.precision, options.target)
     if options.logits not in LOGITS:
         raise ExportOptionError(f"Unknown logits {options.logits!r}; choose {' or '.join(LOGITS)}.")
+    if unknown := sorted(set(options.modalities or ()) - set(MODALITIES)):
+        raise ExportOptionError(f"Unknown modality {unknown[0]!r}; choose from {', '.join(MODALITIES)}.")
     if options.slice is not None:
         slicing.find_slice(options.slice, slicing.load_slices(options.matformer_config))
     elif options.matformer_config is not None:
@@ -122,32 +192,80 @@ def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _placements(config: TextConfig, precision: Precision) -> dict[str, Placement]:
-    """Every parameter of both graphs; `lm_head` is the token table."""
+def _text_placements(config: TextConfig, storage: str, special_rows: HardRows | None) -> dict[str, Placement]:
+    """Every weight of the decoder and the tables; the hard rows follow the token table without a gap."""
     shapes = tensor_shapes(config)
-    tables = {"embed_tokens.weight": TOKEN_TABLE, "embed_tokens_per_layer.weight": PER_LAYER_TABLE}
-    placements: dict[str, Placement] = {}
-    for name, file in tables.items():
-        placements |= lay_out(file, {name: shapes.pop(name)}, precision.storage)
-    placements |= lay_out(DECODER_DATA, shapes, precision.storage)
-    placements["lm_head.weight"] = placements["embed_tokens.weight"]
-    return placements
+    tokens = {TOKENS: shapes.pop(TOKENS)}
+    if special_rows is not None:
+        tokens[HARD_ROWS] = (special_rows.count, config.hidden_size)
+    per_layer = {PER_LAYER: shapes.pop(PER_LAYER)}
+    return {
+        **lay_out(DECODER_DATA, shapes, storage),
+        **lay_out(TOKEN_TABLE, tokens, storage, aligned=False),
+        **lay_out(PER_LAYER_TABLE, per_layer, storage),
+    }
+
+
+def _trace_graphs(
+    config: TextConfig,
+    source: _Source,
+    precision: Precision,
+    logits: Logits,
+    placements: Mapping[str, Placement],
+    progress: Progress,
+) -> dict[str, _Graph]:
+    progress.stage("Tracing the decoder")
+    decoder = trace.trace_decoder(config, logits, precision.compute)
+    soft_ids = {FEATURES[m]: soft.token_id for m, soft in source.front_ends.soft_tokens.items()}
+    embedding = trace.trace_embedding(config, precision.storage, precision.compute, source.hard_rows, soft_ids)
+    table = placements[TOKENS]
+    rows = config.vocab_size + (source.hard_rows.count if source.hard_rows else 0)
+    whole_table = dataclasses.replace(table, shape=(rows, config.hidden_size))
+    graphs = {
+        "decoder": _Graph(DECODER, decoder, {**placements, "lm_head.weight": table}),
+        "embedding": _Graph(EMBEDDING, embedding, {**placements, TOKENS: whole_table}),
+    }
+    for modality, encoder in source.encoders.items():
+        progress.stage(f"Tracing the {modality} encoder")
+        model = encoder.trace()
+        weights = lay_out(encoder.data_file, weight_shapes(model), precision.storage)
+        graphs[modality] = _Graph(encoder.file, model, weights)
+    return graphs
+
+
+def _encoder_weights(graphs: Mapping[str, _Graph]) -> dict[str, Placement]:
+    return {name: place for key in FEATURES if key in graphs for name, place in graphs[key].weights.items()}
+
+
+def _needed_bytes(placements: Mapping[str, Placement], source: _Source, precision: Precision) -> int:
+    encoders = (math.prod(shape) for encoder in source.encoders.values() for shape in encoder.shapes.values())
+    text = sum(place.nbytes for place in placements.values())
+    return text + sum(encoders) * artifact.BYTES_PER_VALUE[precision.storage] + _SMALL_FILES_BYTES
 
 
 def _write_weights(
     folder: Path,
     checkpoint: Checkpoint,
     chosen: slicing.Slice,
+    source: _Source,
     placements: Mapping[str, Placement],
     progress: Progress,
 ) -> dict[str, artifact.FileInfo]:
-    stream = WeightStream(checkpoint, chosen, progress.bytes_done)
+    by_file: dict[str, dict[str, Placement]] = {}
+    for name, place in placements.items():
+        by_file.setdefault(place.file, {})[name] = place
+
+    def blocks(name: str) -> Blocks:
+        if name == HARD_ROWS and source.hard_tokens is not None:
+            return hard_row_values(checkpoint, source.hard_tokens)
+        if name.startswith(tuple(f"{module}." for modules in ENCODER_MODULES.values() for module in modules)):
+            return raw_blocks(checkpoint, checkpoint.encoder_raw_name(name))
+        return cut_blocks(checkpoint, chosen.source_of(name))
+
+    progress.bytes_total(sum(place.nbytes for place in placements.values()))
+    stream = WeightStream(folder, progress.bytes_done)
     scales = {PER_LAYER_TABLE: chosen.config.hidden_size_per_layer_input**0.5}
-    files = {}
-    for file in (DECODER_DATA, TOKEN_TABLE, PER_LAYER_TABLE):
-        of_file = {n: p for n, p in placements.items() if p.file == file and n != "lm_head.weight"}
-        files[file] = stream.write_file(folder / file, of_file, scales.get(file, 1.0))
-    return files
+    return {file: stream.write_file(file, of_file, blocks, scales.get(file, 1.0)) for file, of_file in by_file.items()}
 
 
 def _copy_companions(checkpoint: Checkpoint, folder: Path, config: dict[str, Any]) -> None:
@@ -156,119 +274,3 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path, config: dict[str, Any
     if (template := checkpoint.chat_template()) is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     write_json(folder / "config.json", config)
-
-
-@dataclass(frozen=True)
-class _TokenIds:
-    bos: int
-    pad: int
-    eos: tuple[int, ...]
-
-
-def _token_ids(checkpoint: Checkpoint) -> _TokenIds:
-    """Generation's own ids where `generation_config.json` has them, else those of the config."""
-    text = checkpoint.config.get("text_config", checkpoint.config)
-    values = {key: text.get(key) for key in ("bos_token_id", "pad_token_id", "eos_token_id")}
-    values |= {k: v for k, v in checkpoint.generation_config().items() if k in values and v is not None}
-    vocab = checkpoint.text_config.vocab_size
-    for key, value in values.items():
-        if value is None:
-            raise CheckpointError(f"Neither generation_config.json nor config.json gives {key}; add it.")
-        for token_id in value if key == "eos_token_id" and isinstance(value, list) else [value]:
-            if type(token_id) is not int or not 0 <= token_id < vocab:
-                raise CheckpointError(
-                    f"The {key} of the checkpoint's configs is {value!r}, which is not a token id from 0 to "
-                    f"{vocab - 1}; download generation_config.json again."
-                )
-    eos = values["eos_token_id"]
-    return _TokenIds(
-        bos=values["bos_token_id"],
-        pad=values["pad_token_id"],
-        eos=tuple(eos) if isinstance(eos, list) else (eos,),
-    )
-
-
-def _manifest(
-    checkpoint: Checkpoint,
-    slice_name: str,
-    config: TextConfig,
-    precision: Precision,
-    options: ExportOptions,
-    tokens: _TokenIds,
-    decoder: ir.Model,
-    embedding: ir.Model,
-) -> Manifest:
-    counts = parameter_counts(config)
-    return Manifest(
-        format=artifact.FORMAT,
-        format_version=artifact.FORMAT_VERSION,
-        producer=PRODUCER,
-        source=checkpoint.name,
-        slice=slice_name,
-        precision=precision.name,
-        compute_dtype=precision.compute,
-        target=options.target,
-        logits=options.logits,
-        modalities=("text",),
-        parameters=artifact.ParameterCounts(
-            text=counts.text,
-            effective=counts.effective,
-            per_layer_embeddings=counts.ple_table,
-            token_embeddings=counts.token_embedding,
-        ),
-        num_layers=config.num_layers,
-        vocab_size=config.vocab_size,
-        max_context=config.max_position_embeddings,
-        bos_token_id=tokens.bos,
-        pad_token_id=tokens.pad,
-        eos_token_ids=tokens.eos,
-        decoder=_graph_info(DECODER, decoder),
-        embedding=_graph_info(EMBEDDING, embedding),
-        caches=_cache_infos(config, options.logits, precision),
-        token_embeddings=artifact.TableInfo(
-            TOKEN_TABLE, precision.storage, config.vocab_size, config.hidden_size, config.hidden_size**0.5
-        ),
-        per_layer_embeddings=artifact.TableInfo(
-            PER_LAYER_TABLE,
-            precision.storage,
-            config.vocab_size_per_layer_input,
-            config.num_layers * config.hidden_size_per_layer_input,
-            1.0,
-        ),
-        files={},
-    )
-
-
-def _cache_infos(config: TextConfig, logits: Logits, precision: Precision) -> tuple[artifact.CacheInfo, ...]:
-    return tuple(
-        artifact.CacheInfo(
-            layer=spec.layer,
-            past_key=spec.past[0],
-            past_value=spec.past[1],
-            present_key=spec.present[0],
-            present_value=spec.present[1],
-            dtype=precision.compute,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            window=config.sliding_window if spec.windowed else None,
-        )
-        for spec in cache_specs(config, logits)
-    )
-
-
-_DTYPE_NAMES = {
-    ir.DataType.FLOAT: "fp32",
-    ir.DataType.FLOAT16: "fp16",
-    ir.DataType.BFLOAT16: "bf16",
-    ir.DataType.INT64: "int64",
-}
-
-
-def _graph_info(file: str, model: ir.Model) -> artifact.GraphInfo:
-    def describe(value: ir.Value) -> artifact.TensorInfo:
-        assert value.name is not None and value.dtype is not None and value.shape is not None
-        shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-        return artifact.TensorInfo(value.name, _DTYPE_NAMES[value.dtype], shape)
-
-    graph = model.graph
-    return artifact.GraphInfo(file, tuple(map(describe, graph.inputs)), tuple(map(describe, graph.outputs)))

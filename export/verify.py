@@ -15,11 +15,12 @@ from gemma3n_onnx.runtime.generation import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .checkpoint import Checkpoint
+from .encoders import find_hard_tokens
 from .errors import ExportError
 from .pipeline import choose_slice, tensor_shapes
 from .slicing import Slice, TensorCut
-from .trace import DTYPES
-from .weights import check_tensors, read_cut
+from .verify_encoders import load_hard_rows
+from .weights import check_tensors, read_cut, rounded
 
 # Largest logit error as a share of the logit range, by the dtype that the artifact computes in, against
 # transformers in fp32 on the weights as the artifact stores them.
@@ -141,11 +142,26 @@ def load_reference(checkpoint: Checkpoint, chosen: Slice, stored_as: str | None 
         values = read_cut(checkpoint, chosen.source_of(name))
         if values.shape != parameter.shape:
             raise ExportError(f"Tensor {name} has shape {list(values.shape)}, not {list(parameter.shape)}.")
-        state[name] = _rounded(values.float(), stored_as)
+        state[name] = rounded(values.float(), stored_as)
     reference.model.load_state_dict(state, strict=True, assign=True)
     reference.lm_head.weight = reference.model.embed_tokens.weight
     _materialize_buffers(reference, config)
+    if (hard_tokens := find_hard_tokens(checkpoint)) is not None:
+        rows = load_hard_rows(checkpoint, stored_as)
+        reference.model.embed_tokens = _WithHardRows(reference.model.embed_tokens, hard_tokens.rows.first_id, rows)
     return reference
+
+
+class _WithHardRows(nn.Module):
+    """Stands in for `embed_tokens` as in `Gemma3nModel.forward`: ids from `first_id` on have rows of their own."""
+
+    def __init__(self, embed_tokens: nn.Module, first_id: int, rows: Tensor) -> None:
+        super().__init__()
+        self._embed_tokens, self._first_id, self._rows = embed_tokens, first_id, rows
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hard = self._rows[(ids - self._first_id).clamp(min=0)]
+        return torch.where((ids >= self._first_id)[..., None], hard, self._embed_tokens(ids))
 
 
 class _RowsFromCheckpoint(nn.Module):
@@ -163,11 +179,7 @@ class _RowsFromCheckpoint(nn.Module):
             for i in ids.reshape(-1).tolist()
         ]
         scaled = torch.cat(rows).float() * self._scale
-        return _rounded(scaled, self._stored_as).reshape(*ids.shape, -1)
-
-
-def _rounded(values: Tensor, dtype: str | None) -> Tensor:
-    return values if dtype is None else values.to(DTYPES[dtype]).float()
+        return rounded(scaled, self._stored_as).reshape(*ids.shape, -1)
 
 
 def _materialize_buffers(reference: nn.Module, config: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from gemma3n_onnx.graphs.passes.store_narrow import StoreNarrow
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, FileInfo
 
 from . import slicing
@@ -38,20 +39,35 @@ class Placement:
         return int(np.prod(self.shape)) * BYTES_PER_VALUE[self.dtype]
 
 
-def lay_out(file: str, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> dict[str, Placement]:
-    """Puts tensors one after another; those of a page or more begin on a page."""
+def lay_out(
+    file: str, shapes: Mapping[str, tuple[int, ...]], dtype: str, *, aligned: bool = True
+) -> dict[str, Placement]:
+    """Puts tensors one after another; `aligned`, those of a page or more begin on a page."""
     placements, offset = {}, 0
     for name, shape in shapes.items():
         placement = Placement(file, 0, dtype, shape)
-        alignment = _alignment(placement.nbytes)
+        alignment = _alignment(placement.nbytes) if aligned else 1
         offset = -(-offset // alignment) * alignment
         placements[name] = Placement(file, offset, dtype, shape)
         offset += placement.nbytes
     return placements
 
 
+def weight_shapes(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """Shape of each initializer of a traced graph that has no data yet, in the graph's order."""
+    weights = {n: value for n, value in model.graph.initializers.items() if value.const_value is None}
+    return {name: tuple(value.shape.numpy()) for name, value in weights.items() if value.shape is not None}
+
+
 def attach(model: ir.Model, placements: Mapping[str, Placement]) -> None:
-    """Points the graph's initializers at their places; a name without a place is a defect of the exporter."""
+    """Points the graph's weights at their places, widening those that are stored narrower than they are used.
+
+    A name without a place is a defect of the exporter.
+    """
+    initializers = model.graph.initializers
+    narrow = {n for n in weight_shapes(model) if initializers[n].dtype != IR_DTYPES[placements[n].dtype]}
+    for dtype in {placements[name].dtype for name in narrow}:
+        StoreNarrow({n for n in narrow if placements[n].dtype == dtype}, IR_DTYPES[dtype])(model)
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             place = placements[name]
@@ -92,42 +108,57 @@ def check_tensors(checkpoint: Checkpoint, chosen: Slice, shapes: Mapping[str, tu
             )
 
 
+Blocks = Iterator[np.ndarray]
+
+
 @dataclass
 class WeightStream:
-    """Reads each tensor of a checkpoint once, cut to the slice; `check_tensors` has passed them."""
+    """Writes data files from blocks of tensors; `progress` is told the bytes written."""
 
-    checkpoint: Checkpoint
-    slice: Slice
+    folder: Path
     progress: Callable[[int], None]
 
-    def write_file(self, path: Path, placements: Mapping[str, Placement], scale: float = 1.0) -> FileInfo:
-        """Writes all tensors of one data file, each multiplied by `scale`.
+    def write_file(
+        self,
+        name: str,
+        placements: Mapping[str, Placement],
+        blocks: Callable[[str], Blocks],
+        scale: float = 1.0,
+    ) -> FileInfo:
+        """Writes all tensors of one data file, `blocks(tensor)` multiplied by `scale` each.
 
         Raises:
             CheckpointError: a tensor holds NaN or infinity.
             ExportError: a value does not fit into the target dtype.
         """
-        with HashedFile(path) as file:
-            for name, place in placements.items():
-                file.align(_alignment(place.nbytes))
-                assert file.size == place.offset
-                for block in _blocks(self.checkpoint, self.slice.source_of(name)):
-                    data = _cast(name, block, place.dtype, scale)
+        with HashedFile(self.folder / name) as file:
+            for tensor, place in placements.items():
+                file.pad_to(place.offset)
+                for block in blocks(tensor):
+                    data = _cast(tensor, block, place.dtype, scale)
                     file.write(data.reshape(-1).view(np.uint8).data)
                     self.progress(data.nbytes)
+                assert file.size == place.offset + place.nbytes
         return file.info()
+
+
+def raw_blocks(checkpoint: Checkpoint, raw_name: str) -> Blocks:
+    """One tensor of the file, whole, a few rows at a time."""
+    shape = checkpoint.raw_spec(raw_name).shape
+    step = _rows_of_a_block(shape)
+    for first in range(0, shape[0], step):
+        yield checkpoint.raw_read_rows(raw_name, first, min(first + step, shape[0]))
 
 
 def read_cut(checkpoint: Checkpoint, cut: TensorCut) -> torch.Tensor:
     """One tensor of a slice, whole, in the checkpoint's dtype."""
-    return _as_torch(np.concatenate(list(_blocks(checkpoint, cut))))
+    return as_torch(np.concatenate(list(cut_blocks(checkpoint, cut))))
 
 
-def _blocks(checkpoint: Checkpoint, cut: TensorCut) -> Iterator[np.ndarray]:
+def cut_blocks(checkpoint: Checkpoint, cut: TensorCut) -> Blocks:
     """One tensor of a slice, a few rows at a time."""
     shape = checkpoint.spec(cut.source).shape
-    row_bytes = max(1, int(np.prod(shape[1:]))) * 4
-    step = max(1, BLOCK_BYTES // row_bytes)
+    step = _rows_of_a_block(shape)
     for start, stop in cut.rows or ((0, shape[0]),):
         for first in range(start, stop, step):
             block = checkpoint.read_rows(cut.source, first, min(first + step, stop))
@@ -136,9 +167,13 @@ def _blocks(checkpoint: Checkpoint, cut: TensorCut) -> Iterator[np.ndarray]:
             yield block
 
 
+def _rows_of_a_block(shape: tuple[int, ...]) -> int:
+    return max(1, BLOCK_BYTES // (4 * int(np.prod(shape[1:]))))
+
+
 def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:
     """The block in the storage dtype; bf16 comes back as uint16 bits."""
-    source = _as_torch(block)
+    source = as_torch(block)
     if scale != 1.0:
         source = source.float() * scale
     target = source.to(DTYPES[dtype])
@@ -149,7 +184,12 @@ def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:
     return target.view(torch.uint16).numpy() if dtype == "bf16" else target.numpy()
 
 
-def _as_torch(values: np.ndarray) -> torch.Tensor:
+def rounded(values: torch.Tensor, dtype: str | None) -> torch.Tensor:
+    """fp32 values as they are after being stored in `dtype`; as they were for None."""
+    return values if dtype is None else values.to(DTYPES[dtype]).float()
+
+
+def as_torch(values: np.ndarray) -> torch.Tensor:
     contiguous = np.array(values, order="C")  # a copy: what is read from a file is read-only
     if contiguous.dtype.name == "bfloat16":
         return torch.from_numpy(contiguous.view(np.uint16)).view(torch.bfloat16)

@@ -112,9 +112,9 @@ class HashedFile:
         self._digest.update(data)
         self.size += len(data)
 
-    def align(self, alignment: int) -> None:
-        if padding := -self.size % alignment:
-            self.write(bytes(padding))
+    def pad_to(self, size: int) -> None:
+        """Zeros up to `size` bytes in all."""
+        self.write(bytes(size - self.size))
 
     def info(self) -> FileInfo:
         return FileInfo(self.size, self._digest.hexdigest())

@@ -4,29 +4,43 @@ from .answer import GenerationResult
 from .errors import (
     ArtifactError,
     ArtifactNotFoundError,
+    AudioTooLongError,
     ContextLengthError,
     Gemma3nError,
+    MediaError,
+    MediaNotFoundError,
     OptionError,
+    PackageMissingError,
     PromptError,
     ProviderError,
     RuntimeMissingError,
+    UrlRefusedError,
 )
+from .fetch import FetchPolicy
 from .generation import Timings
+from .media import MediaOptions
 from .model import OnnxGemma3n
 from .sampling import GenerationOptions, TokenLogprob
 
 __all__ = [
     "ArtifactError",
     "ArtifactNotFoundError",
+    "AudioTooLongError",
     "ContextLengthError",
+    "FetchPolicy",
     "Gemma3nError",
     "GenerationOptions",
     "GenerationResult",
+    "MediaError",
+    "MediaNotFoundError",
+    "MediaOptions",
     "OnnxGemma3n",
     "OptionError",
+    "PackageMissingError",
     "PromptError",
     "ProviderError",
     "RuntimeMissingError",
     "Timings",
     "TokenLogprob",
+    "UrlRefusedError",
 ]

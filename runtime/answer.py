@@ -10,8 +10,10 @@ from .engine import Engine
 from .errors import OptionError
 from .generation import Generation, Timings
 from .kv_cache import KVCache
+from .media import MediaOptions
 from .prompt import IncrementalDetokenizer, StopMatcher, Tokenizer
 from .sampling import GenerationOptions, TokenLogprob
+from .slots import PromptTokens
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,12 @@ class Answer:
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        prompts: list[list[int]],
+        prompts: Sequence[PromptTokens],
         options: GenerationOptions,
         cache: KVCache | None = None,
         cached_ids: Sequence[int] = (),
     ) -> None:
-        self._prompts = [[*cached_ids, *ids] for ids in prompts]
+        self._prompts = [[*cached_ids, *prompt.ids] for prompt in prompts]
         self._options = options
         self._generation = Generation(engine, prompts, options, cache, cached_ids)
         self._rows = [_Row(tokenizer, options) for _ in prompts]
@@ -107,9 +109,11 @@ class _Row:
         return piece
 
 
-def generation_options(options: Mapping[str, Any]) -> GenerationOptions:
+def read_options(options: Mapping[str, Any]) -> tuple[GenerationOptions, MediaOptions]:
     """Raises OptionError for an unknown option, as for a bad value."""
-    known = GenerationOptions.__dataclass_fields__
-    if unknown := options.keys() - known.keys():
-        raise OptionError(f"Unknown option {sorted(unknown)[0]!r}; known are {', '.join(known)}.")
-    return GenerationOptions(**options)
+    kinds = (GenerationOptions, MediaOptions)
+    known = [name for kind in kinds for name in kind.__dataclass_fields__]
+    if unknown := sorted(options.keys() - set(known)):
+        raise OptionError(f"Unknown option {unknown[0]!r}; known are {', '.join(known)}.")
+    generation, media = ({k: v for k, v in options.items() if k in kind.__dataclass_fields__} for kind in kinds)
+    return GenerationOptions(**generation), MediaOptions(**media)

@@ -126,16 +126,20 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of the exported text decoder; `effective` leaves out the two embedding tables."""
+    """`text` is the decoder with its tables, `effective` leaves the two embedding tables out; 0 for no encoder."""
 
     text: int
     effective: int
     per_layer_embeddings: int
     token_embeddings: int
+    vision: int
+    audio: int
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """`token_embeddings` has `vocab_size` rows, then those of the ids from `first_hard_token_id` on, if any."""
+
     format: str
     format_version: str
     producer: str
@@ -158,6 +162,9 @@ class Manifest:
     caches: tuple[CacheInfo, ...]
     token_embeddings: TableInfo
     per_layer_embeddings: TableInfo
+    first_hard_token_id: int
+    vision: VisionInfo | None
+    audio: AudioInfo | None
     files: Mapping[str, FileInfo]
 
     def with_files(self, files: Mapping[str, FileInfo]) -> Manifest:
@@ -263,8 +270,22 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
             f"the table {table.file} of {table.rows} x {table.width} {table.dtype} values takes {needed:,} bytes "
             f"and the file has {found:,}",
         )
-    rows = manifest.token_embeddings.rows
-    require(rows == manifest.vocab_size, f"vocab_size is {manifest.vocab_size} and the token table has {rows} rows")
+    rows = 2 * manifest.vocab_size - manifest.first_hard_token_id
+    require(
+        rows == manifest.token_embeddings.rows,
+        f"vocab_size is {manifest.vocab_size}, the hard tokens begin at {manifest.first_hard_token_id}, and the token "
+        f"table has {manifest.token_embeddings.rows} rows",
+    )
+    for name, encoder in (("vision", manifest.vision), ("audio", manifest.audio)):
+        require(
+            (encoder is not None) == (name in manifest.modalities),
+            f"the modalities are {manifest.modalities}, which does not fit {name}",
+        )
+        if encoder is not None:
+            require(encoder.graph.file in manifest.files, f"the graph {encoder.graph.file!r} is not among the files")
+            soft = encoder.soft_tokens
+            require(0 <= soft.token_id < manifest.vocab_size, f"the soft token {soft.token_id} is not a token")
+            require(soft.count > 0 and bool(soft.token), f"there are {soft.count} {name} soft tokens")
     for cache in manifest.caches:
         require(cache.dtype in TABLE_DTYPES, f"the cache of layer {cache.layer} has the unknown dtype {cache.dtype!r}")
         sizes = (cache.kv_heads, cache.head_dim, 1 if cache.window is None else cache.window)
@@ -290,6 +311,9 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
             raise _mismatch(where, "an object", value)
         return {key: _parse(arguments[1], item, f"{where}: {key}") for key, item in value.items()}
     options = arguments if origin in (typing.Union, types.UnionType) else (kind,)
+    for option in options:
+        if dataclasses.is_dataclass(option):
+            return None if value is None and type(None) in options else _parse(option, value, where)
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     for option in options:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .answer import Answer, GenerationResult, generation_options
+from .answer import Answer, GenerationResult, read_options
 from .errors import OptionError, PromptError
 from .kv_cache import KVCache
+from .slots import PromptTokens
 
 if TYPE_CHECKING:
     from .model import OnnxGemma3n
 
 
 class Chat:
-    """Made by `OnnxGemma3n.chat`. `messages` is the conversation so far.
+    """Made by `OnnxGemma3n.chat`. `messages` is the conversation so far, its media as they were read.
 
     The model's own tokens stay in the cache as they were made; text is tokenized once.
     """
@@ -34,33 +35,37 @@ class Chat:
         if self._system is not None:
             self.messages.append({"role": "system", "content": self._system})
         self._cache: KVCache | None = None
-        self._cached: list[int] = []
+        self._cached: list[Hashable] = []
         self._transcript: tuple[str, list[int]] | None = None
         self._current: Turn | None = None
 
-    def send(self, text: str, **options: Any) -> GenerationResult:
-        """The answer to the next user message; options and errors as for `OnnxGemma3n.generate`."""
-        turn = self.stream(text, **options)
+    def send(self, content: str | Sequence[Mapping[str, Any]], **options: Any) -> GenerationResult:
+        """The answer to the next user message, text or parts; options and errors as for `OnnxGemma3n.generate`."""
+        turn = self.stream(content, **options)
         for _ in turn:
             pass
         return turn.result
 
-    def stream(self, text: str, **options: Any) -> Turn:
+    def stream(self, content: str | Sequence[Mapping[str, Any]], **options: Any) -> Turn:
         """The same as pieces of text; a turn that is not iterated to its end is forgotten.
 
         PromptError: while iterating, when the turn has ended, by itself or by the next one.
         """
-        chosen = generation_options(options)
-        messages = [*self.messages, {"role": "user", "content": text}]
-        assert self._model.template is not None
-        rendered = self._model.template.render(messages)
-        ids = self._encode(rendered)
+        chosen, media = read_options(options)
+        messages = self._model.read([*self.messages, {"role": "user", "content": content}], media)
+        rendered = self._model.render(messages)
+        prompt = self._model.locate(self._encode(rendered), messages)
         self._current = None
-        kept = self._keep(ids)
+        kept = self._keep(prompt.keys())
         answer = Answer(
-            self._model.engine, self._model.tokenizer, [ids[kept:]], chosen, self._ready_cache(), ids[:kept]
+            self._model.engine,
+            self._model.tokenizer,
+            [prompt.after(kept)],
+            chosen,
+            self._ready_cache(),
+            prompt.ids[:kept],
         )
-        self._current = Turn(self, answer, messages, rendered, ids)
+        self._current = Turn(self, answer, [*self.messages, messages[-1]], rendered, prompt)
         return self._current
 
     def _encode(self, rendered: str) -> list[int]:
@@ -72,10 +77,10 @@ class Chat:
                 return ids + tokenizer.encode(rendered[len(text) :], add_bos=False)
         return tokenizer.encode(rendered, add_bos=True)
 
-    def _keep(self, ids: list[int]) -> int:
-        """Cuts the cache to what it shares with `ids`, short of the last one; returns how many tokens."""
+    def _keep(self, keys: list[Hashable]) -> int:
+        """Cuts the cache to what it shares with `keys`, short of the last one; returns how many tokens."""
         shared = 0
-        for ours, theirs in zip(self._cached, ids[:-1]):
+        for ours, theirs in zip(self._cached, keys[:-1]):
             if ours != theirs:
                 break
             shared += 1
@@ -102,16 +107,16 @@ class Chat:
         assert self._cache is not None
         reply = result.text.strip()
         made = list(result.token_ids)
-        self._cached = [*turn.ids, *made][: int(self._cache.lengths[0])]
+        self._cached = [*turn.prompt.keys(), *made][: int(self._cache.lengths[0])]
         spoken = made[:-1] if made[-1] in self._model.manifest.eos_token_ids else made
         whole = self._model.tokenizer.decode(spoken).strip() == reply
-        self._transcript = (turn.rendered + reply, turn.ids + spoken) if whole else None
+        self._transcript = (turn.rendered + reply, turn.prompt.ids + spoken) if whole else None
         self.messages = [*turn.messages, {"role": "assistant", "content": reply}]
 
     def _forget(self, turn: Turn) -> None:
         """A turn was broken off: what it put into the cache stays usable as a prefix."""
         assert self._cache is not None
-        made = [*turn.ids, *turn.answer.result.token_ids]
+        made = [*turn.prompt.keys(), *turn.answer.result.token_ids]
         self._cached = made[: int(self._cache.lengths[0])]
 
 
@@ -119,9 +124,9 @@ class Turn:
     """One answer of a chat as it is made."""
 
     def __init__(
-        self, chat: Chat, answer: Answer, messages: list[dict[str, Any]], rendered: str, ids: list[int]
+        self, chat: Chat, answer: Answer, messages: list[dict[str, Any]], rendered: str, prompt: PromptTokens
     ) -> None:
-        self.chat, self.answer, self.messages, self.rendered, self.ids = chat, answer, messages, rendered, ids
+        self.chat, self.answer, self.messages, self.rendered, self.prompt = chat, answer, messages, rendered, prompt
 
     def __iter__(self) -> Iterator[str]:
         ended = False

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from .answer import generation_options
+from .answer import read_options
 from .artifact import Manifest, load_manifest, verify_checksums
 from .errors import Gemma3nError, PromptError
 from .generation import Timings
@@ -102,6 +102,13 @@ _artifact = click.argument("artifact", type=click.Path(path_type=Path))
 @cli.command()
 @_artifact
 @click.argument("prompt")
+@click.option("--image", "images", multiple=True, help="An image, path or URL; may be given several times.")
+@click.option("--audio", "clips", multiple=True, help="A clip, path or URL; may be given several times.")
+@click.option("--video", "videos", multiple=True, help="A video, path or URL; may be given several times.")
+@click.option("--image-size", type=int, help="Pixels that an image is resized to: 256, 512 or 768.")
+@click.option("--long-audio", default="error", show_default=True, help="error, or split clips over 30 s.")
+@click.option("--video-fps", default=1.0, show_default=True, help="Frames taken of each second of a video.")
+@click.option("--max-frames", default=16, show_default=True, help="Frames of one video at most.")
 @click.option("--system", help="A system prompt.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
 @click.option("--max-new-tokens", default=256, show_default=True)
@@ -120,6 +127,9 @@ _artifact = click.argument("artifact", type=click.Path(path_type=Path))
 def run(
     artifact: Path,
     prompt: str,
+    images: tuple[str, ...],
+    clips: tuple[str, ...],
+    videos: tuple[str, ...],
     system: str | None,
     raw: bool,
     provider: str,
@@ -127,16 +137,19 @@ def run(
     stats: bool,
     **options: Any,
 ) -> None:
-    """Answer PROMPT with the model in the folder ARTIFACT."""
-    if raw and system is not None:
-        raise click.UsageError("--system needs the chat template, which --raw leaves out.")
+    """Answer PROMPT, after images, clips and videos if any, with the model in the folder ARTIFACT."""
+    if raw and (system is not None or images or clips or videos):
+        raise click.UsageError("--system, --image, --audio and --video need the chat template, which --raw leaves out.")
     if not prompt:
         raise PromptError("The prompt is empty; give some text to answer.")
-    generation_options(options)  # a bad option is told before a model is loaded
+    read_options(options)  # a bad option is told before a model is loaded
     model = OnnxGemma3n.from_pretrained(artifact, provider, threads=threads)
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": prompt})
-    answer = model.stream(prompt if raw or model.template is None else messages, **options)
+    media = [(kind, s) for kind, sources in (("image", images), ("audio", clips), ("video", videos)) for s in sources]
+    content = [*({"type": kind, kind: source} for kind, source in media), {"type": "text", "text": prompt}]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": content if media else prompt})
+    plain = raw or (model.template is None and not media)
+    answer = model.stream(prompt if plain else messages, **options)
     for piece in answer:
         click.echo(piece, nl=False)
     click.echo()
@@ -164,13 +177,15 @@ def describe_manifest(manifest: Manifest) -> str:
     lines = [
         f"{manifest.slice} of {manifest.source}, {manifest.precision} for {manifest.target} "
         f"(computes in {manifest.compute_dtype}), by {manifest.producer}",
-        f"parameters: {counts.text:,} text, {counts.effective:,} effective",
+        f"parameters: {counts.text:,} text, {counts.effective:,} effective"
+        + "".join(f", {n:,} {name}" for name, n in (("vision", counts.vision), ("audio", counts.audio)) if n),
         f"layers: {manifest.num_layers}, KV caches: {len(manifest.caches)} "
         f"({sum(c.window is not None for c in manifest.caches)} of them windowed), context: {manifest.max_context:,}",
         f"modalities: {', '.join(manifest.modalities)}; logits: {manifest.logits}",
         "",
     ]
-    for graph in (manifest.decoder, manifest.embedding):
+    encoders = [encoder.graph for encoder in (manifest.vision, manifest.audio) if encoder is not None]
+    for graph in (manifest.decoder, manifest.embedding, *encoders):
         lines.append(graph.file)
         for kind, tensors in (("in", graph.inputs), ("out", graph.outputs)):
             shown = [t for t in tensors if not t.name.startswith(("past_key_values", "present"))]

@@ -5,6 +5,7 @@ Shape legend: B rows of the batch, S tokens of one run, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from .artifact import Manifest
 from .errors import ArtifactError, OptionError
 from .kv_cache import KVCache
 from .session import Binding, Profile, Session
-from .tables import Table
+from .slots import Slot, fill
+from .tables import Table, to_compute_dtype
 
 PREFILL_CHUNK = 512
 
@@ -42,24 +44,27 @@ class Engine:
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         return KVCache(self.manifest.caches, self.profile, rows, capacity)
 
-    def prefill(self, cache: KVCache, row: int, ids: Sequence[int]) -> np.ndarray:
-        """Appends `ids` to one row, in chunks of bounded memory; logits [V] fp32 after the last."""
+    def prefill(self, cache: KVCache, row: int, ids: Sequence[int], slots: Sequence[Slot] = ()) -> np.ndarray:
+        """Appends `ids` to one row, in chunks of bounded memory; logits [V] fp32 after the last.
+
+        The features of `slots`, whose positions count from the first of `ids`, stand in for embeddings.
+        """
         self._require_logits("last")
         binding = self._bind(cache, row, 1)
         logits = self._output(binding, 1, 1)
-        for chunk in self._chunks(ids):
-            self._run(binding, chunk, cache.lengths[row : row + 1])
+        for chunk, embeds in self._chunks(ids, slots):
+            self._run(binding, chunk, embeds, cache.lengths[row : row + 1])
         return logits[0, 0]
 
-    def evaluate(self, ids: Sequence[int]) -> np.ndarray:
+    def evaluate(self, ids: Sequence[int], slots: Sequence[Slot] = ()) -> np.ndarray:
         """Logits [S, V] fp32 at every position of `ids`, from an artifact exported with `--logits all`."""
         self._require_logits("all")
         cache = self.new_cache(1, len(ids))
         binding = self._bind(cache, 0, 1)
         parts = []
-        for chunk in self._chunks(ids):
+        for chunk, embeds in self._chunks(ids, slots):
             parts.append(self._output(binding, 1, chunk.shape[1]))
-            self._run(binding, chunk, cache.lengths)
+            self._run(binding, chunk, embeds, cache.lengths)
         return np.concatenate(parts, axis=1)[0]
 
     def decoder(self, cache: KVCache) -> Decoder:
@@ -72,10 +77,23 @@ class Engine:
                 f"export it with --logits {wanted} for this."
             )
 
-    def _chunks(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """ids, in order, as arrays [1, S] int64 with S up to `prefill_chunk`."""
+    def _chunks(self, ids: Sequence[int], slots: Sequence[Slot]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """ids, in order, as arrays [1, S] int64 with S up to `prefill_chunk`, and their embeddings [1, S, H]."""
+
+        @functools.lru_cache(maxsize=1)  # a slot may lie in several chunks, one after another
+        def features(slot: Slot) -> np.ndarray:
+            return to_compute_dtype(slot.features(), self.manifest.compute_dtype)
+
         for first in range(0, len(ids), self.prefill_chunk):
-            yield np.array([ids[first : first + self.prefill_chunk]], dtype=np.int64)
+            chunk = np.array(ids[first : first + self.prefill_chunk], dtype=np.int64)
+            embeds = self._embed(chunk)
+            fill(embeds, first, slots, features)
+            yield chunk[None], embeds[None]
+
+    def _embed(self, ids: np.ndarray) -> np.ndarray:
+        """ids [n] int64 -> [n, H]; hard multimodal tokens have their rows after those of the whole vocabulary."""
+        first = self.manifest.first_hard_token_id
+        return self._tokens.rows(np.where(ids < first, ids, ids + (self.manifest.vocab_size - first)))
 
     def _bind(self, cache: KVCache, first_row: int, rows: int) -> Binding:
         binding = self._session.bind()
@@ -87,13 +105,13 @@ class Engine:
         binding.output("logits", logits)
         return logits
 
-    def _run(self, binding: Binding, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Runs ids [B, S] after `lengths` [B] tokens and adds S to the lengths."""
+    def _run(self, binding: Binding, ids: np.ndarray, embeds: np.ndarray, lengths: np.ndarray) -> None:
+        """Runs ids [B, S] with their embeddings [B, S, H] after `lengths` [B] tokens and adds S to the lengths."""
         rows, new = ids.shape
         flat = ids.reshape(-1)
         dtype = self.manifest.compute_dtype
         table_rows = np.where(flat < self.manifest.per_layer_embeddings.rows, flat, 0)
-        binding.input("inputs_embeds", self._tokens.rows(flat).reshape(rows, new, -1), dtype)
+        binding.input("inputs_embeds", embeds, dtype)
         binding.input("per_layer_inputs", self._per_layer.rows(table_rows).reshape(rows, new, -1), dtype)
         binding.input("position_ids", lengths[:, None] + np.arange(new), "int64")
         binding.input("attention_mask", _mask(lengths + new, new), "int64")
@@ -149,7 +167,7 @@ class Decoder:
         caches may have dropped positions at each step.
         """
         lengths = self._cache.lengths.copy()
-        self._engine._run(self._binding, tokens[:, None], lengths)
+        self._engine._run(self._binding, tokens[:, None], self._engine._embed(tokens)[:, None], lengths)
         self._cache.lengths[running] = lengths[running]
         return self._logits
 

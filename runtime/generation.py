@@ -13,6 +13,7 @@ from .engine import Engine
 from .errors import ContextLengthError
 from .kv_cache import KVCache
 from .sampling import GenerationOptions, Sampler, TokenCounts, TokenLogprob, log_probabilities, rng_for
+from .slots import PromptTokens
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class GeneratedToken:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds and tokens of one generation; a batch shares them. Rates count the tokens of all rows."""
+    """Seconds and tokens of one generation; a batch shares them. Rates count the tokens of all rows.
+
+    The encoders run while their prompt is prefilled, so `prefill_seconds` holds their time."""
 
     prefill_tokens: int
     prefill_seconds: float
@@ -54,16 +57,16 @@ class Generation:
     def __init__(
         self,
         engine: Engine,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[PromptTokens],
         options: GenerationOptions,
         cache: KVCache | None = None,
         cached_ids: Sequence[int] = (),
     ) -> None:
-        longest = len(cached_ids) + max(len(ids) for ids in prompts)
+        longest = len(cached_ids) + max(map(len, prompts))
         check_context(engine.manifest.max_context, longest, options.max_new_tokens)
         self._engine, self._options, self._prompts = engine, options, prompts
         self._cache = cache or engine.new_cache(len(prompts), longest + options.max_new_tokens)
-        self._counts = [TokenCounts([*cached_ids, *ids]) for ids in prompts]
+        self._counts = [TokenCounts([*cached_ids, *prompt.ids]) for prompt in prompts]
         self._running = np.ones(len(prompts), dtype=bool)
         self._sampler = Sampler(options)
         self._prefill_seconds = self._decode_seconds = self._first_token = 0.0
@@ -75,7 +78,8 @@ class Generation:
     def __iter__(self) -> Iterator[GeneratedToken]:
         # 1. Prefill, row by row: no padding, and memory that does not grow with the batch.
         started = time.perf_counter()
-        logits = np.stack([self._engine.prefill(self._cache, row, ids) for row, ids in enumerate(self._prompts)])
+        prefill = self._engine.prefill
+        logits = np.stack([prefill(self._cache, row, p.ids, p.slots) for row, p in enumerate(self._prompts)])
         self._prefill_seconds = time.perf_counter() - started
         # 2. One stream of random numbers for each row.
         random = [rng_for(self._options.seed) for _ in self._prompts]

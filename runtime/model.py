@@ -6,13 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .answer import Answer, generation_options
+import numpy as np
+
+from .answer import Answer, read_options
 from .artifact import Manifest, load_manifest
 from .chat import Chat
+from .encoders import Encoders
 from .engine import PREFILL_CHUNK, Engine
 from .errors import ArtifactError, PromptError
-from .prompt import ChatTemplate, Tokenizer, encode_prompt
+from .fetch import FetchPolicy
+from .media import MediaOptions, MediaReader
+from .messages import MessageReader, items_of
+from .placeholders import Placeholders
+from .prompt import ChatTemplate, Tokenizer, encode_plain
 from .session import choose_profile
+from .slots import PromptTokens
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
@@ -26,8 +34,19 @@ class OnnxGemma3n:
     >>> model.generate("The capital of France is", max_new_tokens=8).text
     """
 
-    def __init__(self, manifest: Manifest, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
-        self.manifest, self.engine, self.tokenizer, self.template = manifest, engine, tokenizer, template
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: Engine,
+        encoders: Encoders,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        fetch: FetchPolicy,
+    ) -> None:
+        self.manifest, self.engine, self.encoders = manifest, engine, encoders
+        self.tokenizer, self.template = tokenizer, template
+        self._placeholders = Placeholders(manifest)
+        self._messages = MessageReader(MediaReader(manifest, fetch), self._placeholders.tokens)
 
     @classmethod
     def from_pretrained(
@@ -37,6 +56,7 @@ class OnnxGemma3n:
         *,
         threads: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        fetch: FetchPolicy | None = None,
     ) -> OnnxGemma3n:
         """Loads an exported folder.
 
@@ -44,6 +64,7 @@ class OnnxGemma3n:
             provider: "cpu", "cuda", or "auto": CUDA for an artifact made for it where it is installed.
             threads: of ONNX Runtime; None for one for each physical core.
             prefill_chunk: tokens of a prompt that are run at once; less takes less memory.
+            fetch: what media may be read from disk and network, and how much of them.
 
         Raises:
             ArtifactError: the folder is missing, incomplete, damaged or of another version.
@@ -61,25 +82,28 @@ class OnnxGemma3n:
             )
         template = _load_template(folder)
         engine = Engine(folder, manifest, profile, threads=threads, prefill_chunk=prefill_chunk)
-        return cls(manifest, engine, tokenizer, template)
+        encoders = Encoders(folder, manifest, profile, threads)
+        return cls(manifest, engine, encoders, tokenizer, template, fetch or FetchPolicy())
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """The answer to a prompt, or a list of them to a batch of prompts of any lengths.
 
         Args:
-            prompt: text, a list of messages `{"role", "content"}`, or token ids; or a list of such.
-            options: the fields of `GenerationOptions`; greedy by default.
+            prompt: text, a list of messages `{"role", "content"}`, or token ids; or a list of such. Content is
+                text, or parts of type text, image, audio and video, see `MessageReader`.
+            options: the fields of `GenerationOptions`, greedy by default, and those of `MediaOptions`.
 
         Returns:
             A `GenerationResult`, or a list of them in the order of the prompts.
 
         Raises:
-            PromptError: a prompt that cannot be encoded. ContextLengthError: one that is too long.
-            OptionError: an option out of range. All are raised before any work is done.
+            PromptError: a prompt that cannot be encoded. MediaError: an image, a clip or a video that cannot be
+            read. ContextLengthError: a prompt that is too long. OptionError: an option out of range. All are
+            raised before any graph is run.
         """
-        chosen = generation_options(options)
+        chosen, media = read_options(options)
         batched = _is_batch(prompt)
-        encoded = [self.encode(p) for p in (prompt if batched else [prompt])]
+        encoded = [self.encode(p, media) for p in (prompt if batched else [prompt])]
         answer = Answer(self.engine, self.tokenizer, encoded, chosen)
         for _ in answer:
             pass
@@ -92,15 +116,41 @@ class OnnxGemma3n:
         """
         if _is_batch(prompt):
             raise PromptError("stream takes one prompt; use generate for a batch.")
-        return Answer(self.engine, self.tokenizer, [self.encode(prompt)], generation_options(options))
+        chosen, media = read_options(options)
+        return Answer(self.engine, self.tokenizer, [self.encode(prompt, media)], chosen)
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation whose KV cache is kept from turn to turn."""
         return Chat(self, system)
 
-    def encode(self, prompt: Any) -> list[int]:
-        """Token ids of a prompt in any of its forms."""
-        return encode_prompt(prompt, self.tokenizer, self.template, self.manifest.vocab_size)
+    def release(self, encoder: str | None = None) -> None:
+        """Frees the memory of the "vision" or the "audio" encoder, or of both; they load again when needed."""
+        self.encoders.release(encoder)
+
+    def encode(self, prompt: Any, media: MediaOptions | None = None) -> PromptTokens:
+        """Token ids of a prompt in any of its forms, and where its images and clips stand among them."""
+        if not _is_messages(prompt):
+            return PromptTokens(encode_plain(prompt, self.tokenizer, self.manifest.vocab_size))
+        messages = self.read(prompt, media or MediaOptions())
+        return self.locate(self.tokenizer.encode(self.render(messages), add_bos=True), messages)
+
+    def read(self, messages: Sequence[Mapping[str, Any]], media: MediaOptions) -> list[dict[str, Any]]:
+        """Messages as the chat template takes them, their media read."""
+        return self._messages.read(messages, media)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of messages that `read` gave, soft tokens written out."""
+        if self.template is None:
+            raise PromptError("This artifact has no chat template, so the prompt must be text or token ids.")
+        return self._placeholders.expand(self.template.render(messages), items_of(messages))
+
+    def locate(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> PromptTokens:
+        """The ids of rendered messages, and where their media stand among them."""
+        return PromptTokens(ids, self._placeholders.find(ids, items_of(messages), self.encoders.features))
+
+
+def _is_messages(prompt: Any) -> bool:
+    return isinstance(prompt, list | tuple) and bool(prompt) and not isinstance(prompt[0], int | np.integer)
 
 
 def _is_batch(prompt: Any) -> bool:

@@ -16,14 +16,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .errors import ArtifactError, PromptError
 
 TOKENIZER_FILE = "tokenizer.json"
-# What a caller may write, and the name that the templates know it by.
-TEMPLATE_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "model": "assistant",
-}
 
 
 class Tokenizer:
@@ -190,15 +182,13 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Prompt text of messages that `check_messages` accepts; by default up to the model's turn.
+        """Prompt text of messages as `MessageReader.read` gives them; by default up to the model's turn.
 
-        PromptError: the messages, or the template refuses them (for instance because roles do not
-        alternate).
+        PromptError: the template refuses them, for instance because roles do not alternate.
         """
-        checked = check_messages(messages)
         try:
             return self._template.render(
-                messages=checked,
+                messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
@@ -209,59 +199,10 @@ class ChatTemplate:
             raise PromptError(f"The chat template refuses these messages: {reason}.") from error
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages {"role", "content"} as a template expects them: user, assistant, and a first system one.
+def encode_plain(prompt: str | Sequence[int] | np.ndarray, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Token ids of a prompt without messages: text (after one <bos>), or ids in [0, vocab_size).
 
-    Content is text, or a list of parts {"type": "text", "text": ...}. The parts of a system message become
-    one, because Gemma's template reads no other. PromptError: anything else, or no user message.
-    """
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise PromptError(f"Messages must be a list, not {type(messages).__name__}.")
-    checked = [_check_message(message, index) for index, message in enumerate(messages)]
-    if not any(message["role"] == "user" for message in checked):
-        raise PromptError("The messages must hold at least one of the user.")
-    return checked
-
-
-def _check_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise PromptError(f"Message {index} must be a mapping of role and content, not {message!r}.")
-    written = message.get("role")
-    role = TEMPLATE_ROLES.get(written) if isinstance(written, str) else None
-    if role is None:
-        raise PromptError(f"Message {index} has role {written!r}; known are {', '.join(TEMPLATE_ROLES)}.")
-    if role == "system" and index > 0:
-        raise PromptError(f"Message {index} is a {written} message, which can only come first.")
-    content = message.get("content")
-    if isinstance(content, str):
-        return {"role": role, "content": content}
-    if not isinstance(content, (list, tuple)) or not content:
-        raise PromptError(f"The content of message {index} must be text or a list of parts, not {content!r}.")
-    texts = [_check_part(part, index) for part in content]
-    if role == "system":
-        texts = ["".join(texts)]
-    return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}
-
-
-def _check_part(part: Any, index: int) -> str:
-    if not isinstance(part, Mapping) or "type" not in part:
-        raise PromptError(f"A part of message {index} must be a mapping with a type, not {part!r}.")
-    if part["type"] != "text":
-        raise PromptError(f"Message {index} has a {part['type']!r} part, but this artifact reads text only.")
-    if not isinstance(part.get("text"), str):
-        raise PromptError(f"A text part of message {index} must hold its text as a string.")
-    return part["text"]
-
-
-def encode_prompt(
-    prompt: str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    vocab_size: int,
-) -> list[int]:
-    """Token ids of a prompt: text (after one <bos>), messages (by the template), or ids in [0, vocab_size).
-
-    PromptError: an empty prompt, another type, an id out of range, messages that cannot be rendered.
+    PromptError: an empty prompt, another type, an id out of range.
     """
     if isinstance(prompt, str):
         if not prompt:
@@ -269,14 +210,9 @@ def encode_prompt(
         return tokenizer.encode(prompt, add_bos=True)
     if not isinstance(prompt, (list, tuple, np.ndarray)):
         raise PromptError(f"A prompt is text, messages or token ids, not {type(prompt).__name__}.")
-    items = list(prompt)
-    if not items:
+    if not len(prompt):
         raise PromptError("The prompt is empty.")
-    if isinstance(items[0], (int, np.integer)):
-        return [_check_id(item, vocab_size) for item in items]
-    if template is None:
-        raise PromptError("This artifact has no chat template, so the prompt must be text or token ids.")
-    return tokenizer.encode(template.render(items), add_bos=True)
+    return [_check_id(item, vocab_size) for item in prompt]
 
 
 def _check_id(item: Any, vocab_size: int) -> int:

@@ -228,6 +228,7 @@ _DTYPE_NAMES = {
     "tensor(float16)": "fp16",
     "tensor(bfloat16)": "bf16",
     "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
 }
 
 

@@ -36,11 +36,9 @@ class Table:
         row_bytes = stored.strides[0]
         for row, table_row in zip(stored, ids.tolist()):
             self._read_into(row.data.cast("B"), table_row * row_bytes)
-        if self._compute == "bf16":
-            return narrow_to_bf16(_widen(stored, self.info.dtype) * np.float32(self.info.scale))
         if self._compute == "fp16":
             return stored.astype(np.float16, copy=False) * np.float16(self.info.scale)
-        return _widen(stored, self.info.dtype) * np.float32(self.info.scale)
+        return to_compute_dtype(_widen(stored, self.info.dtype) * np.float32(self.info.scale), self._compute)
 
     def _read_into(self, row: memoryview, offset: int) -> None:
         if hasattr(os, "preadv"):
@@ -59,7 +57,9 @@ def _widen(values: np.ndarray, dtype: str) -> np.ndarray:
     return values.astype(np.float32, copy=False)
 
 
-def narrow_to_bf16(values: np.ndarray) -> np.ndarray:
-    """fp32 -> bf16 bits as uint16, rounded to nearest even."""
+def to_compute_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
+    """fp32 values as fp32, as fp16, or as bf16 bits in uint16, rounded to nearest even."""
+    if dtype != "bf16":
+        return values.astype(np.float16 if dtype == "fp16" else np.float32, copy=False)
     bits = values.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -4,23 +4,23 @@ from pathlib import Path
 
 import pytest
 
+import oracle_stubs  # noqa: F401  # before anything that imports transformers
 from gemma3n_onnx.export.checkpoint import Checkpoint
-from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
-from support import SMALL
+from support import SMALL, text_checkpoint
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text-only checkpoint of E4B's depth with every feature, a few MB; tests must not write into it."""
-    return make_checkpoint("tiny", tmp_path_factory.mktemp("checkpoint") / "tiny")
+    return text_checkpoint("tiny", tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three layers, traced in seconds; tests must not write into it."""
-    return make_checkpoint("tiny", tmp_path_factory.mktemp("small_checkpoint") / "small", overrides=SMALL)
+    return text_checkpoint("tiny", tmp_path_factory.mktemp("small_checkpoint") / "small", overrides=SMALL)
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,14 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
 from typing import Any
 
 import pytest
 
 from gemma3n_onnx.export import cli as export_cli
+from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.runtime import cli as runtime_cli
 
 # The fewest layers with both attention types, a reader of a donor, and an own K and V for each type.
@@ -20,6 +22,9 @@ SMALL = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "max_position_embeddings": 256,
 }
+
+# A checkpoint without encoders, which is traced and read faster.
+text_checkpoint = partial(make_checkpoint, text_only=True)
 
 # First lines of a subprocess: one started by a background job would ignore Ctrl-C, as that job does.
 DEFAULT_SIGNALS = """

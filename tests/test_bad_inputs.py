@@ -19,11 +19,10 @@ import numpy as np
 import pytest
 
 from gemma3n_onnx.export import trace
-from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.writer import HashedFile
 from gemma3n_onnx.runtime import Gemma3nError, OnnxGemma3n, OptionError, PromptError
 from gemma3n_onnx.runtime.errors import ArtifactNotFoundError, ContextLengthError
-from support import SMALL, run_command
+from support import SMALL, run_command, text_checkpoint
 
 WEIGHTS = "model.safetensors"
 
@@ -292,13 +291,13 @@ def hub_offline(world: World) -> list[str]:
 
 
 def another_artifacts_checkpoint(world: World) -> list[str]:
-    other = make_checkpoint("tiny", world.folder / "other", overrides=SMALL | {"hidden_size": 128})
+    other = text_checkpoint("tiny", world.folder / "other", overrides=SMALL | {"hidden_size": 128})
     return ["gemma3n", "verify", world.artifact(), "--model", str(other), "--new-tokens", "2"]
 
 
 def e4b_of_e2b(world: World) -> list[str]:
     e2b = {"num_hidden_layers": 30, "num_kv_shared_layers": 10, "intermediate_size": 128}
-    checkpoint = make_checkpoint("tiny", world.folder / "e2b", overrides=e2b)
+    checkpoint = text_checkpoint("tiny", world.folder / "e2b", overrides=e2b)
     return ["gemma3n-export", "--model", str(checkpoint), "--slice", "E4B", "--output", "out"]
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from gemma3n_onnx.export.checkpoint import INDEX, WEIGHTS, Checkpoint
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
-from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.safetensors_file import TensorSpec
+from support import text_checkpoint
 
 SMALL = {"num_hidden_layers": 7, "num_kv_shared_layers": 2}
 EMBEDDING = "model.embed_tokens.weight"
@@ -24,13 +24,13 @@ EMBEDDING = "model.embed_tokens.weight"
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """A checkpoint of seven layers that a test may damage."""
-    return make_checkpoint("tiny", tmp_path / "small", overrides=SMALL)
+    return text_checkpoint("tiny", tmp_path / "small", overrides=SMALL)
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("sharded") / "checkpoint"
-    return make_checkpoint("tiny", output, dtype="bfloat16", overrides=SMALL, shard_bytes=200_000)
+    return text_checkpoint("tiny", output, dtype="bfloat16", overrides=SMALL, shard_bytes=200_000)
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
@@ -55,7 +55,7 @@ def test_every_tensor_has_the_bytes_that_safetensors_reads(folder: str, request:
     checkpoint = Checkpoint.open(path)
     expected = load_all(path)
     assert checkpoint.names == tuple(sorted(expected))
-    assert checkpoint.prefix == "model."
+    assert checkpoint.layout.text == "model."
     for name in checkpoint.text_names():
         tensor = expected["model." + name]
         array = checkpoint.read(name)
@@ -101,7 +101,7 @@ def test_full_checkpoints_give_the_same_text_tensors(small: Path, prefix: str) -
     rewrite(small, tensors | {"model.vision_tower.scale": torch.ones(2, 3), "model.steps": torch.tensor([7])})
     (small / "config.json").write_text(json.dumps({"model_type": "gemma3n", "text_config": config}))
     full = Checkpoint.open(small)
-    assert full.prefix == prefix
+    assert full.layout.text == prefix
     assert full.text_names() == plain.text_names()
     assert full.text_config == plain.text_config
     assert full.read("norm.weight").tobytes() == bytes_of(tensors[prefix + "norm.weight"])

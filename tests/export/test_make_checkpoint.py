@@ -15,6 +15,7 @@ from gemma3n_onnx.export.checkpoint import INDEX, Checkpoint
 from gemma3n_onnx.export.errors import ExportError, ExportOptionError
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.make_tokenizer import SpecialIds, write_tokenizer
+from support import text_checkpoint
 
 SMALL = {"num_hidden_layers": 7, "num_kv_shared_layers": 2}
 SENTENCES = [
@@ -104,7 +105,8 @@ def test_real_sizes_have_the_published_parameters(size: str, text_parameters: in
     architecture = module._architecture(module._config(module.SIZES[size], "bfloat16", {}))
     with torch.device("meta"):
         reference = Gemma3nForCausalLM(Gemma3nTextConfig(**module._config(module.SIZES[size], "bfloat16", {})))
-    expected = {k: tuple(v.shape) for k, v in reference.named_parameters() if k != "lm_head.weight"}
+    named = dict(reference.model.named_parameters())
+    expected = {name: tuple(parameter.shape) for name, parameter in named.items()}
     assert {tensor.name: tensor.shape for tensor in module._tensors(architecture)} == expected
     if text_parameters is not None:
         shared_kv = architecture.num_kv_shared_layers * (2 * 512 * 2048 + 256)
@@ -113,7 +115,7 @@ def test_real_sizes_have_the_published_parameters(size: str, text_parameters: in
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
     first, again, other = (
-        contents(make_checkpoint("tiny", tmp_path / name, seed, overrides=SMALL))
+        contents(text_checkpoint("tiny", tmp_path / name, seed, overrides=SMALL))
         for name, seed in (("first", 5), ("again", 5), ("other", 6))
     )
     assert first == again
@@ -121,15 +123,15 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path)
 
 
 def test_values_do_not_depend_on_blocks_or_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Checkpoint.open(make_checkpoint("tiny", tmp_path / "whole", overrides=SMALL))
+    whole = Checkpoint.open(text_checkpoint("tiny", tmp_path / "whole", overrides=SMALL))
     monkeypatch.setattr(module, "BLOCK_VALUES", 1001)
-    cut = Checkpoint.open(make_checkpoint("tiny", tmp_path / "cut", overrides=SMALL, shard_bytes=100_000))
+    cut = Checkpoint.open(text_checkpoint("tiny", tmp_path / "cut", overrides=SMALL, shard_bytes=100_000))
     assert whole.names == cut.names
     assert all(whole.raw_read(name).tobytes() == cut.raw_read(name).tobytes() for name in whole.names)
 
 
 def test_sharded_bfloat16_loads_strictly(tmp_path: Path) -> None:
-    folder = make_checkpoint("tiny", tmp_path / "out", dtype="bfloat16", overrides=SMALL, shard_bytes=300_000)
+    folder = text_checkpoint("tiny", tmp_path / "out", dtype="bfloat16", overrides=SMALL, shard_bytes=300_000)
     index = json.loads((folder / INDEX).read_text())
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(shards) > 2
@@ -141,25 +143,25 @@ def test_sharded_bfloat16_loads_strictly(tmp_path: Path) -> None:
 
 def test_progress_counts_every_byte(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    make_checkpoint("tiny", tmp_path / "out", overrides=SMALL, progress=lambda *call: calls.append(call))
+    text_checkpoint("tiny", tmp_path / "out", overrides=SMALL, progress=lambda *call: calls.append(call))
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert calls[-1][0] == calls[-1][1] == calls[0][1]
 
 
 def test_an_existing_output_is_replaced_only_by_force(tmp_path: Path) -> None:
-    folder = make_checkpoint("tiny", tmp_path / "out", overrides=SMALL)
+    folder = text_checkpoint("tiny", tmp_path / "out", overrides=SMALL)
     before = contents(folder)
     with pytest.raises(ExportError, match="exists already"):
-        make_checkpoint("tiny", folder, 1, overrides=SMALL)
+        text_checkpoint("tiny", folder, 1, overrides=SMALL)
     assert contents(folder) == before
-    make_checkpoint("tiny", folder, 1, overrides=SMALL, force=True)
+    text_checkpoint("tiny", folder, 1, overrides=SMALL, force=True)
     assert contents(folder) != before
 
 
 def test_force_spares_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(ExportError, match="is no checkpoint"):
-        make_checkpoint("tiny", tmp_path, force=True)
+        text_checkpoint("tiny", tmp_path, force=True)
     assert (tmp_path / "photo.jpg").exists()
 
 
@@ -168,7 +170,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_checkpoint("tiny", tmp_path / "out", progress=fail)
+        text_checkpoint("tiny", tmp_path / "out", progress=fail)
     assert not list(tmp_path.iterdir())
 
 
@@ -176,7 +178,7 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     with pytest.raises(ExportError, match="GB free"):
-        make_checkpoint("tiny", tmp_path / "deep" / "out")
+        text_checkpoint("tiny", tmp_path / "deep" / "out")
     assert not list(tmp_path.iterdir())
 
 

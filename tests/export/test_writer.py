@@ -116,7 +116,7 @@ def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
 def test_a_hashed_file_knows_what_is_on_the_disk(tmp_path: Path) -> None:
     with HashedFile(tmp_path / "x") as file:
         file.write(b"abc")
-        file.align(8)
+        file.pad_to(8)
         file.write(b"d")
     assert (tmp_path / "x").read_bytes() == b"abc\0\0\0\0\0d"
     assert file.info() == file_info(tmp_path / "x")

@@ -10,10 +10,10 @@ import pytest
 from transformers import Gemma3nForCausalLM
 
 from gemma3n_onnx.export.checkpoint import Checkpoint
-from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.runtime import OnnxGemma3n
 from oracle import WINDOW, NoProgress, load_oracle
+from support import text_checkpoint
 
 Exporter = Callable[..., Path]
 
@@ -43,7 +43,7 @@ def shallow_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "activation_sparsity_pattern": [0.95] * 3 + [0.0] * 7,
         "sliding_window": WINDOW,
     }
-    return make_checkpoint("tiny", tmp_path_factory.mktemp("checkpoint") / "shallow", overrides=overrides)
+    return text_checkpoint("tiny", tmp_path_factory.mktemp("checkpoint") / "shallow", overrides=overrides)
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from gemma3n_onnx.export.checkpoint import Checkpoint
-from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.runtime import OnnxGemma3n
 from oracle import TOLERANCE, NoProgress, assert_close, generate_greedily, load_oracle, oracle_logits, random_prompt
+from support import text_checkpoint
 
 PROMPT_TOKENS = 2 * 512 + 17
 STEPS = 8
@@ -25,7 +25,7 @@ STEPS = 8
 def test_e2b_shapes_equal_transformers_beyond_twice_the_window(tmp_path):
     overrides = {"vocab_size": 8448, "vocab_size_per_layer_input": 8192}
     with TemporaryDirectory(dir=tmp_path) as folder:  # pytest would keep the files
-        checkpoint = make_checkpoint("e2b", Path(folder) / "e2b", overrides=overrides)
+        checkpoint = text_checkpoint("e2b", Path(folder) / "e2b", overrides=overrides)
         artifact = Path(folder) / "artifact"
         export(Checkpoint(checkpoint), artifact, ExportOptions(), NoProgress())
         model = OnnxGemma3n.from_pretrained(artifact)

@@ -10,10 +10,9 @@ from pathlib import Path
 import click
 import pytest
 
-from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.runtime import OnnxGemma3n, PromptError
 from gemma3n_onnx.runtime import cli as runtime_cli
-from support import DEFAULT_SIGNALS, SMALL, Outcome, run_command
+from support import DEFAULT_SIGNALS, SMALL, Outcome, run_command, text_checkpoint
 
 OPTIONS = ("--max-new-tokens", "12")
 
@@ -77,7 +76,7 @@ def test_verify_passes_on_the_artifacts_own_checkpoint(gemma3n, small_artifact: 
 
 
 def test_verify_fails_on_other_weights(gemma3n, small_artifact: Path, tmp_path: Path) -> None:
-    other = make_checkpoint("tiny", tmp_path / "other", seed=1, overrides=SMALL)
+    other = text_checkpoint("tiny", tmp_path / "other", seed=1, overrides=SMALL)
     shown = gemma3n("verify", small_artifact, "--model", other, "--new-tokens", "8", "--prompts", "1")
     assert shown.code == 1
     assert "FAIL" in shown.out

@@ -1,0 +1,164 @@
+"""The encoders' part of an export: which there are, their tensors, their graphs, and the hard token rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from gemma3n_onnx.graphs import audio, vision
+from gemma3n_onnx.graphs.config import ConfigError
+from gemma3n_onnx.graphs.embedder import MultimodalEmbedder
+from gemma3n_onnx.graphs.embedding import HardRows
+
+from . import trace
+from .checkpoint import ENCODER_MODULES, Checkpoint
+from .errors import CheckpointError, ExportOptionError
+from .weights import as_torch
+
+Shapes = Mapping[str, tuple[int, ...]]
+# What each modality's encoder gives to the embedding graph.
+FEATURES = {"vision": "image_features", "audio": "audio_features"}
+EMBEDDER_KEYS = ("vocab_size", "vocab_offset", "hidden_size", "rms_norm_eps")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One encoder of a checkpoint. `shapes` are those of its tensors in the file, the embedder's included."""
+
+    modality: str
+    shapes: Shapes
+    trace: Callable[[], ir.Model]
+
+    @property
+    def file(self) -> str:
+        return f"{self.modality}_encoder.onnx"
+
+    @property
+    def data_file(self) -> str:
+        return f"{self.file}.data"
+
+
+def choose_modalities(wanted: Iterable[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The modalities to export, "text" first; all that the checkpoint has where `wanted` is None.
+
+    Raises:
+        ExportOptionError: the checkpoint lacks one.
+    """
+    if wanted is None:
+        return checkpoint.modalities
+    chosen = {"text", *wanted}
+    if missing := sorted(chosen - set(checkpoint.modalities)):
+        raise ExportOptionError(
+            f"{checkpoint.name} has no {missing[0]}: it holds {', '.join(checkpoint.modalities)}; give others with "
+            "--modalities, or a full checkpoint."
+        )
+    return tuple(modality for modality in checkpoint.modalities if modality in chosen)
+
+
+def find_encoders(checkpoint: Checkpoint, modalities: Iterable[str]) -> dict[str, Encoder]:
+    """By modality, the chosen encoders, their tensors checked.
+
+    Raises:
+        CheckpointError: config.json describes another encoder than the tensors, or one that is not implemented.
+    """
+    try:
+        found = {m: _MAKERS[m](checkpoint) for m in modalities if m in _MAKERS}
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: {str(error).rstrip('.')}; give an unchanged checkpoint of Gemma 3n."
+        ) from error
+    for encoder in found.values():
+        _check_tensors(checkpoint, encoder)
+    return found
+
+
+def _vision(checkpoint: Checkpoint) -> Encoder:
+    config = vision.VisionConfig.from_hf(checkpoint.config)
+    return Encoder("vision", vision.checkpoint_shapes(config), lambda: trace.trace_vision(config))
+
+
+def _audio(checkpoint: Checkpoint) -> Encoder:
+    config = audio.AudioConfig.from_hf(checkpoint.config)
+    return Encoder("audio", audio.checkpoint_shapes(config), lambda: trace.trace_audio(config))
+
+
+_MAKERS: Mapping[str, Callable[[Checkpoint], Encoder]] = {"vision": _vision, "audio": _audio}
+
+
+def _check_tensors(checkpoint: Checkpoint, encoder: Encoder) -> None:
+    names = set(checkpoint.encoder_names(encoder.modality))
+    if unused := names - encoder.shapes.keys():
+        raise CheckpointError(
+            f"The checkpoint holds {min(unused)} and {len(unused) - 1} more tensors that the {encoder.modality} "
+            "encoder of its config.json does not have; give an unchanged checkpoint of Gemma 3n."
+        )
+    for name, wanted in encoder.shapes.items():
+        _check_shape(checkpoint, name, wanted)
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...]) -> None:
+    if (found := checkpoint.raw_spec(checkpoint.encoder_raw_name(name)).shape) != wanted:
+        raise CheckpointError(
+            f"Tensor {name} has shape {list(found)} instead of the {list(wanted)} that config.json asks for; "
+            "config and weights do not belong together, download the checkpoint again."
+        )
+
+
+@dataclass(frozen=True)
+class HardTokens:
+    """Ids that embedders have rows of their own for, at the end of the vocabulary, in the order of the embedders."""
+
+    rows: HardRows
+    embedders: Mapping[str, MultimodalEmbedder]
+    """By the name of the module, on the meta device."""
+
+
+def find_hard_tokens(checkpoint: Checkpoint) -> HardTokens | None:
+    """What a checkpoint's embedders say of them; None where it has none.
+
+    Raises:
+        CheckpointError: config.json or the tensors are not those of a Gemma 3n.
+    """
+    if len(checkpoint.modalities) <= len(ENCODER_MODULES):
+        return None
+    config, embedders, first = checkpoint.text_config, {}, checkpoint.text_config.vocab_size
+    for modality, (_, module) in reversed(ENCODER_MODULES.items()):
+        section = checkpoint.config.get(f"{modality}_config")
+        section = section if isinstance(section, dict) else {}
+        vocab, offset, hidden, eps = (section.get(key, 0) for key in EMBEDDER_KEYS)
+        if not all(isinstance(value, int | float) and value > 0 for value in (vocab, offset, hidden, eps)):
+            raise CheckpointError(
+                f"{modality}_config lacks one of {', '.join(EMBEDDER_KEYS)}, or it is no number; download config.json "
+                "again."
+            )
+        first -= vocab
+        if offset != first:
+            raise CheckpointError(
+                f"{modality}_config puts the ids of {modality} at {offset} instead of {first}; download config.json "
+                "again."
+            )
+        with torch.device("meta"):
+            embedders[module] = MultimodalEmbedder(vocab, hidden, config.hidden_size, eps)
+        for name, parameter in embedders[module].named_parameters():
+            _check_shape(checkpoint, f"{module}.{name}", tuple(parameter.shape))
+    in_order = dict(reversed(embedders.items()))
+    return HardTokens(HardRows(first, config.vocab_size - first), in_order)
+
+
+def hard_row_values(checkpoint: Checkpoint, tokens: HardTokens) -> Iterator[np.ndarray]:
+    """[vocab, text hidden] fp32 of each embedder, in the order of the ids, unscaled as rows of `embed_tokens` are."""
+    scale = checkpoint.text_config.hidden_size**0.5
+    for module, outline in tokens.embedders.items():
+        weights = {
+            name: as_torch(checkpoint.raw_read(checkpoint.encoder_raw_name(f"{module}.{name}"))).float()
+            for name, _ in outline.named_parameters()
+        }
+        embedder = copy.deepcopy(outline)
+        embedder.load_state_dict(weights, strict=True, assign=True)
+        with torch.no_grad():
+            yield (embedder.hard(embedder.embedding.weight) / scale).numpy()

@@ -1,0 +1,139 @@
+"""`genai_config.json`: lets onnxruntime-genai 0.18 run an artifact's folder as it is.
+
+onnxruntime-genai has no `gemma3n`; its `gemma4` has the same graphs (embedding with a table of per-layer inputs,
+vision, speech, decoder) and wants the vision graph. An artifact without one is a `decoder-pipeline` of two stages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.runtime.artifact import GraphInfo, Manifest
+
+GENAI_CONFIG = "genai_config.json"
+# As the runtime's own CPU profile: weights stay mapped, narrow ones are widened once, at load.
+_SESSION_OPTIONS = {
+    "log_id": "onnxruntime-genai",
+    "session.disable_prepacking": "1",
+    "optimization.constant_folding_max_output_size_in_bytes": str(1 << 40),
+}
+_KEY, _VALUE = "past_key_values.%d.key", "past_key_values.%d.value"
+_PRESENT_KEY, _PRESENT_VALUE = "present.%d.key", "present.%d.value"
+
+
+def genai_config(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
+    """The content of the file; `config` is the decoder's."""
+    model: dict[str, Any] = {
+        "type": "gemma4" if manifest.vision else "decoder-pipeline",
+        "bos_token_id": manifest.bos_token_id,
+        "pad_token_id": manifest.pad_token_id,
+        "eos_token_id": list(manifest.eos_token_ids),
+        "context_length": manifest.max_context,
+        "vocab_size": manifest.vocab_size,
+        "decoder": _decoder(manifest, config),
+    }
+    if manifest.vision:
+        model["embedding"] = _embedding(manifest)
+        model["vision"] = {
+            "filename": manifest.vision.graph.file,
+            "session_options": _SESSION_OPTIONS,
+            "inputs": _names(manifest.vision.graph, ["pixel_values"]),
+            "outputs": {"image_features": "image_features"},
+        }
+        model["image_token_id"] = manifest.vision.soft_tokens.token_id
+        model["speech"] = _speech(manifest)
+    else:
+        model["decoder"]["pipeline"] = _pipeline(manifest)
+    return {
+        "model": model,
+        "search": {
+            "max_length": manifest.max_context,
+            "min_length": 0,
+            "do_sample": False,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+            "past_present_share_buffer": True,
+        },
+    }
+
+
+def _decoder(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
+    decoder: dict[str, Any] = {
+        "filename": manifest.decoder.file,
+        "session_options": _SESSION_OPTIONS,
+        "head_size": config.head_dim,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": len(manifest.caches),
+        "num_key_value_heads": config.num_kv_heads,
+        "inputs": {
+            "inputs_embeds": "inputs_embeds",
+            "attention_mask": "attention_mask",
+            "position_ids": "position_ids",
+            "per_layer_inputs": "per_layer_inputs",
+            "past_key_names": _KEY,
+            "past_value_names": _VALUE,
+        },
+        "outputs": {"logits": "logits", "present_key_names": _PRESENT_KEY, "present_value_names": _PRESENT_VALUE},
+    }
+    windowed = [index for index, cache in enumerate(manifest.caches) if cache.window is not None]
+    if windowed:
+        decoder["sliding_window"] = {
+            "window_size": config.sliding_window,
+            "slide_key_value_cache": False,
+            "slide_inputs": False,
+            "layers": windowed,
+            "cache_slack": config.sliding_window // 4,
+        }
+    return decoder
+
+
+def _embedding(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "filename": manifest.embedding.file,
+        "session_options": _SESSION_OPTIONS,
+        "inputs": _names(manifest.embedding, ["input_ids", "image_features", "audio_features"]),
+        "outputs": {"inputs_embeds": "inputs_embeds", "per_layer_inputs": "per_layer_inputs"},
+    }
+
+
+def _speech(manifest: Manifest) -> dict[str, Any]:
+    """Without an audio encoder the section must be there, and empty.
+
+    `config_filename` has to name a file; only the library's own front end, which is Gemma 4's, would read it.
+    """
+    if manifest.audio is None:
+        return {"config_filename": ""}
+    return {
+        "filename": manifest.audio.graph.file,
+        "config_filename": "config.json",
+        "session_options": _SESSION_OPTIONS,
+        "inputs": {"audio_embeds": "input_features", "attention_mask": "input_features_mask"},
+        "outputs": {"audio_features": "audio_features"},
+    }
+
+
+def _pipeline(manifest: Manifest) -> list[dict[str, Any]]:
+    stages = {"embeddings": manifest.embedding, "transformer": manifest.decoder}
+    return [
+        {
+            name: {
+                "filename": graph.file,
+                "session_options": _SESSION_OPTIONS,
+                "inputs": [tensor.name for tensor in graph.inputs],
+                "outputs": [tensor.name for tensor in graph.outputs],
+            }
+            for name, graph in stages.items()
+        }
+    ]
+
+
+def _names(graph: GraphInfo, wanted: list[str]) -> dict[str, str]:
+    """Those of the names that the graph has as inputs, each under itself."""
+    found = {tensor.name for tensor in graph.inputs}
+    return {name: name for name in wanted if name in found}

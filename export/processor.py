@@ -1,0 +1,158 @@
+"""How images and sound become the encoders' inputs, from a checkpoint's processor files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+
+from gemma3n_onnx.runtime.artifact import LogMelInfo, SoftTokens
+
+from .checkpoint import ENCODER_MODULES, TOKENIZER, Checkpoint
+from .errors import CheckpointError
+
+IMAGE_SIZES = (256, 512, 768)
+BILINEAR = 2  # Pillow's number for it
+
+# Gemma 3n's own values, for a checkpoint without processor files. transformers' Gemma3nAudioFeatureExtractor.
+_IMAGE = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": False, "resample": BILINEAR, "do_resize": True}
+_AUDIO = {
+    "sampling_rate": 16_000,
+    "frame_length_ms": 32.0,
+    "hop_length_ms": 10.0,
+    "feature_size": 128,
+    "min_frequency": 125.0,
+    "max_frequency": 7600.0,
+    "preemphasis": 0.97,
+    "preemphasis_htk_flavor": True,
+    "fft_overdrive": True,
+    "dither": 0.0,
+    "input_scale_factor": 1.0,
+    "mel_floor": 1e-5,
+    "per_bin_mean": None,
+    "per_bin_stddev": None,
+}
+# What the front ends implement, and only that.
+_FIXED_IMAGE = {"do_rescale": True, "do_normalize": False, "resample": BILINEAR, "do_resize": True}
+_FIXED_AUDIO = {
+    "preemphasis_htk_flavor": True,
+    "dither": 0.0,
+    "input_scale_factor": 1.0,
+    "per_bin_mean": None,
+    "per_bin_stddev": None,
+}
+MAX_SECONDS, PAD_MULTIPLE = 30, 128  # defaults of the extractor's call, which no file holds
+
+
+@dataclass(frozen=True)
+class FrontEnds:
+    """Of the chosen modalities, the placeholders, and what each front end does; None for one that is not chosen."""
+
+    soft_tokens: Mapping[str, SoftTokens]
+    image: ImageSettings | None
+    log_mel: LogMelInfo | None
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """The size in pixels that the processor makes images, and the factor for their values."""
+
+    size: int
+    rescale: float
+
+
+def read_front_ends(checkpoint: Checkpoint, modalities: Collection[str]) -> FrontEnds:
+    """Raises CheckpointError: the processor does what is not implemented, or a placeholder is missing."""
+    return FrontEnds(
+        soft_tokens={m: soft_tokens(checkpoint, m) for m in modalities if m in ENCODER_MODULES},
+        image=image_settings(checkpoint) if "vision" in modalities else None,
+        log_mel=log_mel_settings(checkpoint) if "audio" in modalities else None,
+    )
+
+
+def image_settings(checkpoint: Checkpoint) -> ImageSettings:
+    """Raises CheckpointError where the processor does what is not implemented."""
+    settings = _settings(checkpoint, "image_processor", _IMAGE, _FIXED_IMAGE)
+    size = settings.get("size") or {"height": IMAGE_SIZES[-1], "width": IMAGE_SIZES[-1]}
+    sides = [size.get("height"), size.get("width")] if isinstance(size, Mapping) else []
+    chosen = next((side for side in IMAGE_SIZES if sides == [side, side]), None)
+    if chosen is None:
+        raise CheckpointError(
+            f"The image processor's size is {size}; supported are squares of {', '.join(map(str, IMAGE_SIZES))} pixels."
+        )
+    return ImageSettings(chosen, float(settings["rescale_factor"]))
+
+
+def log_mel_settings(checkpoint: Checkpoint) -> LogMelInfo:
+    """Raises CheckpointError where the feature extractor does what is not implemented."""
+    settings = _settings(checkpoint, "feature_extractor", _AUDIO, _FIXED_AUDIO)
+    try:
+        rate = int(settings["sampling_rate"])
+        frame = int(settings.get("frame_length") or round(rate * settings["frame_length_ms"] / 1000))
+        hop = int(settings.get("hop_length") or round(rate * settings["hop_length_ms"] / 1000))
+        fft = 2 ** (math.ceil(math.log2(frame)) + bool(settings["fft_overdrive"]))
+        return LogMelInfo(
+            sample_rate_hz=rate,
+            frame_length=frame,
+            hop_length=hop,
+            fft_length=fft,
+            mel_bins=int(settings["feature_size"]),
+            min_frequency_hz=float(settings["min_frequency"]),
+            max_frequency_hz=float(settings["max_frequency"]),
+            preemphasis=float(settings["preemphasis"]),
+            mel_floor=float(settings["mel_floor"]),
+            max_samples=MAX_SECONDS * rate,
+            pad_multiple=PAD_MULTIPLE,
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"A value of the feature extractor has the wrong type ({error}); download the checkpoint again."
+        ) from error
+
+
+def soft_tokens(checkpoint: Checkpoint, modality: str) -> SoftTokens:
+    """The placeholder of an image or a clip, as the processor writes it.
+
+    Raises:
+        CheckpointError: config.json lacks a token id, or the tokenizer the token.
+    """
+    keys = {
+        "vision": ("image_token_id", "boi_token_id", "eoi_token_id", "vision_soft_tokens_per_image"),
+        "audio": ("audio_token_id", "boa_token_id", "eoa_token_id", "audio_soft_tokens_per_image"),
+    }[modality]
+    values = [_positive(checkpoint, key) for key in keys]
+    backend = tokenizers.Tokenizer.from_file(str(checkpoint.folder / TOKENIZER))
+    soft, start, end = (_token(backend, key, token_id) for key, token_id in zip(keys, values[:3]))
+    return SoftTokens(token=soft, token_id=values[0], count=values[3], prefix=f"\n\n{start}", suffix=f"{end}\n\n")
+
+
+def _positive(checkpoint: Checkpoint, key: str) -> int:
+    value = checkpoint.config.get(key)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"config.json has {value!r} for {key}; download the checkpoint again.")
+    return value
+
+
+def _token(backend: tokenizers.Tokenizer, key: str, token_id: int) -> str:
+    token = backend.id_to_token(token_id)
+    if token is None:
+        raise CheckpointError(f"The tokenizer has no token {token_id}, which is {key}; download the checkpoint again.")
+    return token
+
+
+def _settings(
+    checkpoint: Checkpoint, part: str, defaults: Mapping[str, Any], fixed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The defaults, overlaid by processor_config.json's `part` or by the flat preprocessor_config.json."""
+    found = checkpoint.processor_config(part)
+    settings = {**defaults, **{key: value for key, value in found.items() if value is not None}}
+    for key, wanted in fixed.items():
+        if settings[key] != wanted:
+            raise CheckpointError(
+                f"The {part.replace('_', ' ')} of the checkpoint has {key} {settings[key]!r}; only {wanted!r} is "
+                "implemented."
+            )
+    return settings

@@ -1,0 +1,81 @@
+"""The vision and audio encoders of an artifact: loaded when a request first needs one, released on demand."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from .artifact import AudioInfo, Manifest, VisionInfo
+from .errors import ArtifactError, OptionError
+from .session import Profile, Session
+
+NAMES = ("vision", "audio")
+
+
+class Encoders:
+    """`features` runs an encoder on one image or clip; its session stays until `release`."""
+
+    def __init__(self, folder: Path, manifest: Manifest, profile: Profile, threads: int | None = None) -> None:
+        self._folder, self._profile, self._threads = folder, profile, threads
+        self._infos: dict[str, VisionInfo | AudioInfo | None] = {"vision": manifest.vision, "audio": manifest.audio}
+        self._width = manifest.token_embeddings.width
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The modalities whose encoder is in memory."""
+        return tuple(self._sessions)
+
+    def features(self, modality: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Embeddings [count, H] fp32 of one image or clip.
+
+        Raises:
+            ArtifactError: the encoder's files are damaged. ProviderError: it cannot run, for want of memory.
+        """
+        info = self._infos[modality]
+        assert info is not None, f"the artifact has no {modality} encoder"
+        outputs = self._session(modality, info).run(inputs)
+        features = outputs[info.graph.outputs[0].name]
+        if features.shape != (wanted := (info.soft_tokens.count, self._width)):
+            raise ArtifactError(
+                f"{info.graph.file} gives features of shape {list(features.shape)} instead of {list(wanted)}; "
+                "export the artifact again."
+            )
+        return features
+
+    def release(self, modality: str | None = None) -> None:
+        """Frees an encoder's memory, or that of all; the next request that needs it loads it again.
+
+        Raises:
+            OptionError: an unknown name.
+        """
+        if modality is not None and modality not in NAMES:
+            raise OptionError(f"There is no encoder {modality!r}; release {' or '.join(NAMES)}.")
+        with self._lock:
+            for name in NAMES if modality is None else (modality,):
+                self._sessions.pop(name, None)
+
+    def _session(self, modality: str, info: VisionInfo | AudioInfo) -> Session:
+        with self._lock:
+            if modality not in self._sessions:
+                session = Session(self._folder / info.graph.file, self._profile, self._threads)
+                _check_signature(session, info)
+                self._sessions[modality] = session
+            return self._sessions[modality]
+
+
+def _check_signature(session: Session, info: VisionInfo | AudioInfo) -> None:
+    for kind, wanted, found in (
+        ("inputs", info.graph.inputs, session.inputs),
+        ("outputs", info.graph.outputs, session.outputs),
+    ):
+        names = [[(tensor.name, tensor.dtype) for tensor in tensors] for tensors in (wanted, found)]
+        if names[0] != names[1]:
+            raise ArtifactError(
+                f"{info.graph.file} has the {kind} {names[1]} and the manifest says {names[0]}; "
+                "export the artifact again."
+            )

@@ -1,0 +1,139 @@
+"""Images, clips and videos of a prompt, from wherever they are to what an encoder reads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from .artifact import AudioInfo, Manifest, VisionInfo
+from .errors import MediaError, OptionError
+from .fetch import FetchPolicy
+
+LongAudio = Literal["error", "split"]
+LONG_AUDIO = get_args(LongAudio)
+# OpenAI's `detail` of an image, as the largest and the smallest of the artifact's sizes.
+DETAILS = {"low": min, "high": max}
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """How media are read.
+
+    Attributes:
+        image_size: side of the square in pixels that an image becomes; None for the artifact's own.
+        long_audio: "error", or "split" to make consecutive clips of audio that is too long for one.
+        video_fps: frames taken of each second of a video.
+        max_frames: of one video; with more, the frames are spread over its length.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+
+    image_size: int | None = None
+    long_audio: LongAudio = "error"
+    video_fps: float = 1.0
+    max_frames: int = 16
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and (type(self.image_size) is not int or self.image_size < 1):
+            raise OptionError(f"image_size is {self.image_size!r}; give a number of pixels.")
+        if self.long_audio not in LONG_AUDIO:
+            raise OptionError(f"long_audio is {self.long_audio!r}; choose {' or '.join(LONG_AUDIO)}.")
+        if isinstance(self.video_fps, bool) or not isinstance(self.video_fps, int | float) or not self.video_fps > 0:
+            raise OptionError(f"video_fps is {self.video_fps!r}; give a positive number.")
+        if type(self.max_frames) is not int or self.max_frames < 1:
+            raise OptionError(f"max_frames is {self.max_frames!r}; give a positive whole number.")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image or one clip. Equal keys, equal contents; `inputs()` are the encoder's, for a batch of one."""
+
+    modality: str
+    key: bytes
+    inputs: Callable[[], Mapping[str, np.ndarray]]
+
+
+class MediaReader:
+    """Reads media by the front ends that an artifact's manifest describes."""
+
+    def __init__(self, manifest: Manifest, policy: FetchPolicy) -> None:
+        self._modalities = manifest.modalities
+        self._vision, self._audio, self._policy = manifest.vision, manifest.audio, policy
+
+    def image(self, source: Any, options: MediaOptions, detail: str | None = None) -> list[Item]:
+        """One item. Raises MediaError: it cannot be read. OptionError: a size that the encoder does not take."""
+        vision = self._need_vision("an image")
+        from .image import load_image
+
+        size = _image_size(vision, options, detail)
+        return [self._image_item(vision, load_image(source, self._policy), size)]
+
+    def video(self, source: Any, options: MediaOptions) -> list[Item]:
+        """An item for each frame that is taken. Errors as for `image`."""
+        vision = self._need_vision("a video")
+        from .video import sample_frames
+
+        size = _image_size(vision, options, None)
+        frames = sample_frames(source, self._policy, options.video_fps, options.max_frames, size)
+        return [self._image_item(vision, frame.image, size) for frame in frames]
+
+    def clips(self, source: Any, options: MediaOptions, rate: int | None = None) -> list[Item]:
+        """One item, or several of a long one that may be split.
+
+        Raises:
+            MediaError: it cannot be read. AudioTooLongError: it does not fit and may not be split.
+        """
+        if self._audio is None:
+            raise self._lacks("audio", "audio")
+        from .audio import fit, load_audio
+
+        info = self._audio.log_mel
+        samples = load_audio(source, self._policy, info.sample_rate_hz, rate)
+        return [self._clip_item(self._audio, clip) for clip in fit(samples, info, options.long_audio)]
+
+    def _image_item(self, vision: VisionInfo, image: Any, size: int) -> Item:
+        from .image import resize, to_pixels
+
+        resized = resize(image, size)
+        name = vision.graph.inputs[0].name
+
+        def inputs() -> Mapping[str, np.ndarray]:
+            return {name: to_pixels(resized, vision.rescale)[None]}
+
+        key = hashlib.sha256(resized.tobytes()).digest() + size.to_bytes(4, "little")
+        return Item("vision", key, inputs)
+
+    def _clip_item(self, audio: AudioInfo, samples: np.ndarray) -> Item:
+        from .audio import LogMel
+
+        features, mask = LogMel(audio.log_mel)(samples)
+        names = [tensor.name for tensor in audio.graph.inputs]
+        key = hashlib.sha256(features.tobytes()).digest()
+        return Item("audio", key, lambda: dict(zip(names, (features[None], mask[None]), strict=True)))
+
+    def _need_vision(self, what: str) -> VisionInfo:
+        if self._vision is None:
+            raise self._lacks("vision", what)
+        return self._vision
+
+    def _lacks(self, modality: str, what: str) -> MediaError:
+        return MediaError(
+            f"The prompt holds {what}, and this artifact has no {modality} encoder (it reads "
+            f"{', '.join(self._modalities)}); export it again with --modalities "
+            f"{','.join(self._modalities)},{modality}."
+        )
+
+
+def _image_size(vision: VisionInfo, options: MediaOptions, detail: str | None) -> int:
+    if options.image_size is None:
+        return DETAILS[detail](vision.image_sizes) if detail in DETAILS else vision.default_image_size
+    if options.image_size not in vision.image_sizes:
+        raise OptionError(
+            f"image_size is {options.image_size}; the encoder takes {', '.join(map(str, vision.image_sizes))}."
+        )
+    return options.image_size

@@ -1,0 +1,154 @@
+"""Messages as callers write them, to what a chat template reads and the media they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import PromptError
+from .media import Item, MediaOptions, MediaReader
+
+# What a caller may write, and the name that the templates know it by.
+TEMPLATE_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "model": "assistant",
+}
+# Where a part of each type has its source; OpenAI's spellings hold it in an object.
+SOURCE_KEYS = {
+    "image": ("image", "url", "path", "base64"),
+    "image_url": ("image_url",),
+    "audio": ("audio", "url", "path", "base64"),
+    "audio_url": ("audio_url",),
+    "input_audio": ("input_audio",),
+    "video": ("video", "url", "path", "base64"),
+    "video_url": ("video_url",),
+}
+KNOWN_TYPES = ("text", *SOURCE_KEYS)
+TEMPLATE_TYPES = {"vision": "image", "audio": "audio"}
+
+
+class MessageReader:
+    """Checks messages {"role", "content"} and reads the media in them.
+
+    Content is text or a list of parts: {"type": "text", "text": ...}, {"type": "image" | "audio" | "video",
+    <the same word>: source}, or OpenAI's image_url, audio_url, input_audio and video_url. `placeholders` are
+    tokens that text may not hold, because a template puts them in the place of media.
+    """
+
+    def __init__(self, media: MediaReader, placeholders: Sequence[str]) -> None:
+        self._media, self._placeholders = media, tuple(placeholders)
+
+    def read(self, messages: Sequence[Mapping[str, Any]], options: MediaOptions) -> list[dict[str, Any]]:
+        """Messages as a template expects them: user, assistant, and a first system one.
+
+        Media become parts {"type": "image" | "audio", <the same word>: Item}: a video one for each frame, a long
+        clip one for each piece. Reading again what was read changes nothing. The parts of a system message become
+        one, because Gemma's template reads no other.
+
+        Raises:
+            PromptError: a message of another form, or none of the user. MediaError: what it holds cannot be read.
+        """
+        if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+            raise PromptError(f"Messages must be a list, not {type(messages).__name__}.")
+        read = [self._message(message, index, options) for index, message in enumerate(messages)]
+        if not any(message["role"] == "user" for message in read):
+            raise PromptError("The messages must hold at least one of the user.")
+        return read
+
+    def _message(self, message: Any, index: int, options: MediaOptions) -> dict[str, Any]:
+        if not isinstance(message, Mapping):
+            raise PromptError(f"Message {index} must be a mapping of role and content, not {_shown(message)}.")
+        written = message.get("role")
+        role = TEMPLATE_ROLES.get(written) if isinstance(written, str) else None
+        if role is None:
+            raise PromptError(f"Message {index} has role {written!r}; known are {', '.join(TEMPLATE_ROLES)}.")
+        if role == "system" and index > 0:
+            raise PromptError(f"Message {index} is a {written} message, which can only come first.")
+        content = message.get("content")
+        if isinstance(content, str):
+            return {"role": role, "content": self._text(content, index)}
+        if not isinstance(content, (list, tuple)) or not content:
+            raise PromptError(f"The content of message {index} must be text or a list of parts, not {_shown(content)}.")
+        parts: list[dict[str, Any]] = []
+        for part in content:
+            kind = _type_of(part, index)
+            if kind == "text":
+                parts.append({"type": "text", "text": self._text(part.get("text"), index)})
+            elif role != "user":
+                raise PromptError(f"Message {index} of role {written} holds {kind}; only the user can send media.")
+            else:
+                parts += [_part_of(item) for item in self._read(part, kind, index, options)]
+        if role == "system":
+            parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
+        return {"role": role, "content": parts}
+
+    def _text(self, text: Any, index: int) -> str:
+        if not isinstance(text, str):
+            raise PromptError(f"A text part of message {index} must hold its text as a string.")
+        for token in self._placeholders:
+            if token in text:
+                raise PromptError(
+                    f"The text of message {index} holds {token}, which stands for media; remove it, and give the "
+                    "media as a part of its own."
+                )
+        return text
+
+    def _read(self, part: Mapping[str, Any], kind: str, index: int, options: MediaOptions) -> list[Item]:
+        source = _source(part, kind, index)
+        if isinstance(source, Item):
+            return [source]
+        if kind in ("image", "image_url"):
+            return self._media.image(source, options, _detail(part, kind, index))
+        if kind in ("video", "video_url"):
+            return self._media.video(source, options)
+        return self._media.clips(source, options, part.get("rate"))
+
+
+def items_of(messages: Sequence[Mapping[str, Any]]) -> list[Item]:
+    """The media of messages that `MessageReader.read` gave, in order."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    return [part[part["type"]] for part in parts if part["type"] != "text"]
+
+
+def _part_of(item: Item) -> dict[str, Any]:
+    kind = TEMPLATE_TYPES[item.modality]
+    return {"type": kind, kind: item}
+
+
+def _type_of(part: Any, index: int) -> str:
+    if not isinstance(part, Mapping) or "type" not in part:
+        raise PromptError(f"A part of message {index} must be a mapping with a type, not {_shown(part)}.")
+    kind = part["type"]
+    if kind not in KNOWN_TYPES:
+        raise PromptError(f"Message {index} has a part of type {kind!r}; known are {', '.join(KNOWN_TYPES)}.")
+    return kind
+
+
+def _source(part: Mapping[str, Any], kind: str, index: int) -> Any:
+    """What is to be read: {"image": source}, {"image_url": {"url": source}}, {"input_audio": {"data": source}}."""
+    given = [part[key] for key in SOURCE_KEYS[kind] if part.get(key) is not None]
+    source = given[0] if given else None
+    if isinstance(source, Mapping):
+        source = source.get("data" if kind == "input_audio" else "url")
+    if source is None:
+        raise PromptError(
+            f"A part of message {index} is of type {kind!r} and has no {' or '.join(SOURCE_KEYS[kind])} to read from."
+        )
+    return source
+
+
+def _detail(part: Mapping[str, Any], kind: str, index: int) -> str | None:
+    holder = part.get(kind)
+    detail = holder.get("detail") if kind == "image_url" and isinstance(holder, Mapping) else None
+    if detail not in (None, "auto", "low", "high"):
+        raise PromptError(f"An image of message {index} has the detail {detail!r}; known are auto, low, high.")
+    return detail
+
+
+def _shown(value: Any) -> str:
+    """`value` in a message of one line: it may be an image of megabytes."""
+    text = repr(value) if isinstance(value, str | int | float | None | Mapping | list | tuple) else type(value).__name__
+    return text if len(text) <= 80 else f"{text[:80]}…"

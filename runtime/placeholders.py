@@ -1,0 +1,84 @@
+"""Where media stand in a prompt: written out in its text, found again among its token ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+
+import numpy as np
+
+from .artifact import Manifest, SoftTokens
+from .errors import ArtifactError, PromptError
+from .media import Item
+from .slots import Slot
+
+RunEncoder = Callable[[str, Mapping[str, np.ndarray]], np.ndarray]
+
+
+class Placeholders:
+    """The soft tokens of an artifact's modalities."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        encoders = {"vision": manifest.vision, "audio": manifest.audio}
+        self._soft = {modality: info.soft_tokens for modality, info in encoders.items() if info is not None}
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """What a chat template writes for an image and for a clip."""
+        return tuple(soft.token for soft in self._soft.values())
+
+    def expand(self, rendered: str, items: Sequence[Item]) -> str:
+        """A rendered prompt with each placeholder written out: start marker, soft tokens, end marker.
+
+        As transformers' `Gemma3nProcessor` writes them. PromptError: the placeholders are not those of `items`.
+        """
+        modality_of = {soft.token: modality for modality, soft in self._soft.items()}
+        if not modality_of:
+            return rendered
+        pieces = re.split(f"({'|'.join(map(re.escape, modality_of))})", rendered)
+        found = [modality_of[token] for token in pieces[1::2]]
+        if found != (wanted := [item.modality for item in items]):
+            raise PromptError(
+                f"The rendered prompt has placeholders of {', '.join(found) or 'nothing'} where the messages hold "
+                f"{', '.join(wanted) or 'no media'}; do not write placeholders into text, and use the checkpoint's "
+                "own chat template."
+            )
+        pieces[1::2] = [_written_out(self._soft[modality]) for modality in found]
+        return "".join(pieces)
+
+    def find(self, ids: Sequence[int], items: Sequence[Item], run: RunEncoder) -> tuple[Slot, ...]:
+        """Where in the ids of an expanded prompt each item stands; `run(modality, inputs)` makes its features.
+
+        ArtifactError: the tokenizer does not keep the soft tokens whole.
+        """
+        runs = {modality: _runs(ids, soft.token_id, soft.count) for modality, soft in self._soft.items()}
+        slots = []
+        for item in items:
+            start = next(runs[item.modality], None)
+            if start is None:
+                raise ArtifactError(
+                    f"The tokenizer does not know {self._soft[item.modality].token} as one token; export the model "
+                    "again with the checkpoint's own tokenizer."
+                )
+            slots.append(Slot(start, self._soft[item.modality].count, item.key, partial(_features, item, run)))
+        return tuple(slots)
+
+
+def _written_out(soft: SoftTokens) -> str:
+    return f"{soft.prefix}{soft.token * soft.count}{soft.suffix}"
+
+
+def _runs(ids: Sequence[int], token_id: int, count: int) -> Iterator[int]:
+    """Where exactly `count` equal tokens stand; the model itself may have made a single one."""
+    position = 0
+    for token, group in groupby(ids):
+        length = len(list(group))
+        if token == token_id and length == count:
+            yield position
+        position += length
+
+
+def _features(item: Item, run: RunEncoder) -> np.ndarray:
+    return run(item.modality, item.inputs())
