@@ -1,6 +1,6 @@
 """Figures at full size: makes a random E4B checkpoint, exports the E2B slice, generates, measures.
 
-Needs about 35 GB of disk and 24 GiB of memory; takes some minutes. Every figure in README's section
+Needs about 40 GB of disk and 24 GiB of memory; takes some minutes. Every figure in README's section
 "Measured" that speaks of E2B or E4B comes from here:
 
     python ci/full_size.py --workdir DIR [--precision fp32] [--parity]
@@ -34,7 +34,7 @@ def main() -> None:
     if not artifact.exists():
         command = _python("export.cli", "main", "--model", checkpoint, "--slice", arguments.slice)
         _timed("export", [*command, "--precision", arguments.precision, "--output", artifact])
-    for section in ("generate", "kv"):
+    for section in ("generate", "kv", "multimodal"):
         subprocess.run([sys.executable, __file__, "--section", section, artifact, str(arguments.context)], check=True)
     if arguments.parity:
         lengths = ("--prompts", "1", "--prompt-tokens", "1029", "--new-tokens", "64")
@@ -72,6 +72,40 @@ def generate(folder: Path) -> None:
         anonymous_mib=round((after["RssAnon"] - before["RssAnon"]) / 2**20),
         mapped_mib=round(after["RssFile"] / 2**20),
         ple_table_mib=round(_mapped(model.manifest.per_layer_embeddings.file) / 2**20, 2),
+    )
+
+
+def multimodal(folder: Path) -> None:
+    """Time to the first token of a question about images and sound, and what the encoders take and give back."""
+    from gemma3n_onnx.runtime import OnnxGemma3n
+
+    model = OnnxGemma3n.from_pretrained(folder)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (600, 800, 3), dtype=np.uint8)
+    clip = (0.1 * rng.standard_normal(30 * 16_000)).astype(np.float32)
+    question = {"type": "text", "text": "What is this?"}
+    contents: dict[str, list[dict[str, object]]] = {"text": [question]}
+    contents |= {f"image_{size}": [{"type": "image", "image": image}, question] for size in (256, 512, 768)}
+    contents["audio_30_s"] = [{"type": "audio", "audio": (clip, 16_000)}, question]
+    for name, content in contents.items():
+        size = int(name.split("_")[1]) if name.startswith("image") else None
+        messages = [{"role": "user", "content": content}]
+        first, again = (model.generate(messages, max_new_tokens=1, image_size=size) for _ in range(2))
+        _print(
+            "multimodal",
+            prompt=name,
+            tokens=len(first.prompt_token_ids),
+            first_run_time_to_first_token_s=round(first.timings.time_to_first_token, 2),
+            time_to_first_token_s=round(again.timings.time_to_first_token, 2),
+            encoder_s=round(again.timings.encoder_seconds, 2),
+            encoders_loaded=model.encoders.loaded,
+            anonymous_mib=round(_memory()["RssAnon"] / 2**20),
+            mapped_mib=round(_memory()["RssFile"] / 2**20),
+        )
+    model.release()
+    memory = {key: round(value / 2**20) for key, value in _memory().items()}
+    _print(
+        "multimodal", after_release=model.encoders.loaded, anonymous_mib=memory["RssAnon"], mapped_mib=memory["RssFile"]
     )
 
 
@@ -167,6 +201,9 @@ def _print(title: str, **figures: object) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--section"]:
         section, folder, context = sys.argv[2:5]
-        generate(Path(folder)) if section == "generate" else kv(Path(folder), int(context))
+        if section == "kv":
+            kv(Path(folder), int(context))
+        else:
+            {"generate": generate, "multimodal": multimodal}[section](Path(folder))
     else:
         main()

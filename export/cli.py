@@ -80,7 +80,7 @@ def export_command(
     from .progress import TerminalProgress
     from .writer import check_output
 
-    chosen = None if modalities is None else tuple(part.strip() for part in modalities.split(",") if part.strip())
+    chosen = None if modalities is None else _split(modalities)
     options = ExportOptions(slice_name, table, precision, target, logits, chosen, force)  # type: ignore[arg-type]
     check_options(options)
     if output is not None:
@@ -91,6 +91,10 @@ def export_command(
         summary = export(checkpoint, target_folder, options, progress)
     if not quiet:
         click.echo(describe_export(summary))
+
+
+def _split(modalities: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in modalities.split(",") if part.strip())
 
 
 def _folder_name(*parts: str) -> str:
@@ -179,7 +183,7 @@ def slices(table: Path | None, model: str | None, as_json: bool) -> None:
 @click.option("--prompt-tokens", type=click.IntRange(1), help="By default more than twice the window.")
 @click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the random inputs.")
-@click.option("--text-only", is_flag=True, help="Leave the encoders out.")
+@click.option("--modalities", help="What to compare, of text,vision,audio; by default all of the artifact's.")
 @click.option("--json", "as_json", is_flag=True)
 def verify(
     artifact: Path,
@@ -192,31 +196,37 @@ def verify(
     prompt_tokens: int | None,
     new_tokens: int,
     seed: int,
-    text_only: bool,
+    modalities: str | None,
     as_json: bool,
 ) -> None:
     """Compare ARTIFACT with transformers on the checkpoint that it was made of.
 
-    The slice is the artifact's own unless --slice names another. Exits with 1 where parity fails.
+    The decoder is always compared; the vision encoder needs timm, which transformers takes it from. The slice is
+    the artifact's own unless --slice names another. Exits with 1 where parity fails.
     """
     import numpy as np
 
     from gemma3n_onnx.runtime.model import OnnxGemma3n
 
     from .checkpoint import ENCODER_MODULES, Checkpoint
+    from .errors import ExportOptionError
     from .verify import describe, random_prompts
     from .verify import verify as compare
     from .verify_encoders import describe as describe_encoder
     from .verify_encoders import verify_encoder
 
     loaded = OnnxGemma3n.from_pretrained(artifact, provider)
+    wanted = loaded.manifest.modalities if modalities is None else _split(modalities)
+    if lacking := sorted(set(wanted) - set(loaded.manifest.modalities)):
+        raise ExportOptionError(
+            f"{artifact} has no {lacking[0]} to compare; it holds {', '.join(loaded.manifest.modalities)}."
+        )
     checkpoint = Checkpoint.open(model, revision)
     chosen = slice_name or (None if loaded.manifest.slice == "whole" else loaded.manifest.slice)
     length = prompt_tokens or 2 * checkpoint.text_config.sliding_window + 5
     rng = np.random.default_rng(seed)
     parity = compare(loaded, checkpoint, chosen, table, random_prompts(loaded, rng, prompts, length), new_tokens)
-    modalities = [] if text_only else [m for m in loaded.manifest.modalities if m in ENCODER_MODULES]
-    encoders = [verify_encoder(loaded, checkpoint, modality, rng) for modality in modalities]
+    encoders = [verify_encoder(loaded, checkpoint, modality, rng) for modality in ENCODER_MODULES if modality in wanted]
     passed = parity.passed and all(encoder.passed for encoder in encoders)
     if as_json:
         click.echo(json.dumps({**asdict(parity), "encoders": [*map(asdict, encoders)], "passed": passed}, indent=2))

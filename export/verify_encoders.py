@@ -118,7 +118,7 @@ def _build_tower(section: Any, modality: str) -> nn.Module:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ExportError(
             f"transformers cannot build the {modality} encoder here ({reason}); install timm and a torchvision that "
-            "fits this torch, or leave the encoders out with --text-only."
+            "fits this torch, or name the others with --modalities."
         ) from error
 
 

@@ -18,6 +18,7 @@ import click
 from .answer import read_options
 from .artifact import Manifest, load_manifest, verify_checksums
 from .errors import Gemma3nError, PromptError
+from .fetch import FetchPolicy
 from .generation import Timings
 from .model import OnnxGemma3n
 
@@ -109,6 +110,7 @@ _artifact = click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--long-audio", default="error", show_default=True, help="error, or split clips over 30 s.")
 @click.option("--video-fps", default=1.0, show_default=True, help="Frames taken of each second of a video.")
 @click.option("--max-frames", default=16, show_default=True, help="Frames of one video at most.")
+@click.option("--allow-private-urls", is_flag=True, help="Also fetch from loopback and private addresses.")
 @click.option("--system", help="A system prompt.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
 @click.option("--max-new-tokens", default=256, show_default=True)
@@ -130,6 +132,7 @@ def run(
     images: tuple[str, ...],
     clips: tuple[str, ...],
     videos: tuple[str, ...],
+    allow_private_urls: bool,
     system: str | None,
     raw: bool,
     provider: str,
@@ -143,7 +146,8 @@ def run(
     if not prompt:
         raise PromptError("The prompt is empty; give some text to answer.")
     read_options(options)  # a bad option is told before a model is loaded
-    model = OnnxGemma3n.from_pretrained(artifact, provider, threads=threads)
+    fetch = FetchPolicy(allow_private=allow_private_urls)
+    model = OnnxGemma3n.from_pretrained(artifact, provider, threads=threads, fetch=fetch)
     media = [(kind, s) for kind, sources in (("image", images), ("audio", clips), ("video", videos)) for s in sources]
     content = [*({"type": kind, kind: source} for kind, source in media), {"type": "text", "text": prompt}]
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
@@ -200,8 +204,9 @@ def describe_manifest(manifest: Manifest) -> str:
 
 def describe_timings(timings: Timings) -> str:
     memory = timings.peak_memory_bytes
+    encoders = f"encoders {timings.encoder_seconds:.2f} s | " if timings.encoder_seconds >= 0.01 else ""
     return (
-        f"prefill {timings.prefill_tokens} tokens, {timings.prefill_tokens_per_second:.1f} tok/s | "
+        f"{encoders}prefill {timings.prefill_tokens} tokens, {timings.prefill_tokens_per_second:.1f} tok/s | "
         f"first token after {timings.time_to_first_token:.2f} s | "
         f"decode {timings.decode_tokens} tokens, {timings.decode_tokens_per_second:.1f} tok/s | "
         f"peak memory {'unknown' if memory is None else f'{memory / 2**30:.2f} GiB'}"

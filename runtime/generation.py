@@ -30,8 +30,10 @@ class GeneratedToken:
 class Timings:
     """Seconds and tokens of one generation; a batch shares them. Rates count the tokens of all rows.
 
-    The encoders run while their prompt is prefilled, so `prefill_seconds` holds their time."""
+    `encoder_seconds` are those of images and clips; the first use of an encoder loads it.
+    """
 
+    encoder_seconds: float
     prefill_tokens: int
     prefill_seconds: float
     decode_tokens: int
@@ -69,7 +71,7 @@ class Generation:
         self._counts = [TokenCounts([*cached_ids, *prompt.ids]) for prompt in prompts]
         self._running = np.ones(len(prompts), dtype=bool)
         self._sampler = Sampler(options)
-        self._prefill_seconds = self._decode_seconds = self._first_token = 0.0
+        self._encoder_seconds = self._prefill_seconds = self._decode_seconds = self._first_token = 0.0
         self._decode_tokens = 0
 
     def stop(self, row: int) -> None:
@@ -78,9 +80,7 @@ class Generation:
     def __iter__(self) -> Iterator[GeneratedToken]:
         # 1. Prefill, row by row: no padding, and memory that does not grow with the batch.
         started = time.perf_counter()
-        prefill = self._engine.prefill
-        logits = np.stack([prefill(self._cache, row, p.ids, p.slots) for row, p in enumerate(self._prompts)])
-        self._prefill_seconds = time.perf_counter() - started
+        logits = np.stack([self._prefill(row, prompt) for row, prompt in enumerate(self._prompts)])
         # 2. One stream of random numbers for each row.
         random = [rng_for(self._options.seed) for _ in self._prompts]
         tokens = np.full(len(self._prompts), self._engine.manifest.pad_token_id, dtype=np.int64)
@@ -103,6 +103,15 @@ class Generation:
             self._decode_seconds += time.perf_counter() - step_started
             self._decode_tokens += int(self._running.sum())
 
+    def _prefill(self, row: int, prompt: PromptTokens) -> np.ndarray:
+        started = time.perf_counter()
+        prompt = prompt.encoded()
+        encoded = time.perf_counter()
+        logits = self._engine.prefill(self._cache, row, prompt.ids, prompt.slots)
+        self._encoder_seconds += encoded - started
+        self._prefill_seconds += time.perf_counter() - encoded
+        return logits
+
     def _choose(self, row: int, logits: np.ndarray, rng: np.random.Generator, made: int) -> GeneratedToken:
         token = self._sampler.choose(logits, self._counts[row], rng)
         self._counts[row].add(token)
@@ -118,6 +127,7 @@ class Generation:
     @property
     def timings(self) -> Timings:
         return Timings(
+            encoder_seconds=self._encoder_seconds,
             prefill_tokens=sum(map(len, self._prompts)),
             prefill_seconds=self._prefill_seconds,
             decode_tokens=self._decode_tokens,

@@ -25,6 +25,10 @@ class Slot:
     def stop(self) -> int:
         return self.start + self.count
 
+    def encoded(self) -> Slot:
+        features = self.features()
+        return Slot(self.start, self.count, self.key, lambda: features)
+
 
 @dataclass(frozen=True)
 class PromptTokens:
@@ -41,6 +45,10 @@ class PromptTokens:
             for i in range(max(slot.start, 0), slot.stop):
                 keys[i] = (slot.key, i - slot.start)
         return keys
+
+    def encoded(self) -> PromptTokens:
+        """The same, the encoders run."""
+        return PromptTokens(self.ids, tuple(slot.encoded() for slot in self.slots))
 
     def after(self, count: int) -> PromptTokens:
         """The prompt without its first `count` tokens; a slot that they cut begins before the rest."""

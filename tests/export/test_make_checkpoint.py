@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,21 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, Gemma3nForCausalLM, Gemma3nTextConfig
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    Gemma3nForCausalLM,
+    Gemma3nForConditionalGeneration,
+    Gemma3nProcessor,
+    Gemma3nTextConfig,
+)
 
 from gemma3n_onnx.export import make_checkpoint as module
 from gemma3n_onnx.export.checkpoint import INDEX, Checkpoint
 from gemma3n_onnx.export.errors import ExportError, ExportOptionError
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.make_tokenizer import SpecialIds, write_tokenizer
+from gemma3n_onnx.export.sizes import E4B_CONFIG, encoder_parameter_counts
 from support import text_checkpoint
 
 SMALL = {"num_hidden_layers": 7, "num_kv_shared_layers": 2}
@@ -264,3 +273,33 @@ def test_roles_must_alternate(tiny_checkpoint: Path, messages: list[dict[str, An
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     with pytest.raises(jinja2.TemplateError, match="alternate"):
         tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_full_checkpoint_loads_strictly_and_holds_the_text_only_decoder(tmp_path: Path) -> None:
+    full = make_checkpoint("tiny", tmp_path / "full", overrides=SMALL)
+    loaded: Any = Gemma3nForConditionalGeneration.from_pretrained(full, output_loading_info=True)
+    assert not any(loaded[1].values()), loaded[1]
+    text = Checkpoint.open(text_checkpoint("tiny", tmp_path / "text", overrides=SMALL))
+    checkpoint = Checkpoint.open(full)
+    assert checkpoint.text_names() == text.text_names()
+    for name in text.text_names():
+        np.testing.assert_array_equal(checkpoint.read(name), text.read(name))
+
+
+@pytest.mark.parametrize("size", ["e2b", "e4b"])
+def test_full_sizes_have_the_encoders_of_the_published_models(size: str) -> None:
+    text = module._config(module.SIZES[size], "bfloat16", {})
+    config = module._full_config(text, module._architecture(text), reduced=False)
+    counts: dict[str, int] = {}
+    for tensor in module._encoder_tensors(config):
+        part = tensor.name.split(".", 1)[0]
+        counts[part] = counts.get(part, 0) + math.prod(tensor.shape)
+    assert counts == encoder_parameter_counts(E4B_CONFIG) == encoder_parameter_counts(config)
+
+
+def test_the_processor_of_a_full_checkpoint_loads(tmp_path: Path) -> None:
+    folder = make_checkpoint("tiny", tmp_path / "full", overrides=SMALL)
+    processor: Any = AutoProcessor.from_pretrained(folder)
+    assert type(processor) is Gemma3nProcessor
+    assert processor.image_processor.size == {"height": 768, "width": 768}
+    assert (processor.image_seq_length, processor.audio_seq_length) == (256, 188)
