@@ -161,9 +161,9 @@ def load_torch(encoder: str, folder: Path) -> Callable[..., np.ndarray]:
     """timm's or transformers' encoder with transformers' embedder, in fp32."""
     importlib.import_module("oracle_stubs")  # before transformers
     from gemma3n_onnx.export.checkpoint import Checkpoint
-    from gemma3n_onnx.export.verify_encoders import load_reference_encoder
+    from gemma3n_onnx.export.reference import load_encoder
 
-    return load_reference_encoder(Checkpoint.open(folder), encoder)
+    return load_encoder(Checkpoint.open(folder), encoder)
 
 
 def pixels(size: int) -> tuple[np.ndarray]:

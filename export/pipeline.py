@@ -145,8 +145,8 @@ def _read_source(checkpoint: Checkpoint, chosen: slicing.Slice, modalities: Coll
     wanted = choose_modalities(modalities, checkpoint)
     tokens = token_ids(checkpoint)
     checkpoint.check_tokenizer()
-    checkpoint.check_all_known()
     check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
+    checkpoint.check_all_known()
     return _Source(
         tokens=tokens,
         encoders=find_encoders(checkpoint, wanted),

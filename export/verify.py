@@ -7,20 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.runtime.generation import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .checkpoint import Checkpoint
-from .encoders import find_hard_tokens
 from .errors import ExportError
 from .pipeline import choose_slice, tensor_shapes
-from .slicing import Slice, TensorCut
-from .verify_encoders import load_hard_rows
-from .weights import check_tensors, read_cut, rounded
+from .reference import decoder_logits, load_decoder
+from .weights import check_tensors
 
 # Largest logit error as a share of the logit range, by the dtype that the artifact computes in, against
 # transformers in fp32 on the weights as the artifact stores them.
@@ -87,8 +83,8 @@ def verify(
     storage = manifest.token_embeddings.dtype
 
     def compare(stored_as: str | None) -> Errors:
-        reference = load_reference(checkpoint, chosen, stored_as)
-        theirs = [reference_logits(reference, ids, len(logits)) for ids, logits in continued]
+        decoder = load_decoder(checkpoint, chosen, stored_as)
+        theirs = [decoder_logits(decoder, ids, len(logits)) for ids, logits in continued]
         return _errors(ours, np.concatenate(theirs))
 
     return Parity(
@@ -124,86 +120,6 @@ def describe(parity: Parity) -> str:
     return "\n".join(lines)
 
 
-def load_reference(checkpoint: Checkpoint, chosen: Slice, stored_as: str | None = None) -> nn.Module:
-    """transformers' Gemma 3n text model in fp32, holding the slice's weights, rounded to `stored_as`.
-
-    The PLE table stays in the checkpoint's file and is read by rows, so that a full-size model fits.
-    """
-    from transformers import Gemma3nForCausalLM
-    from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
-
-    raw = chosen.hf_config(checkpoint.config)
-    config = Gemma3nTextConfig(**raw.get("text_config", raw))
-    with torch.device("meta"):
-        reference = Gemma3nForCausalLM._from_config(config, attn_implementation="eager").eval()
-    reference.model.embed_tokens_per_layer = _RowsFromCheckpoint(checkpoint, chosen, stored_as)
-    state: dict[str, Tensor] = {}
-    for name, parameter in reference.model.named_parameters():
-        values = read_cut(checkpoint, chosen.source_of(name))
-        if values.shape != parameter.shape:
-            raise ExportError(f"Tensor {name} has shape {list(values.shape)}, not {list(parameter.shape)}.")
-        state[name] = rounded(values.float(), stored_as)
-    reference.model.load_state_dict(state, strict=True, assign=True)
-    reference.lm_head.weight = reference.model.embed_tokens.weight
-    _materialize_buffers(reference, config)
-    if (hard_tokens := find_hard_tokens(checkpoint)) is not None:
-        rows = load_hard_rows(checkpoint, stored_as)
-        reference.model.embed_tokens = _WithHardRows(reference.model.embed_tokens, hard_tokens.rows.first_id, rows)
-    return reference
-
-
-class _WithHardRows(nn.Module):
-    """Stands in for `embed_tokens` as in `Gemma3nModel.forward`: ids from `first_id` on have rows of their own."""
-
-    def __init__(self, embed_tokens: nn.Module, first_id: int, rows: Tensor) -> None:
-        super().__init__()
-        self._embed_tokens, self._first_id, self._rows = embed_tokens, first_id, rows
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hard = self._rows[(ids - self._first_id).clamp(min=0)]
-        return torch.where((ids >= self._first_id)[..., None], hard, self._embed_tokens(ids))
-
-
-class _RowsFromCheckpoint(nn.Module):
-    """Stands in for `embed_tokens_per_layer`: scaled rows of ids, read from the file."""
-
-    def __init__(self, checkpoint: Checkpoint, chosen: Slice, stored_as: str | None) -> None:
-        super().__init__()
-        self._checkpoint, self._stored_as = checkpoint, stored_as
-        self._cut = chosen.source_of("embed_tokens_per_layer.weight")
-        self._scale = chosen.config.hidden_size_per_layer_input**0.5
-
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = [
-            read_cut(self._checkpoint, TensorCut(self._cut.source, ((i, i + 1),), self._cut.columns))
-            for i in ids.reshape(-1).tolist()
-        ]
-        scaled = torch.cat(rows).float() * self._scale
-        return rounded(scaled, self._stored_as).reshape(*ids.shape, -1)
-
-
-def _materialize_buffers(reference: nn.Module, config: Any) -> None:
-    """Buffers are no part of a checkpoint; they follow from the config."""
-    for name, module in reference.named_modules():
-        for key, buffer in list(module._buffers.items()):
-            if buffer is not None and buffer.is_meta:
-                module._buffers[key] = _buffer_value(name, key, module, config)
-
-
-def _buffer_value(name: str, key: str, module: nn.Module, config: Any) -> Tensor:
-    from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRotaryEmbedding
-
-    if name.endswith("rotary_emb"):
-        return dict(Gemma3nRotaryEmbedding(config).named_buffers())[key]
-    values = {
-        "embed_scale": getattr(module, "scalar_embed_scale", None),
-        "router_input_scale": config.hidden_size**-1.0,
-        "per_layer_projection_scale": config.hidden_size**-0.5,
-        "per_layer_input_scale": 2.0**-0.5,
-    }
-    return torch.tensor(values[key])
-
-
 def _check_same_architecture(model: OnnxGemma3n, config: TextConfig) -> None:
     manifest = model.manifest
     widths = (manifest.token_embeddings.width, manifest.per_layer_embeddings.width, manifest.vocab_size)
@@ -234,12 +150,6 @@ def _our_logits(model: OnnxGemma3n, prompt: list[int], new_tokens: int) -> tuple
         ids.append(int(steps[-1].argmax()))
         steps.append(decoder.step(np.array(ids[-1:]), np.array([True]))[0].copy())
     return ids, np.stack(steps)
-
-
-def reference_logits(reference: nn.Module, ids: list[int], last: int) -> np.ndarray:
-    """transformers' logits [last, V] at the last positions of `ids`."""
-    with torch.no_grad():
-        return reference(torch.tensor([ids]), use_cache=False, logits_to_keep=last).logits[0].numpy()
 
 
 def _errors(ours: np.ndarray, theirs: np.ndarray) -> Errors:

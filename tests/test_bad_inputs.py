@@ -144,10 +144,13 @@ def add_untied_head(folder: Path) -> None:
     write_weights(folder, header, data + bytes(stop - start))
 
 
-def add_stray_tensor(folder: Path) -> None:
-    header, data = read_weights(folder)
-    header["model.layers.0.mystery.weight"] = {"dtype": "F32", "shape": [1], "data_offsets": [len(data), len(data) + 4]}
-    write_weights(folder, header, data + bytes(4))
+def add_tensor(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        header, data = read_weights(folder)
+        header[name] = {"dtype": "F32", "shape": [1], "data_offsets": [len(data), len(data) + 4]}
+        write_weights(folder, header, data + bytes(4))
+
+    return edit
 
 
 def index_missing_shard(folder: Path) -> None:
@@ -363,7 +366,11 @@ CASES = [
         exporting(change_header(lambda h: h.update(unrelated=h.pop(TENSOR)))),
         (f"no tensor {TENSOR}",),
     ),
-    Case("weights_stray_tensor", exporting(add_stray_tensor), ("layers.0.mystery.weight", "does not have")),
+    Case(
+        "weights_stray_tensor",
+        exporting(add_tensor("model.layers.0.mystery.weight")),
+        ("layers.0.mystery.weight", "does not have"),
+    ),
     Case("weights_nan", exporting(spoil_value(TENSOR, math.nan)), ("layers.1.self_attn.q_proj", "NaN"), traces=True),
     Case(
         "weights_beyond_fp16",
@@ -443,6 +450,18 @@ CASES = [
     Case("precision_unknown", exporting(None, "--precision", "int3"), ("'int3'", "fp32, fp16, bf16")),
     Case("target_unknown", exporting(None, "--target", "tpu"), ("'tpu'", "cpu or cuda")),
     Case("logits_unknown", exporting(None, "--logits", "some"), ("'some'",), code=2),
+    Case("modality_unknown", exporting(None, "--modalities", "text,smell"), ("'smell'", "text, vision, audio")),
+    Case("modality_lacking", exporting(None, "--modalities", "vision"), ("no vision", "holds text")),
+    Case("weights_foreign_tensor", exporting(add_tensor("projector.weight")), ("projector.weight", "no Gemma 3n has")),
+    Case(
+        "verify_modality_lacking",
+        lambda w: ["gemma3n", "verify", w.artifact(), "--model", w.checkpoint(), "--modalities", "audio"],
+        ("no audio to compare", "holds text"),
+    ),
+    Case("run_image_missing", running(None, "--image", "no.jpg"), ("an image", "no vision encoder", "--modalities")),
+    Case("run_image_raw", running(None, "--raw", "--image", "no.jpg"), ("need the chat template",), code=2),
+    Case("run_image_size_bad", running(None, "--image-size", "0"), ("image_size is 0",)),
+    Case("run_long_audio_bad", running(None, "--long-audio", "cut"), ("'cut'", "error or split")),
     Case("option_unknown", exporting(None, "--turbo"), ("--turbo",), code=2),
     Case("model_not_given", lambda _: ["gemma3n-export"], ("--model",), code=2),
     Case("output_exists", exporting_to(lambda w: w.artifact()), ("artifact", "exists already", "--force")),

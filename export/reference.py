@@ -1,0 +1,198 @@
+"""transformers' Gemma 3n on the weights of a checkpoint: what an artifact is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import ENCODER_MODULES, Checkpoint
+from .encoders import find_hard_tokens
+from .errors import ExportError
+from .slicing import Slice, TensorCut
+from .weights import as_torch, read_cut, rounded
+
+Encode = Callable[..., np.ndarray]
+
+
+def _from_transformers(*names: str) -> list[Any]:
+    """Names of transformers' Gemma 3n.
+
+    Raises:
+        ExportError: transformers cannot be imported, for instance because of a torchvision for another torch.
+    """
+    try:
+        import transformers
+        from transformers.models.gemma3n import modeling_gemma3n
+
+        return [getattr(transformers, name, None) or getattr(modeling_gemma3n, name) for name in names]
+    except (ImportError, RuntimeError) as error:
+        raise ExportError(f"transformers cannot be imported here ({_first_line(error)}); {TORCHVISION}.") from error
+
+
+TORCHVISION = "install a torchvision that fits this torch, or none"
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return str(cause).strip().splitlines()[0].rstrip(".")
+
+
+def load_decoder(checkpoint: Checkpoint, chosen: Slice, stored_as: str | None = None) -> nn.Module:
+    """transformers' Gemma 3n text model in fp32, holding the slice's weights, rounded to `stored_as`.
+
+    The PLE table stays in the checkpoint's file and is read by rows, so that a full-size model fits.
+    """
+    causal_lm, text_config = _from_transformers("Gemma3nForCausalLM", "Gemma3nTextConfig")
+    raw = chosen.hf_config(checkpoint.config)
+    config = text_config(**raw.get("text_config", raw))
+    with torch.device("meta"):
+        reference = causal_lm._from_config(config, attn_implementation="eager").eval()
+    reference.model.embed_tokens_per_layer = _RowsFromCheckpoint(checkpoint, chosen, stored_as)
+    state: dict[str, Tensor] = {}
+    for name, parameter in reference.model.named_parameters():
+        values = read_cut(checkpoint, chosen.source_of(name))
+        if values.shape != parameter.shape:
+            raise ExportError(f"Tensor {name} has shape {list(values.shape)}, not {list(parameter.shape)}.")
+        state[name] = rounded(values.float(), stored_as)
+    reference.model.load_state_dict(state, strict=True, assign=True)
+    reference.lm_head.weight = reference.model.embed_tokens.weight
+    _materialize_buffers(reference, config)
+    if (hard_tokens := find_hard_tokens(checkpoint)) is not None:
+        rows = load_hard_rows(checkpoint, stored_as)
+        reference.model.embed_tokens = _WithHardRows(reference.model.embed_tokens, hard_tokens.rows.first_id, rows)
+    return reference
+
+
+class _WithHardRows(nn.Module):
+    """Stands in for `embed_tokens` as in `Gemma3nModel.forward`: ids from `first_id` on have rows of their own."""
+
+    def __init__(self, embed_tokens: nn.Module, first_id: int, rows: Tensor) -> None:
+        super().__init__()
+        self._embed_tokens, self._first_id, self._rows = embed_tokens, first_id, rows
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hard = self._rows[(ids - self._first_id).clamp(min=0)]
+        return torch.where((ids >= self._first_id)[..., None], hard, self._embed_tokens(ids))
+
+
+class _RowsFromCheckpoint(nn.Module):
+    """Stands in for `embed_tokens_per_layer`: scaled rows of ids, read from the file."""
+
+    def __init__(self, checkpoint: Checkpoint, chosen: Slice, stored_as: str | None) -> None:
+        super().__init__()
+        self._checkpoint, self._stored_as = checkpoint, stored_as
+        self._cut = chosen.source_of("embed_tokens_per_layer.weight")
+        self._scale = chosen.config.hidden_size_per_layer_input**0.5
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = [
+            read_cut(self._checkpoint, TensorCut(self._cut.source, ((i, i + 1),), self._cut.columns))
+            for i in ids.reshape(-1).tolist()
+        ]
+        scaled = torch.cat(rows).float() * self._scale
+        return rounded(scaled, self._stored_as).reshape(*ids.shape, -1)
+
+
+def _materialize_buffers(reference: nn.Module, config: Any) -> None:
+    """Buffers are no part of a checkpoint; they follow from the config."""
+    for name, module in reference.named_modules():
+        for key, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = _buffer_value(name, key, module, config)
+
+
+def _buffer_value(name: str, key: str, module: nn.Module, config: Any) -> Tensor:
+    if name.endswith("rotary_emb"):
+        (rotary_embedding,) = _from_transformers("Gemma3nRotaryEmbedding")
+        return dict(rotary_embedding(config).named_buffers())[key]
+    values = {
+        "embed_scale": getattr(module, "scalar_embed_scale", None),
+        "router_input_scale": config.hidden_size**-1.0,
+        "per_layer_projection_scale": config.hidden_size**-0.5,
+        "per_layer_input_scale": 2.0**-0.5,
+    }
+    return torch.tensor(values[key])
+
+
+def decoder_logits(decoder: nn.Module, ids: list[int], last: int) -> np.ndarray:
+    """transformers' logits [last, V] at the last positions of `ids`."""
+    with torch.no_grad():
+        return decoder(torch.tensor([ids]), use_cache=False, logits_to_keep=last).logits[0].numpy()
+
+
+def load_encoder(checkpoint: Checkpoint, modality: str, stored_as: str | None = None) -> Encode:
+    """transformers' encoder and embedder in fp32, on the weights rounded to `stored_as`: inputs to [count, H].
+
+    Raises:
+        ExportError: it cannot be built.
+    """
+    config = _full_config(checkpoint)
+    section = getattr(config, f"{modality}_config")
+    tower = _load(checkpoint, ENCODER_MODULES[modality][0], _build_tower(section, modality), stored_as)
+    embedder = _load_embedder(checkpoint, config, modality, stored_as)
+
+    @torch.no_grad()
+    def see(pixel_values: np.ndarray) -> np.ndarray:
+        found = tower(pixel_values=torch.from_numpy(pixel_values), do_pooling=False).last_hidden_state
+        return embedder(inputs_embeds=found.flatten(2).mT * section.hidden_size**0.5).flatten(0, 1).numpy()
+
+    @torch.no_grad()
+    def hear(features: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        found = tower(torch.from_numpy(features), ~torch.from_numpy(mask))
+        last_id = torch.tensor([[section.vocab_offset + section.vocab_size - 1]])
+        padding = embedder(input_ids=last_id)
+        soft = torch.where(found.audio_mel_mask[..., None], padding, embedder(inputs_embeds=found.last_hidden_state))
+        missing = padding.expand(len(soft), checkpoint.config["audio_soft_tokens_per_image"] - soft.shape[1], -1)
+        return torch.cat([soft, missing], dim=1).flatten(0, 1).numpy()
+
+    return see if modality == "vision" else hear
+
+
+def load_hard_rows(checkpoint: Checkpoint, stored_as: str | None = None) -> torch.Tensor:
+    """The embeddings [n, H] of all ids that the embedders have rows for, as transformers computes them."""
+    config = _full_config(checkpoint)
+    rows = []
+    for modality in ENCODER_MODULES:
+        section = getattr(config, f"{modality}_config")
+        ids = torch.arange(section.vocab_size)[None] + section.vocab_offset
+        with torch.no_grad():
+            rows.append(_load_embedder(checkpoint, config, modality, None)(input_ids=ids)[0])
+    scale = checkpoint.text_config.hidden_size**0.5
+    return rounded(torch.cat(rows) / scale, stored_as) * scale
+
+
+def _full_config(checkpoint: Checkpoint) -> Any:
+    (config_class,) = _from_transformers("Gemma3nConfig")
+    return config_class(**checkpoint.config)
+
+
+def _build_tower(section: Any, modality: str) -> nn.Module:
+    (auto_model,) = _from_transformers("AutoModel")
+    try:
+        return auto_model.from_config(section)
+    except (ImportError, RuntimeError) as error:
+        raise ExportError(
+            f"transformers cannot build the {modality} encoder here ({_first_line(error)}); install timm and a "
+            "torchvision that fits this torch, or name the others with --modalities."
+        ) from error
+
+
+def _load_embedder(checkpoint: Checkpoint, config: Any, modality: str, stored_as: str | None) -> nn.Module:
+    (embedder_class,) = _from_transformers("Gemma3nMultimodalEmbedder")
+    embedder = embedder_class(getattr(config, f"{modality}_config"), config.text_config)
+    return _load(checkpoint, ENCODER_MODULES[modality][1], embedder, stored_as)
+
+
+def _load(checkpoint: Checkpoint, name: str, module: nn.Module, stored_as: str | None) -> nn.Module:
+    """The module in fp32, with all its weights from the checkpoint, rounded to `stored_as`."""
+    weights = {
+        key: as_torch(checkpoint.raw_read(checkpoint.encoder_raw_name(f"{name}.{key}"))).float()
+        for key in module.state_dict()
+    }
+    module = module.float().eval()
+    module.load_state_dict({k: rounded(value, stored_as) for k, value in weights.items()}, strict=True, assign=True)
+    return module
