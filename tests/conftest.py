@@ -6,6 +6,7 @@ import pytest
 
 import oracle_stubs  # noqa: F401  # before anything that imports transformers
 from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
 from support import SMALL, text_checkpoint
@@ -28,4 +29,19 @@ def small_artifact(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
     """The export of `small_checkpoint`, whole, fp32 for the CPU; tests must not write into it."""
     folder = tmp_path_factory.mktemp("small_artifact") / "artifact"
     export(Checkpoint.open(small_checkpoint), folder, ExportOptions(), TerminalProgress(quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_full_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers and reduced encoders; tests must not write into it."""
+    overrides = SMALL | {"max_position_embeddings": 2048}
+    return make_checkpoint("tiny", tmp_path_factory.mktemp("small_full_checkpoint") / "small", overrides=overrides)
+
+
+@pytest.fixture(scope="session")
+def small_full_artifact(small_full_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of `small_full_checkpoint`, encoders included; tests must not write into it."""
+    folder = tmp_path_factory.mktemp("small_full_artifact") / "artifact"
+    export(Checkpoint.open(small_full_checkpoint), folder, ExportOptions(), TerminalProgress(quiet=True))
     return folder
