@@ -10,12 +10,21 @@ import pytest
 from transformers import Gemma3nForCausalLM
 
 from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.runtime import OnnxGemma3n
+from multimodal import MultimodalOracle
 from oracle import WINDOW, NoProgress, load_oracle
 from support import text_checkpoint
 
 Exporter = Callable[..., Path]
+
+SHALLOW = {
+    "num_hidden_layers": 10,
+    "num_kv_shared_layers": 5,
+    "activation_sparsity_pattern": [0.95] * 3 + [0.0] * 7,
+    "sliding_window": WINDOW,
+}
 
 
 @pytest.fixture(scope="session")
@@ -37,13 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
 @pytest.fixture(scope="session")
 def shallow_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten layers, five of them sharing K and V, every feature active: for what does not depend on depth."""
-    overrides = {
-        "num_hidden_layers": 10,
-        "num_kv_shared_layers": 5,
-        "activation_sparsity_pattern": [0.95] * 3 + [0.0] * 7,
-        "sliding_window": WINDOW,
-    }
-    return text_checkpoint("tiny", tmp_path_factory.mktemp("checkpoint") / "shallow", overrides=overrides)
+    return text_checkpoint("tiny", tmp_path_factory.mktemp("checkpoint") / "shallow", overrides=SHALLOW)
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +67,25 @@ def shallow_oracle(shallow_checkpoint: Path) -> Gemma3nForCausalLM:
 @pytest.fixture(scope="session")
 def shallow_model(shallow_checkpoint: Path, exported: Exporter) -> OnnxGemma3n:
     return OnnxGemma3n.from_pretrained(exported(shallow_checkpoint))
+
+
+@pytest.fixture(scope="session")
+def multimodal_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """E4B's depth and reduced encoders. It is for one test; the others take the shallow one."""
+    return make_checkpoint("tiny", tmp_path_factory.mktemp("checkpoint") / "multimodal")
+
+
+@pytest.fixture(scope="session")
+def shallow_multimodal_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`shallow_checkpoint` with reduced encoders."""
+    return make_checkpoint("tiny", tmp_path_factory.mktemp("checkpoint") / "shallow_multimodal", overrides=SHALLOW)
+
+
+@pytest.fixture(scope="session")
+def shallow_multimodal_oracle(shallow_multimodal_checkpoint: Path) -> MultimodalOracle:
+    return MultimodalOracle.load(shallow_multimodal_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def shallow_multimodal_model(shallow_multimodal_checkpoint: Path, exported: Exporter) -> OnnxGemma3n:
+    return OnnxGemma3n.from_pretrained(exported(shallow_multimodal_checkpoint))

@@ -17,6 +17,7 @@ import torch
 from transformers import Gemma3nForCausalLM, GenerationConfig
 
 from gemma3n_onnx.runtime import OnnxGemma3n
+from gemma3n_onnx.runtime.slots import Slot
 
 TOLERANCE = 1e-4  # fp32 through tens of layers, between two implementations
 SAME_GRAPH = 1e-5  # the same graph fed in another way: only the order of sums differs
@@ -66,10 +67,10 @@ class Greedy:
         return [*self.prompt, *self.tokens[:-1]]
 
 
-def generate_greedily(model: OnnxGemma3n, prompt: Sequence[int], steps: int) -> Greedy:
+def generate_greedily(model: OnnxGemma3n, prompt: Sequence[int], steps: int, slots: Sequence[Slot] = ()) -> Greedy:
     """The engine's prefill and decode steps; no token ends it."""
     cache = model.engine.new_cache(1, len(prompt) + steps)
-    logits = [model.engine.prefill(cache, 0, prompt).copy()]
+    logits = [model.engine.prefill(cache, 0, prompt, slots).copy()]
     decoder = model.engine.decoder(cache)
     while len(logits) < steps:
         token = np.array([logits[-1].argmax()])
