@@ -15,6 +15,7 @@ from .artifact import BYTES_PER_VALUE, Manifest, TensorInfo
 from .errors import ArtifactError, OptionError, ProviderError, RuntimeMissingError
 
 MINIMUM_VERSION = (1, 31)
+SILENT = 4  # log severity "fatal": what is less comes as an exception, and is told once
 
 _ONNX_TYPES = {"fp32": 1, "int64": 7, "fp16": 10, "bf16": 16}
 
@@ -115,7 +116,7 @@ class Session:
     def __init__(self, path: Path, profile: Profile, threads: int | None = None) -> None:
         ort = _onnxruntime()
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = SILENT
         options.enable_mem_pattern = False
         if threads is not None:
             if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
@@ -160,7 +161,7 @@ class Binding:
         self._kept: dict[str, Any] = {}
         ort = _onnxruntime()
         self._options = ort.RunOptions()
-        self._options.log_severity_level = 3
+        self._options.log_severity_level = SILENT
 
     def input(self, name: str, array: np.ndarray, dtype: str) -> None:
         """A host array for the next runs; bf16 comes as uint16 bits."""

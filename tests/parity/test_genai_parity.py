@@ -100,7 +100,7 @@ def test_an_artifact_without_vision_is_a_pipeline(text_only):
 
 
 def test_the_library_still_takes_one_image_a_prompt(full):
-    """When this fails, the limit in this file's and the README's text is gone."""
+    """When this fails, the limit is gone, and what is written of it can go too."""
     model, theirs = full
     messages = [user(image(0), image(1), LONG_TEXT)]
     prompt, items = model.encode(messages, OPTIONS), items_of(model.read(messages, OPTIONS))
