@@ -98,7 +98,6 @@ class VisionConfig:
     hidden_size: int
     text_hidden_size: int
     vocab_size: int
-    vocab_offset: int
     rms_norm_eps: float
     soft_tokens: int
     channel_multiplier: float = 1.0
@@ -136,7 +135,6 @@ class VisionConfig:
                 hidden_size=_whole(vision, "hidden_size"),
                 text_hidden_size=_whole(text, "hidden_size"),
                 vocab_size=_whole(vision, "vocab_size"),
-                vocab_offset=_whole(vision, "vocab_offset"),
                 rms_norm_eps=float(vision.get("rms_norm_eps", 1e-6)),
                 soft_tokens=_whole(config, "vision_soft_tokens_per_image"),
                 channel_multiplier=float(arguments.get("channel_multiplier", 1.0)),

@@ -216,12 +216,11 @@ def test_cuts_fall_into_pauses() -> None:
     words, _ = speech("Read the last line, then rest.")
     pause = np.zeros(RATE_HZ // 2, np.float32)
     samples = np.concatenate([piece for _ in range(40) for piece in (words, pause)])
-    spoken = np.concatenate([piece for _ in range(40) for piece in (words != 3, pause != 0)])
     clips = fit(samples, LOG_MEL, "split")
     cuts = np.cumsum([len(clip) for clip in clips])[:-1]
     print(f"{len(samples) / RATE_HZ:.1f} s cut at {(cuts / RATE_HZ).round(2).tolist()} s")
     assert len(cuts) >= 2
-    assert not any(spoken[cut - 400 : cut + 400].any() for cut in cuts)
+    assert max(np.abs(samples[cut - 400 : cut + 400]).max() for cut in cuts) < 0.01 * np.abs(samples).max()
 
 
 def test_without_a_pause_the_quietest_place_is_cut() -> None:
