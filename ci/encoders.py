@@ -151,9 +151,7 @@ def load_ours(encoder: str, folder: Path) -> Callable[..., np.ndarray]:
 
     manifest = load_manifest(folder)
     encoders = Encoders(folder, manifest, choose_profile("cpu", manifest))
-    info = manifest.vision if encoder == "vision" else manifest.audio
-    assert info is not None
-    names = [tensor.name for tensor in info.graph.inputs]
+    names = [tensor.name for tensor in manifest.encoders[encoder].graph.inputs]
     return lambda *inputs: encoders.features(encoder, dict(zip(names, inputs)))
 
 

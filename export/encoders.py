@@ -18,7 +18,7 @@ from gemma3n_onnx.graphs.embedding import HardRows
 from . import trace
 from .checkpoint import ENCODER_MODULES, Checkpoint
 from .errors import CheckpointError, ExportOptionError
-from .weights import as_torch
+from .weights import as_torch, check_shape
 
 Shapes = Mapping[str, tuple[int, ...]]
 # What each modality's encoder gives to the embedding graph.
@@ -102,11 +102,7 @@ def _check_tensors(checkpoint: Checkpoint, encoder: Encoder) -> None:
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...]) -> None:
-    if (found := checkpoint.raw_spec(checkpoint.encoder_raw_name(name)).shape) != wanted:
-        raise CheckpointError(
-            f"Tensor {name} has shape {list(found)} instead of the {list(wanted)} that config.json asks for; "
-            "config and weights do not belong together, download the checkpoint again."
-        )
+    check_shape(name, checkpoint.raw_spec(checkpoint.encoder_raw_name(name)).shape, wanted)
 
 
 @dataclass(frozen=True)

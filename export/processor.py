@@ -35,15 +35,9 @@ _AUDIO = {
     "per_bin_mean": None,
     "per_bin_stddev": None,
 }
-# What the front ends implement, and only that.
-_FIXED_IMAGE = {"do_rescale": True, "do_normalize": False, "resample": BILINEAR, "do_resize": True}
-_FIXED_AUDIO = {
-    "preemphasis_htk_flavor": True,
-    "dither": 0.0,
-    "input_scale_factor": 1.0,
-    "per_bin_mean": None,
-    "per_bin_stddev": None,
-}
+# Those of which the front ends implement that value only.
+_FIXED_IMAGE = ("do_rescale", "do_normalize", "resample", "do_resize")
+_FIXED_AUDIO = ("preemphasis_htk_flavor", "dither", "input_scale_factor", "per_bin_mean", "per_bin_stddev")
 MAX_SECONDS, PAD_MULTIPLE = 30, 128  # defaults of the extractor's call, which no file holds
 
 
@@ -143,14 +137,12 @@ def _token(backend: tokenizers.Tokenizer, key: str, token_id: int) -> str:
     return token
 
 
-def _settings(
-    checkpoint: Checkpoint, part: str, defaults: Mapping[str, Any], fixed: Mapping[str, Any]
-) -> dict[str, Any]:
+def _settings(checkpoint: Checkpoint, part: str, defaults: Mapping[str, Any], fixed: Collection[str]) -> dict[str, Any]:
     """The defaults, overlaid by processor_config.json's `part` or by the flat preprocessor_config.json."""
     found = checkpoint.processor_config(part)
     settings = {**defaults, **{key: value for key, value in found.items() if value is not None}}
-    for key, wanted in fixed.items():
-        if settings[key] != wanted:
+    for key in fixed:
+        if settings[key] != (wanted := defaults[key]):
             raise CheckpointError(
                 f"The {part.replace('_', ' ')} of the checkpoint has {key} {settings[key]!r}; only {wanted!r} is "
                 "implemented."

@@ -101,11 +101,17 @@ def check_tensors(checkpoint: Checkpoint, chosen: Slice, shapes: Mapping[str, tu
             "config.json does not have; give an unchanged checkpoint of Gemma 3n."
         )
     for name, wanted in shapes.items():
-        if name not in dropped and (found := checkpoint.spec(name).shape) != wanted:
-            raise CheckpointError(
-                f"Tensor {name} has shape {list(found)} instead of the {list(wanted)} that config.json asks for; "
-                "config and weights do not belong together, download the checkpoint again."
-            )
+        if name not in dropped:
+            check_shape(name, checkpoint.spec(name).shape, wanted)
+
+
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Raises CheckpointError where a tensor's shape is not the one that follows from the config."""
+    if found != wanted:
+        raise CheckpointError(
+            f"Tensor {name} has shape {list(found)} instead of the {list(wanted)} that config.json asks for; "
+            "config and weights do not belong together, download the checkpoint again."
+        )
 
 
 Blocks = Iterator[np.ndarray]

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .config import ConfigError
-from .embedder import MultimodalEmbedder, Weight
+from .config import ConfigError, count
+from .embedder import MultimodalEmbedder
+from .layers import Linear, RMSNorm, Weight
 
 _EPS = 1e-6  # of the norms that do not follow `rms_norm_eps`
 _CLAMP = 1e10
@@ -146,18 +147,15 @@ class AudioConfig:
 
 
 def _count(values: Mapping[str, Any], key: str, default: int | None) -> int:
-    value = values.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key} is {value!r}; it must be a positive whole number.")
-    return value
+    return count({key: values.get(key, default)}, key)
 
 
 def _counts(values: Mapping[str, Any], key: str, default: Sequence[int]) -> tuple[int, ...]:
-    return tuple(_count({key: value}, key, None) for value in values.get(key, default))
+    return tuple(count({key: value}, key) for value in values.get(key, default))
 
 
 def _pairs(values: Mapping[str, Any], key: str, default: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    pairs = [tuple(_count({key: value}, key, None) for value in pair) for pair in values.get(key, default)]
+    pairs = [tuple(count({key: value}, key) for value in pair) for pair in values.get(key, default)]
     if any(len(pair) != 2 for pair in pairs):
         raise ConfigError(f"{key} is {values[key]!r}; each entry must be a pair (time, frequency).")
     return tuple((pair[0], pair[1]) for pair in pairs)
@@ -167,25 +165,6 @@ def checkpoint_shapes(config: AudioConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of the encoder and its embedder, by its name in a checkpoint below `model.`."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in AudioEncoder(config).named_parameters()}
-
-
-class Linear(Weight):
-    """x [R, in] -> [R, out]."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(out_features, in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight)
-
-
-class RMSNorm(Weight):
-    def __init__(self, size: int, eps: float = _EPS) -> None:
-        super().__init__(size)
-        self.eps = eps
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return ops.rms_norm(x, self.weight if scale == 1.0 else self.weight * scale, self.eps)
 
 
 class CumulativeGroupNorm(Weight):
@@ -327,10 +306,10 @@ class Attention(nn.Module):
 class AttentionBlock(nn.Module):
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
-        self.pre_attn_norm = RMSNorm(config.hidden_size)
+        self.pre_attn_norm = RMSNorm(config.hidden_size, _EPS)
         self.attn = Attention(config)
         self.post = Linear(config.hidden_size, config.hidden_size)
-        self.post_norm = RMSNorm(config.hidden_size)
+        self.post_norm = RMSNorm(config.hidden_size, _EPS)
 
     def forward(self, x: Tensor, positions: Tensor, chunks: Chunks) -> Tensor:
         attended = self.attn(self.pre_attn_norm(x), positions, chunks)
@@ -341,10 +320,10 @@ class FeedForward(nn.Module):
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
         self.residual_weight = config.residual_weight
-        self.pre_layer_norm = RMSNorm(config.hidden_size)
+        self.pre_layer_norm = RMSNorm(config.hidden_size, _EPS)
         self.ffw_layer_1 = Linear(config.hidden_size, 4 * config.hidden_size)
         self.ffw_layer_2 = Linear(4 * config.hidden_size, config.hidden_size)
-        self.post_layer_norm = RMSNorm(config.hidden_size)
+        self.post_layer_norm = RMSNorm(config.hidden_size, _EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.ffw_layer_2(F.silu(self.ffw_layer_1(self.pre_layer_norm(x))))
@@ -385,7 +364,7 @@ class ConformerBlock(nn.Module):
         self.attention = AttentionBlock(config)
         self.lconv1d = LightConvolution(config, keep)
         self.ffw_layer_end = FeedForward(config)
-        self.norm = RMSNorm(config.hidden_size)
+        self.norm = RMSNorm(config.hidden_size, _EPS)
 
     def forward(self, x: Tensor, positions: Tensor, chunks: Chunks) -> Tensor:
         """x [R, H] -> [n * ceil(S / keep), H]."""

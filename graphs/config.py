@@ -96,7 +96,7 @@ class TextConfig:
             if (value := text.get(key, wanted)) != wanted:
                 raise ConfigError(f"{key} is {value!r}; only {wanted!r} is implemented.")
         try:
-            layers = _count(text, "num_hidden_layers")
+            layers = count(text, "num_hidden_layers")
             width = text["intermediate_size"]
             sparsity = text.get("activation_sparsity_pattern")
             if sparsity is None:
@@ -105,30 +105,30 @@ class TextConfig:
             elif isinstance(sparsity, float | int):
                 sparsity = [sparsity] * layers
             return cls(
-                vocab_size=_count(text, "vocab_size"),
-                vocab_size_per_layer_input=_count(text, "vocab_size_per_layer_input"),
-                hidden_size=_count(text, "hidden_size"),
-                hidden_size_per_layer_input=_count(text, "hidden_size_per_layer_input"),
+                vocab_size=count(text, "vocab_size"),
+                vocab_size_per_layer_input=count(text, "vocab_size_per_layer_input"),
+                hidden_size=count(text, "hidden_size"),
+                hidden_size_per_layer_input=count(text, "hidden_size_per_layer_input"),
                 intermediate_sizes=tuple(
-                    _count({"intermediate_size": w}, "intermediate_size")
+                    count({"intermediate_size": w}, "intermediate_size")
                     for w in (width if isinstance(width, list | tuple) else [width] * layers)
                 ),
-                num_heads=_count(text, "num_attention_heads"),
-                num_kv_heads=_count(text, "num_key_value_heads"),
-                head_dim=_count(text, "head_dim"),
+                num_heads=count(text, "num_attention_heads"),
+                num_kv_heads=count(text, "num_key_value_heads"),
+                head_dim=count(text, "head_dim"),
                 layer_types=_layer_types(text, layers),
                 num_kv_shared_layers=int(text["num_kv_shared_layers"]),
                 activation_sparsity=tuple(float(s) for s in sparsity),
-                sliding_window=_count(text, "sliding_window"),
+                sliding_window=count(text, "sliding_window"),
                 rope_theta_full=_rope_theta(text, FULL, "rope_theta", 1_000_000.0),
                 rope_theta_sliding=_rope_theta(text, SLIDING, "rope_local_base_freq", 10_000.0),
                 rms_norm_eps=float(text["rms_norm_eps"]),
-                laurel_rank=_count(text, "laurel_rank"),
-                altup_num_inputs=_count(text, "altup_num_inputs"),
+                laurel_rank=count(text, "laurel_rank"),
+                altup_num_inputs=count(text, "altup_num_inputs"),
                 altup_active_idx=text["altup_active_idx"],
                 altup_correct_scale=text.get("altup_correct_scale", True),
                 final_logit_softcapping=text.get("final_logit_softcapping", 30.0),
-                max_position_embeddings=_count(text, "max_position_embeddings"),
+                max_position_embeddings=count(text, "max_position_embeddings"),
             )
         except KeyError as error:
             raise ConfigError(f"The Gemma 3n text config has no {error.args[0]!r}.") from error
@@ -138,8 +138,9 @@ class TextConfig:
             raise ConfigError(f"A value of the Gemma 3n text config has the wrong type ({error}).") from error
 
 
-def _count(text: Mapping[str, Any], key: str) -> int:
-    value = text[key]
+def count(values: Mapping[str, Any], key: str) -> int:
+    """`values[key]`. ConfigError: it is no positive whole number. KeyError: it is missing."""
+    value = values[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{key} is {value!r}; it must be a positive whole number.")
     return value

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .config import FULL, SLIDING, TextConfig
+from .layers import Linear, RMSNorm
 
 Logits = Literal["last", "all"]
 
@@ -58,25 +59,6 @@ def cache_specs(config: TextConfig, logits: Logits) -> tuple[CacheSpec, ...]:
         CacheSpec(layer=i, windowed=config.layer_types[i] == SLIDING and i not in donors)
         for i in range(config.num_kv_layers)
     )
-
-
-class Linear(nn.Module):
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
 
 
 @dataclass

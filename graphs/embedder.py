@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .layers import Weight
 from .ops import linear, rms_norm
 
 
@@ -38,11 +39,3 @@ class MultimodalEmbedder(nn.Module):
 
     def _project(self, normed: Tensor) -> Tensor:
         return rms_norm(linear(normed, self.embedding_projection.weight), self.ones, self.eps)
-
-
-class Weight(nn.Module):
-    """A parameter under the name that a checkpoint gives to a layer's: `<layer>.weight`."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(*shape))

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .config import ConfigError
-from .embedder import MultimodalEmbedder, Weight
+from .config import ConfigError, count
+from .embedder import MultimodalEmbedder
+from .layers import Linear, RMSNorm, Weight
 
 ARCHITECTURE = "mobilenetv5_300m_enc"
 TOWER = "vision_tower.timm_model."
@@ -132,11 +133,11 @@ class VisionConfig:
             raise ConfigError(f"model_args of vision_config is {arguments!r}; only channel_multiplier is implemented.")
         try:
             return cls(
-                hidden_size=_whole(vision, "hidden_size"),
-                text_hidden_size=_whole(text, "hidden_size"),
-                vocab_size=_whole(vision, "vocab_size"),
+                hidden_size=count(vision, "hidden_size"),
+                text_hidden_size=count(text, "hidden_size"),
+                vocab_size=count(vision, "vocab_size"),
                 rms_norm_eps=float(vision.get("rms_norm_eps", 1e-6)),
-                soft_tokens=_whole(config, "vision_soft_tokens_per_image"),
+                soft_tokens=count(config, "vision_soft_tokens_per_image"),
                 channel_multiplier=float(arguments.get("channel_multiplier", 1.0)),
             )
         except KeyError as error:
@@ -167,15 +168,8 @@ class Grid:
     width: ops.Size
 
 
-class Pointwise(nn.Module):
+class Pointwise(Linear):
     """A 1x1 convolution of rows [T, in] -> [T, out]; in a checkpoint its weight is [out, in, 1, 1]."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight)
 
 
 class Spatial(nn.Module):
@@ -206,13 +200,6 @@ def _rows(x: Tensor, grid: Grid | None = None) -> tuple[Tensor, Grid]:
     return ops.reshape(channels_last, -1, x.shape[1]), grid
 
 
-class RMSNorm(Weight):
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The norm of rows [T, C], times `scale` [C]: one multiplication, by the product of both weights."""
-        weight = self.weight if scale is None else self.weight * scale
-        return ops.rms_norm(x, weight, NORM_EPS)
-
-
 def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
@@ -221,7 +208,7 @@ class ConvNorm(nn.Module):
     def __init__(self, conv: nn.Module, channels: int) -> None:
         super().__init__()
         self.conv = conv
-        self.bn = RMSNorm(channels)
+        self.bn = RMSNorm(channels, NORM_EPS)
 
 
 class LayerScale(nn.Module):
@@ -244,7 +231,7 @@ class Stem(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = StemConv(channels)
-        self.bn = RMSNorm(channels)
+        self.bn = RMSNorm(channels, NORM_EPS)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Grid]:
         x, grid = self.conv(pixel_values)
@@ -257,9 +244,9 @@ class EdgeBlock(nn.Module):
         expanded = _round_to_eight(in_channels * 4)
         self.skip = stride == 1 and in_channels == channels
         self.conv_exp = Spatial(in_channels, expanded, 3, stride)
-        self.bn1 = RMSNorm(expanded)
+        self.bn1 = RMSNorm(expanded, NORM_EPS)
         self.conv_pwl = Pointwise(expanded, channels)
-        self.bn2 = RMSNorm(channels)
+        self.bn2 = RMSNorm(channels, NORM_EPS)
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         expanded, grid = self.conv_exp(x, grid)
@@ -322,7 +309,7 @@ class KeyOrValue(nn.Module):
         self.down_conv = None
         if stride > 1:
             self.down_conv = _depthwise(channels, 3, stride)
-            self.norm = RMSNorm(channels)
+            self.norm = RMSNorm(channels, NORM_EPS)
         self.proj = Pointwise(channels, head_dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
@@ -352,7 +339,7 @@ class MultiQueryAttention(nn.Module):
 class AttentionBlock(nn.Module):
     def __init__(self, channels: int, num_heads: int, head_dim: int, kv_stride: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(channels)
+        self.norm = RMSNorm(channels, NORM_EPS)
         self.attn = MultiQueryAttention(channels, num_heads, head_dim, kv_stride)
         self.layer_scale = LayerScale(channels)
 
@@ -366,7 +353,7 @@ class Fusion(nn.Module):
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
         self.ffn = BottleneckBlock(in_channels, channels, expansion=2, scaled=False, skip=False)
-        self.norm = RMSNorm(channels)
+        self.norm = RMSNorm(channels, NORM_EPS)
 
     def forward(self, fine: Tensor, coarse: Tensor, fine_grid: Grid, coarse_grid: Grid) -> Tensor:
         """rows [T, C1] and [T / 4, C2] -> [n * OUTPUT_SIDE**2, hidden]."""
@@ -461,10 +448,3 @@ def _round_to_eight(channels: float) -> int:
     """The nearest multiple of 8, or the next one where that would lose a tenth (`make_divisible` of MobileNet)."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest + 8 if nearest < 0.9 * channels else nearest
-
-
-def _whole(config: Mapping[str, Any], key: str) -> int:
-    value = config[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key} is {value!r}; it must be a positive whole number.")
-    return value

@@ -167,6 +167,12 @@ class Manifest:
     audio: AudioInfo | None
     files: Mapping[str, FileInfo]
 
+    @property
+    def encoders(self) -> dict[str, VisionInfo | AudioInfo]:
+        """Those that the artifact holds, by modality."""
+        both = {"vision": self.vision, "audio": self.audio}
+        return {modality: info for modality, info in both.items() if info is not None}
+
     def with_files(self, files: Mapping[str, FileInfo]) -> Manifest:
         return dataclasses.replace(self, files=files)
 
@@ -276,16 +282,16 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
         f"vocab_size is {manifest.vocab_size}, the hard tokens begin at {manifest.first_hard_token_id}, and the token "
         f"table has {manifest.token_embeddings.rows} rows",
     )
-    for name, encoder in (("vision", manifest.vision), ("audio", manifest.audio)):
+    for name in ("vision", "audio"):
         require(
-            (encoder is not None) == (name in manifest.modalities),
+            (name in manifest.encoders) == (name in manifest.modalities),
             f"the modalities are {manifest.modalities}, which does not fit {name}",
         )
-        if encoder is not None:
-            require(encoder.graph.file in manifest.files, f"the graph {encoder.graph.file!r} is not among the files")
-            soft = encoder.soft_tokens
-            require(0 <= soft.token_id < manifest.vocab_size, f"the soft token {soft.token_id} is not a token")
-            require(soft.count > 0 and bool(soft.token), f"there are {soft.count} {name} soft tokens")
+    for name, encoder in manifest.encoders.items():
+        require(encoder.graph.file in manifest.files, f"the graph {encoder.graph.file!r} is not among the files")
+        soft = encoder.soft_tokens
+        require(0 <= soft.token_id < manifest.vocab_size, f"the soft token {soft.token_id} is not a token")
+        require(soft.count > 0 and bool(soft.token), f"there are {soft.count} {name} soft tokens")
     for cache in manifest.caches:
         require(cache.dtype in TABLE_DTYPES, f"the cache of layer {cache.layer} has the unknown dtype {cache.dtype!r}")
         sizes = (cache.kv_heads, cache.head_dim, 1 if cache.window is None else cache.window)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from .fetch import FetchPolicy, Source, open_media
 
 if TYPE_CHECKING:
     AudioSource = Source | np.ndarray | tuple[np.ndarray, float]
+
+LongAudio = Literal["error", "split"]
+LONG_AUDIO = get_args(LongAudio)
 
 MAX_SECONDS = 3600.0
 RATES_HZ = (1_000, 768_000)
@@ -126,7 +129,7 @@ def mel_filters(info: LogMelInfo) -> np.ndarray:
     return np.maximum(0, np.minimum(-distances[:, :-2] / widths[:-1], distances[:, 2:] / widths[1:]))
 
 
-def fit(samples: np.ndarray, info: LogMelInfo, long_audio: Literal["error", "split"] = "error") -> list[np.ndarray]:
+def fit(samples: np.ndarray, info: LogMelInfo, long_audio: LongAudio = "error") -> list[np.ndarray]:
     """samples [n] -> clips of at most `max_samples` that together are the samples, each once and in order.
 
     A longer clip is cut where the last part of a window is quietest, and never so that the rest is too short for
@@ -136,7 +139,7 @@ def fit(samples: np.ndarray, info: LogMelInfo, long_audio: Literal["error", "spl
         AudioTooLongError: more than `max_samples`, and `long_audio` is "error".
         OptionError: `long_audio` is neither "error" nor "split".
     """
-    if long_audio not in ("error", "split"):
+    if long_audio not in LONG_AUDIO:
         raise OptionError(f'long_audio is {long_audio!r}; choose "error" or "split".')
     if len(samples) > info.max_samples and long_audio == "error":
         raise _too_long(len(samples), info)

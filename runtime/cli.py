@@ -188,7 +188,7 @@ def describe_manifest(manifest: Manifest) -> str:
         f"modalities: {', '.join(manifest.modalities)}; logits: {manifest.logits}",
         "",
     ]
-    encoders = [encoder.graph for encoder in (manifest.vision, manifest.audio) if encoder is not None]
+    encoders = [encoder.graph for encoder in manifest.encoders.values()]
     for graph in (manifest.decoder, manifest.embedding, *encoders):
         lines.append(graph.file)
         for kind, tensors in (("in", graph.inputs), ("out", graph.outputs)):

@@ -20,7 +20,7 @@ class Encoders:
 
     def __init__(self, folder: Path, manifest: Manifest, profile: Profile, threads: int | None = None) -> None:
         self._folder, self._profile, self._threads = folder, profile, threads
-        self._infos: dict[str, VisionInfo | AudioInfo | None] = {"vision": manifest.vision, "audio": manifest.audio}
+        self._infos = manifest.encoders
         self._width = manifest.token_embeddings.width
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
@@ -37,7 +37,6 @@ class Encoders:
             ArtifactError: the encoder's files are damaged. ProviderError: it cannot run, for want of memory.
         """
         info = self._infos[modality]
-        assert info is not None, f"the artifact has no {modality} encoder"
         outputs = self._session(modality, info).run(inputs)
         features = outputs[info.graph.outputs[0].name]
         if features.shape != (wanted := (info.soft_tokens.count, self._width)):

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from .artifact import AudioInfo, Manifest, VisionInfo
+from .audio import LONG_AUDIO, LogMel, LongAudio, fit, load_audio
 from .errors import MediaError, OptionError
 from .fetch import FetchPolicy
+from .image import load_image, resize, to_pixels
+from .video import sample_frames
 
-LongAudio = Literal["error", "split"]
-LONG_AUDIO = get_args(LongAudio)
 # OpenAI's `detail` of an image, as the largest and the smallest of the artifact's sizes.
 DETAILS = {"low": min, "high": max}
 
@@ -68,16 +69,12 @@ class MediaReader:
     def image(self, source: Any, options: MediaOptions, detail: str | None = None) -> list[Item]:
         """One item. Raises MediaError: it cannot be read. OptionError: a size that the encoder does not take."""
         vision = self._need_vision("an image")
-        from .image import load_image
-
         size = _image_size(vision, options, detail)
         return [self._image_item(vision, load_image(source, self._policy), size)]
 
     def video(self, source: Any, options: MediaOptions) -> list[Item]:
         """An item for each frame that is taken. Errors as for `image`."""
         vision = self._need_vision("a video")
-        from .video import sample_frames
-
         size = _image_size(vision, options, None)
         frames = sample_frames(source, self._policy, options.video_fps, options.max_frames, size)
         return [self._image_item(vision, frame.image, size) for frame in frames]
@@ -90,15 +87,12 @@ class MediaReader:
         """
         if self._audio is None:
             raise self._lacks("audio", "audio")
-        from .audio import fit, load_audio
-
         info = self._audio.log_mel
         samples = load_audio(source, self._policy, info.sample_rate_hz, rate)
-        return [self._clip_item(self._audio, clip) for clip in fit(samples, info, options.long_audio)]
+        log_mel = LogMel(info)
+        return [self._clip_item(self._audio, *log_mel(clip)) for clip in fit(samples, info, options.long_audio)]
 
     def _image_item(self, vision: VisionInfo, image: Any, size: int) -> Item:
-        from .image import resize, to_pixels
-
         resized = resize(image, size)
         name = vision.graph.inputs[0].name
 
@@ -108,10 +102,7 @@ class MediaReader:
         key = hashlib.sha256(resized.tobytes()).digest() + size.to_bytes(4, "little")
         return Item("vision", key, inputs)
 
-    def _clip_item(self, audio: AudioInfo, samples: np.ndarray) -> Item:
-        from .audio import LogMel
-
-        features, mask = LogMel(audio.log_mel)(samples)
+    def _clip_item(self, audio: AudioInfo, features: np.ndarray, mask: np.ndarray) -> Item:
         names = [tensor.name for tensor in audio.graph.inputs]
         key = hashlib.sha256(features.tobytes()).digest()
         return Item("audio", key, lambda: dict(zip(names, (features[None], mask[None]), strict=True)))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import PromptError
-from .media import Item, MediaOptions, MediaReader
+from .media import DETAILS, Item, MediaOptions, MediaReader
 
 # What a caller may write, and the name that the templates know it by.
 TEMPLATE_ROLES = {
@@ -143,8 +143,10 @@ def _source(part: Mapping[str, Any], kind: str, index: int) -> Any:
 def _detail(part: Mapping[str, Any], kind: str, index: int) -> str | None:
     holder = part.get(kind)
     detail = holder.get("detail") if kind == "image_url" and isinstance(holder, Mapping) else None
-    if detail not in (None, "auto", "low", "high"):
-        raise PromptError(f"An image of message {index} has the detail {detail!r}; known are auto, low, high.")
+    if detail not in (None, "auto", *DETAILS):
+        raise PromptError(
+            f"An image of message {index} has the detail {detail!r}; known are auto, {', '.join(DETAILS)}."
+        )
     return detail
 
 

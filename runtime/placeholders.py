@@ -21,8 +21,7 @@ class Placeholders:
     """The soft tokens of an artifact's modalities."""
 
     def __init__(self, manifest: Manifest) -> None:
-        encoders = {"vision": manifest.vision, "audio": manifest.audio}
-        self._soft = {modality: info.soft_tokens for modality, info in encoders.items() if info is not None}
+        self._soft = {modality: info.soft_tokens for modality, info in manifest.encoders.items()}
 
     @property
     def tokens(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Slot:
 
     def encoded(self) -> Slot:
         features = self.features()
-        return Slot(self.start, self.count, self.key, lambda: features)
+        return replace(self, features=lambda: features)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PromptTokens:
 
     def after(self, count: int) -> PromptTokens:
         """The prompt without its first `count` tokens; a slot that they cut begins before the rest."""
-        rest = (Slot(slot.start - count, slot.count, slot.key, slot.features) for slot in self.slots)
+        rest = (replace(slot, start=slot.start - count) for slot in self.slots)
         return PromptTokens(self.ids[count:], tuple(slot for slot in rest if slot.stop > 0))
 
 

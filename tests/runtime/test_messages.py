@@ -34,6 +34,7 @@ class Encoders:
         log_mel = LogMelInfo(16_000, 512, 160, 1024, 128, 125.0, 7600.0, 0.97, 1e-5, 16_000, 128)
 
     audio = Audio
+    encoders = {"vision": vision, "audio": audio}  # noqa: RUF012
 
 
 class TextOnly:
