@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
-from gemma3n_onnx.export.hub import find_folder
+from gemma3n_onnx.export.hub import SLICE_TABLE, find_folder
 from gemma3n_onnx.export.safetensors_file import NUMPY_DTYPES, SafetensorsFile, TensorSpec
 from gemma3n_onnx.graphs.config import ConfigError, TextConfig
 
@@ -92,10 +92,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None, token: str | None = None) -> Checkpoint:
-        """Opens a local folder, else the Hub id `model` ("org/name"), downloaded where not in the cache.
+        """Opens a local folder, else the packaged checkpoint "demo", else the Hub id `model` ("org/name"),
+        downloaded where not in the cache.
 
         Args:
-            model: a folder or a Hub id.
+            model: a folder, "demo" or a Hub id.
             revision: branch, tag or commit; for a Hub id only.
             token: a Hub token; HF_TOKEN and the stored login serve when it is None.
 
@@ -161,6 +162,12 @@ class Checkpoint:
     def tokenizer_files(self) -> list[Path]:
         """The files beside config and weights that belong to an export, those that are there."""
         return [path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()]
+
+    @property
+    def slice_table(self) -> Path | None:
+        """The file with slices of the checkpoint's own, None where it has none."""
+        path = self.folder / SLICE_TABLE
+        return path if path.exists() else None
 
     def chat_template(self) -> str | None:
         """The Jinja source of the (default) chat template, from whichever file holds it."""

@@ -24,20 +24,23 @@ if TYPE_CHECKING:
     from .pipeline import ExportSummary
 
 _PATH = click.Path(path_type=Path)
-_model = click.option("--model", required=True, help="A checkpoint folder or a Hub id (org/name).")
+_model = click.option(
+    "--model", required=True, help="A checkpoint folder, a Hub id (org/name), or demo, the small one that is included."
+)
 _revision = click.option("--revision", help="Branch, tag or commit of a Hub id.")
 _table = click.option(
     "--matformer-config",
     "--matformer-config-path",
     "table",
     type=_PATH,
-    help="A CSV with slices of your own.",
+    help="A CSV with slices of your own, instead of the checkpoint's slices.csv or else the published ones.",
 )
 _slice = click.option(
     "--slice",
     "--matformer-slice-name",
     "slice_name",
-    help="A MatFormer slice: E2B, E4B, E2.49B, E2.98B-layer, ... (see `gemma3n slices`), or one of the CSV.",
+    help="A MatFormer slice: E2B, E4B, E2.49B, E2.98B-layer, ... (see `gemma3n slices`), or one of the CSV; of a "
+    "checkpoint with a slices.csv, one of those.",
 )
 _force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 
@@ -150,7 +153,7 @@ def make_checkpoint(size: str, output: Path, seed: int, text_only: bool, force: 
 
 @click.command()
 @_table
-@click.option("--model", help="Show the slices of this checkpoint rather than those of E4B.")
+@click.option("--model", help="Show the slices of this checkpoint (a folder, a Hub id or demo), not those of E4B.")
 @click.option("--json", "as_json", is_flag=True)
 def slices(table: Path | None, model: str | None, as_json: bool) -> None:
     """List the MatFormer slices with their parameters and sizes."""
@@ -159,16 +162,15 @@ def slices(table: Path | None, model: str | None, as_json: bool) -> None:
     from .sizes import E4B, E4B_CONFIG, render_table, slices_table
     from .slicing import load_slices
 
-    specs = load_slices(table)
+    loaded = load_slices(table)  # before a download
     if model is None:
-        rows = slices_table(E4B, E4B_CONFIG, specs)
+        rows = slices_table(E4B, E4B_CONFIG, loaded.specs)
     else:
         checkpoint = Checkpoint.open(model)
-        rows = slices_table(checkpoint.text_config, checkpoint.config, specs)
+        loaded = load_slices(table, checkpoint.slice_table)
+        rows = slices_table(checkpoint.text_config, checkpoint.config, loaded.specs)
     if not rows:
-        raise SliceError(
-            f"No slice of {table or 'the published table'} can be cut from {model or 'E4B'}; give another."
-        )
+        raise SliceError(f"No slice of {loaded.source} can be cut from {model or 'E4B'}; give another.")
     click.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else render_table(rows))
 
 

@@ -1,28 +1,36 @@
-"""Where a checkpoint's folder is: on this disk, or on the Hugging Face Hub."""
+"""Where a checkpoint's folder is: on this disk, in this package, or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import re
+from importlib import resources
 from pathlib import Path
 
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-FILE_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+SLICE_TABLE = "slices.csv"
+FILE_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", SLICE_TABLE]
+DEMO = "demo"
+"""The name of the checkpoint that comes with the package."""
 
 
 def find_folder(model: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """The local folder `model`, else the downloaded snapshot of the Hub id `model` ("org/name").
+    """The local folder `model`, else the packaged one if it is "demo", else the downloaded snapshot of a Hub id.
 
     Raises:
         CheckpointNotFoundError: there is no such folder or Hub repository, or no access to it.
-        CheckpointError: the download failed, or `revision` is given for a local folder.
+        CheckpointError: the download failed, or `revision` is given for what is no Hub id.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:
             raise CheckpointError(f"{path} is a local folder: leave revision {revision!r} out.")
         return path
+    if model == DEMO:
+        if revision is not None:
+            raise CheckpointError(f"The checkpoint {DEMO} comes with the package: leave revision {revision!r} out.")
+        return _packaged_demo()
     if path.exists():
         raise CheckpointNotFoundError(f"{path} is a file: give the checkpoint's folder.")
     if isinstance(model, Path) or not HUB_ID.fullmatch(model):
@@ -30,6 +38,19 @@ def find_folder(model: str | Path, revision: str | None = None, token: str | Non
             f"{str(model)!r} does not exist: give a checkpoint's folder, or a Hub id such as google/gemma-3n-E2B-it."
         )
     return _download(model, revision, token)
+
+
+def _packaged_demo() -> Path:
+    try:
+        config = resources.files("gemma3n_onnx.demo") / "config.json"
+    except ModuleNotFoundError:
+        config = None
+    if config is None or not config.is_file():
+        raise CheckpointNotFoundError(
+            f"This installation of gemma3n-onnx has no {DEMO} checkpoint: install one built with its files, "
+            "or give a checkpoint's folder or a Hub id."
+        )
+    return Path(str(config)).parent
 
 
 def _download(repo: str, revision: str | None, token: str | None) -> Path:

@@ -91,7 +91,7 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     started = time.monotonic()
     check_options(options)
     precision = precision_for(options.precision, options.target)
-    chosen = choose_slice(checkpoint.text_config, options.slice, options.matformer_config)
+    chosen = choose_slice(checkpoint, options.slice, options.matformer_config)
     source = _read_source(checkpoint, chosen, options.modalities)
     placements = _text_placements(chosen.config, precision.storage, source.hard_rows)
 
@@ -165,22 +165,28 @@ class _Graph:
 
 
 def check_options(options: ExportOptions) -> None:
-    """What can be told without a checkpoint. Raises ExportOptionError, SliceError."""
+    """What can be told without a checkpoint, which may have a slice table of its own.
+
+    Raises:
+        ExportOptionError: an unknown value, or a CSV without a slice.
+        SliceError: the CSV breaks a rule, or the slice is not in it.
+    """
     precision_for(options.precision, options.target)
     if options.logits not in LOGITS:
         raise ExportOptionError(f"Unknown logits {options.logits!r}; choose {' or '.join(LOGITS)}.")
     if unknown := sorted(set(options.modalities or ()) - set(MODALITIES)):
         raise ExportOptionError(f"Unknown modality {unknown[0]!r}; choose from {', '.join(MODALITIES)}.")
-    if options.slice is not None:
+    if options.matformer_config is not None:
+        if options.slice is None:
+            raise ExportOptionError("--matformer-config needs --slice with the name of one of its slices.")
         slicing.find_slice(options.slice, slicing.load_slices(options.matformer_config))
-    elif options.matformer_config is not None:
-        raise ExportOptionError("--matformer-config needs --slice with the name of one of its slices.")
 
 
-def choose_slice(config: TextConfig, name: str | None, table: Path | None) -> slicing.Slice:
+def choose_slice(checkpoint: Checkpoint, name: str | None, table: Path | None) -> slicing.Slice:
     if name is None:
-        return slicing.whole(config)
-    return slicing.resolve(slicing.find_slice(name, slicing.load_slices(table)), config)
+        return slicing.whole(checkpoint.text_config)
+    spec = slicing.find_slice(name, slicing.load_slices(table, checkpoint.slice_table))
+    return slicing.resolve(spec, checkpoint.text_config)
 
 
 def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:

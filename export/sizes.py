@@ -211,7 +211,7 @@ def slices_table(
     `config` is its decoder, `hf_config` its `config.json`.
     """
     rows = []
-    for spec in load_slices() if specs is None else specs:
+    for spec in load_slices().specs if specs is None else specs:
         try:
             sliced = resolve(spec, config).config
         except SliceError:

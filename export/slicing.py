@@ -67,6 +67,14 @@ class SliceSpec:
 
 # --- the table ---------------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class SliceTable:
+    source: str
+    """What messages call it: the path of its file, or "the published table"."""
+    specs: tuple[SliceSpec, ...]
+
+
 _COLUMNS = {
     "name": "name",
     "layers": "layers",
@@ -90,19 +98,21 @@ _INTEGER = r"-?[0-9](?:_?[0-9]){0,8}"
 _ELEMENT = re.compile(rf"({_INTEGER})(?:\s*\*\s*({_INTEGER}))?")
 
 
-def load_slices(path: Path | None = None) -> tuple[SliceSpec, ...]:
-    """The published table, or a CSV with the same columns under their published or their tidy names.
+def load_slices(given: Path | None = None, own: Path | None = None) -> SliceTable:
+    """The given CSV, else the checkpoint's own, else the published table.
 
-    A list cell holds integers (underscores allowed) and products `a * b`, in brackets; it must be quoted if it has
-    commas. The widths of a file are absolute; only those of the published table scale. Other columns are ignored.
+    All have the same columns, under their published or their tidy names; others are ignored. A list cell holds integers
+    (underscores allowed) and products `a * b`, in brackets; it must be quoted if it has commas. The widths of a file
+    are absolute; only those of the published table scale.
 
     Raises:
         SliceError: no such file, not a CSV, a column is missing, or a row breaks a rule; the message names the
             line, the column and the rule.
     """
+    path = own if given is None else given
     if path is None:
         table = resources.files("gemma3n_onnx.matformer_configs") / "gemma3n.csv"
-        return _parse(table.read_text(encoding="utf-8"), "gemma3n.csv", reference=True)
+        return SliceTable("the published table", _parse(table.read_text("utf-8"), "gemma3n.csv", reference=True))
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -111,7 +121,7 @@ def load_slices(path: Path | None = None) -> tuple[SliceSpec, ...]:
         raise SliceError(f"{path} is not a CSV: it is not UTF-8 text.") from error
     except OSError as error:
         raise SliceError(f"{path} cannot be read as a CSV: {error.strerror}.") from error
-    return _parse(text, str(path), reference=False)
+    return SliceTable(str(path), _parse(text, str(path), reference=False))
 
 
 def _parse(text: str, source: str, *, reference: bool) -> tuple[SliceSpec, ...]:
@@ -240,14 +250,15 @@ def _key(name: str) -> str:
     return _LONG_NAMES.get(key, key)
 
 
-def find_slice(name: str, specs: Iterable[SliceSpec]) -> SliceSpec:
+def find_slice(name: str, table: SliceTable) -> SliceSpec:
     """The slice of that name: as in the table, as published, or short (`E2.49B`) where only one slice starts
     so.
 
     Raises:
-        SliceError: unknown (the message names the nearest), or short for several (the message names them).
+        SliceError: unknown (the message names the table and the nearest names), or short for several (the message
+            names them).
     """
-    by_key = {_key(spec.name): spec for spec in specs}
+    by_key = {_key(spec.name): spec for spec in table.specs}
     key = _key(name)
     if key in by_key:
         return by_key[key]
@@ -263,7 +274,7 @@ def find_slice(name: str, specs: Iterable[SliceSpec]) -> SliceSpec:
         if nearest
         else f"known are {', '.join(s.name for s in by_key.values())}"
     )
-    raise SliceError(f"There is no slice {name!r}; {hint}.")
+    raise SliceError(f"There is no slice {name!r} in {table.source}; {hint}.")
 
 
 # --- a slice of a checkpoint -------------------------------------------------------------------------------

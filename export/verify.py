@@ -16,6 +16,7 @@ from .checkpoint import Checkpoint
 from .errors import ExportError
 from .pipeline import choose_slice, tensor_shapes
 from .reference import decoder_logits, load_decoder
+from .sizes import parameter_counts
 from .weights import check_tensors
 
 # Largest logit error as a share of the logit range, by the dtype that the artifact computes in, against
@@ -75,7 +76,7 @@ def verify(
     manifest = model.manifest
     for prompt in prompts:
         check_context(manifest.max_context, len(prompt), new_tokens)
-    chosen = choose_slice(checkpoint.text_config, slice_name, table)
+    chosen = choose_slice(checkpoint, slice_name, table)
     _check_same_architecture(model, chosen.config)
     check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
     continued = [_our_logits(model, list(prompt), new_tokens) for prompt in prompts]
@@ -129,6 +130,13 @@ def _check_same_architecture(model: OnnxGemma3n, config: TextConfig) -> None:
             f"The artifact, slice {manifest.slice!r} of {manifest.source}, has {manifest.num_layers} layers, "
             f"{widths[0]} channels and {widths[2]} tokens, and --model with --slice gives {config.num_layers}, "
             f"{config.hidden_size} and {config.vocab_size}; give the checkpoint and slice it was made of."
+        )
+    parameters = parameter_counts(config).text
+    if parameters != manifest.parameters.text:
+        raise ExportError(
+            f"The artifact, slice {manifest.slice!r} of {manifest.source}, has {manifest.parameters.text:,} text "
+            f"parameters, and --model with --slice gives {parameters:,}; give the checkpoint, the slice and the slice "
+            "table it was made of."
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemma3n_onnx.export import trace
+from gemma3n_onnx.export import hub, trace
 from gemma3n_onnx.export.writer import HashedFile
 from gemma3n_onnx.runtime import Gemma3nError, OnnxGemma3n, OptionError, PromptError
 from gemma3n_onnx.runtime.errors import ArtifactNotFoundError, ContextLengthError
@@ -182,6 +182,11 @@ def exporting_slice(content: str | bytes, name: str = "S") -> Callable[[World], 
     return arrange
 
 
+def exporting_own_slice(content: str | bytes, name: str = "S") -> Callable[[World], list[str]]:
+    """The table lies in the checkpoint's folder."""
+    return exporting(write("slices.csv", content), "--slice", name)
+
+
 def running(edit: Callable[[Path], Any] | None = None, *options: str) -> Callable[[World], list[str]]:
     return lambda world: ["gemma3n", "run", world.artifact(edit), "Hello", "--max-new-tokens", "2", *options]
 
@@ -293,9 +298,29 @@ def hub_offline(world: World) -> list[str]:
     return exporting_from(lambda _: "google/gemma-3n-E9B")(world)
 
 
+def demo(package: Callable[[str], Path], *options: str) -> Callable[[World], list[str]]:
+    """An installation whose packages lie where `package` says."""
+
+    def arrange(world: World) -> list[str]:
+        world.patch.setattr(hub, "resources", types.SimpleNamespace(files=package))
+        return ["gemma3n-export", "--model", "demo", "--output", "out", *options]
+
+    return arrange
+
+
+def no_package(name: str) -> Path:
+    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 def another_artifacts_checkpoint(world: World) -> list[str]:
     other = text_checkpoint("tiny", world.folder / "other", overrides=SMALL | {"hidden_size": 128})
     return ["gemma3n", "verify", world.artifact(), "--model", str(other), "--new-tokens", "2"]
+
+
+def another_slice_of_the_same_name(world: World) -> list[str]:
+    rewrite_json("manifest.json", lambda m: m.update(slice="S"))(Path(artifact := world.artifact()))
+    checkpoint = world.checkpoint(write("slices.csv", HEADER + row("[256, 128, 256]")))
+    return ["gemma3n", "verify", artifact, "--model", checkpoint, "--new-tokens", "2"]
 
 
 def e4b_of_e2b(world: World) -> list[str]:
@@ -324,6 +349,9 @@ CASES = [
     Case("model_empty_folder", exporting_from(empty_folder), ("empty", "no config.json")),
     Case("model_hub_unreachable", hub_offline, ("google/gemma-3n-E9B", "cannot be reached")),
     Case("model_revision_of_folder", exporting(None, "--revision", "v2"), ("local folder", "'v2'")),
+    Case("demo_without_its_files", demo(lambda _: Path("nowhere")), ("has no demo checkpoint", "Hub id")),
+    Case("demo_without_its_package", demo(no_package), ("has no demo checkpoint", "Hub id")),
+    Case("demo_revision", demo(no_package, "--revision", "v2"), ("demo comes with the package", "'v2'")),
     Case("config_not_json", exporting(write("config.json", "{oops")), ("config.json", "no valid JSON")),
     Case("config_not_object", exporting(write("config.json", "[1]")), ("config.json", "no JSON object")),
     Case(
@@ -437,7 +465,47 @@ CASES = [
     ),
     Case("csv_skips_donor", exporting_slice(HEADER + row("[256, 256]", "[0]", layers=2)), ("skips layer 0", "donor")),
     Case("csv_skip_out_of_range", exporting_slice(HEADER + row("[256, 256]", "[9]", layers=2)), ("skips layer 9",)),
-    Case("slice_unknown", exporting(None, "--slice", "E3B"), ("'E3B'",)),
+    Case(
+        "csv_slice_unknown_before_the_model_is_opened",
+        lambda w: [
+            *exporting_from(lambda _: "/no/such/folder")(w),
+            *("--slice", "SS", "--matformer-config", w.file("my.csv", HEADER + row("[256, 256, 256]"))),
+        ],
+        ("no slice 'SS' in", "my.csv", "nearest are S."),
+    ),
+    Case(
+        "csv_binary_before_the_model_is_opened",
+        lambda w: ["gemma3n", "slices", "--model", "/no/such/folder", "--matformer-config", w.file("my.csv", b"\0")],
+        ("my.csv", "not a CSV"),
+    ),
+    Case("own_csv_binary", exporting_own_slice(b"\x89PNG\r\n\xff\x00"), ("checkpoint/slices.csv", "not a CSV")),
+    Case("own_csv_empty", exporting_own_slice(""), ("checkpoint/slices.csv", "no slices")),
+    Case(
+        "own_csv_is_a_folder",
+        exporting(lambda folder: (folder / "slices.csv").mkdir(), "--slice", "S"),
+        ("checkpoint/slices.csv", "cannot be read as a CSV"),
+    ),
+    Case(
+        "own_csv_wrong_length",
+        exporting_own_slice(HEADER + row("[256, 256]")),
+        ("checkpoint/slices.csv, line 2", "3 layers, but 'ffn_hidden_dims' has 2 widths"),
+    ),
+    Case("own_csv_width_above", exporting_own_slice(HEADER + row("[256, 512, 256]")), ("layer 1", "512 is above")),
+    Case(
+        "slice_not_in_own_csv",
+        exporting_own_slice(HEADER + row("[256, 128, 256]", name="E2B-half"), "E2.98B-layer"),
+        ("no slice 'E2.98B-layer' in", "checkpoint/slices.csv", "E2B-half"),
+    ),
+    Case(
+        "slices_none_of_own_csv_fits",
+        lambda w: [
+            *("gemma3n", "slices", "--model"),
+            w.checkpoint(write("slices.csv", HEADER + row("[256, 512, 256]"))),
+        ],
+        ("No slice of", "checkpoint/slices.csv"),
+    ),
+    Case("verify_another_slice_of_the_same_name", another_slice_of_the_same_name, ("slice 'S'", "text parameters")),
+    Case("slice_unknown", exporting(None, "--slice", "E3B"), ("'E3B' in the published table",)),
     Case("slice_ambiguous", exporting(None, "--slice", "E2.98B"), ("'E2.98B' is ambiguous", "E2.98B-layer")),
     Case("slice_e4b_of_e2b", e4b_of_e2b, ("Slice E4B", "35 layers", "this one has 30")),
     Case(

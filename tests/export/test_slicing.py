@@ -20,6 +20,7 @@ from gemma3n_onnx.export.sizes import (
 )
 from gemma3n_onnx.export.slicing import (
     SliceSpec,
+    SliceTable,
     TensorCut,
     dropped,
     find_slice,
@@ -31,8 +32,9 @@ from gemma3n_onnx.graphs.config import TextConfig
 
 HEADER = "name,# Layers,# Effective Params (B),MMLU PT accuracy,FFN Hidden Dims,Layers Skipped"
 HALF = f"[{', '.join(['2_048 * 4'] * 35)}]"
-SPECS = load_slices()
-E2B = resolve(find_slice("E2B", SPECS), E4B)
+PUBLISHED = load_slices()
+SPECS = PUBLISHED.specs
+E2B = resolve(find_slice("E2B", PUBLISHED), E4B)
 NARROW_HF = {
     "model_type": "gemma3n_text",
     "hidden_size": 32,
@@ -59,7 +61,7 @@ def row(name="mine", layers="35", widths=HALF, skipped="", header=HEADER):
     return f'{header}\n{name},{layers},2.2,60.00%,"{widths}","{skipped}"\n'
 
 
-def load(tmp_path: Path, text: str) -> tuple[SliceSpec, ...]:
+def load(tmp_path: Path, text: str) -> SliceTable:
     path = tmp_path / "slices.csv"
     path.write_text(text, encoding="utf-8")
     return load_slices(path)
@@ -90,7 +92,7 @@ def test_published_slice_resolves_and_has_the_published_size(spec):
     ],
 )
 def test_effective_parameters_are_exact(name, effective):
-    assert parameter_counts(resolve(find_slice(name, SPECS), E4B).config).effective == effective
+    assert parameter_counts(resolve(find_slice(name, PUBLISHED), E4B).config).effective == effective
 
 
 def test_there_are_sixteen_published_slices():
@@ -127,38 +129,39 @@ def test_narrow_checkpoint_scales_every_published_slice(spec):
     ],
 )
 def test_names_resolve(asked, found):
-    assert find_slice(asked, SPECS).name == found
+    assert find_slice(asked, PUBLISHED).name == found
 
 
 @pytest.mark.parametrize("short", ["E2.98B", "E3.79B"])
 def test_ambiguous_name_names_both(short):
     with pytest.raises(SliceError, match=f"choose {short}-layer or {short}-block"):
-        find_slice(short, SPECS)
+        find_slice(short, PUBLISHED)
 
 
 def test_unknown_name_names_the_nearest():
-    with pytest.raises(SliceError, match=r"nearest are .*E2.54B-layer"):
-        find_slice("E2.55B-layer", SPECS)
+    with pytest.raises(SliceError, match=r"'E2.55B-layer' in the published table; the nearest are .*E2.54B-layer"):
+        find_slice("E2.55B-layer", PUBLISHED)
     with pytest.raises(SliceError, match="known are E4B, E2B"):
-        find_slice("llama", SPECS)
+        find_slice("llama", PUBLISHED)
 
 
 # --- the user's table
 
 
 def test_published_csv_as_users_have_it(tmp_path):
-    text = "\ufeff" + row("Config for E2.54B (layer-level)", widths=str(list(find_slice("E2.54B", SPECS).widths)))
+    text = "\ufeff" + row("Config for E2.54B (layer-level)", widths=str(list(find_slice("E2.54B", PUBLISHED).widths)))
     text += '\nConfig for official E2B Model, 30, 1.91, 50.90%, "[' + "2_048 * 4, " * 30 + ']", "[20, 21, 22,23,24]"\n'
-    first, second = load(tmp_path, text)
-    assert first.widths == find_slice("E2.54B", SPECS).widths
+    table = load(tmp_path, text)
+    first, second = table.specs
+    assert first.widths == find_slice("E2.54B", PUBLISHED).widths
     assert (second.widths, second.skipped, second.mmlu) == ((8192,) * 30, (20, 21, 22, 23, 24), 50.9)
-    assert find_slice("E2.54B", (first, second)) is first
+    assert find_slice("E2.54B", table) is first
     assert resolve(second, E4B).config == E2B.config
 
 
 def test_tidy_columns_and_own_names(tmp_path):
-    (spec,) = load(tmp_path, 'name,layers,ffn_hidden_dims,layers_skipped\nMy Slice,2,"[64, 2 * 3_2]",\n')
-    assert find_slice("my slice", [spec]) == SliceSpec("My Slice", (64, 64))
+    table = load(tmp_path, 'name,layers,ffn_hidden_dims,layers_skipped\nMy Slice,2,"[64, 2 * 3_2]",\n')
+    assert find_slice("my slice", table) == SliceSpec("My Slice", (64, 64))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +204,29 @@ def test_unreadable_files_are_refused(tmp_path):
         load_slices(tmp_path / "binary")
 
 
+# --- the table of a checkpoint's own
+
+
+def test_a_given_csv_goes_before_the_checkpoints_own_and_that_before_the_published_table(tmp_path):
+    tables = {name: tmp_path / f"{name}.csv" for name in ("given", "own")}
+    for name, path in tables.items():
+        path.write_text(row(name), encoding="utf-8")
+    for arguments, source, first in (
+        ((tables["given"], tables["own"]), str(tables["given"]), "given"),
+        ((None, tables["own"]), str(tables["own"]), "own"),
+        ((None, None), "the published table", "E4B"),
+    ):
+        table = load_slices(*arguments)
+        assert (table.source, table.specs[0].name) == (source, first)
+
+
+def test_widths_of_a_checkpoints_own_table_are_absolute(tmp_path):
+    path = tmp_path / "slices.csv"
+    path.write_text(row("E2B", widths=str([64] * 35)), encoding="utf-8")
+    spec = find_slice("E2B", load_slices(None, path))
+    assert resolve(spec, NARROW).config.intermediate_sizes == (64,) * 35
+
+
 # --- the rules against a checkpoint
 
 
@@ -234,18 +260,18 @@ def test_skipping_a_producer_that_is_no_donor_is_allowed():
 
 
 def test_e2b_weights_are_e2b_already_and_nothing_larger():
-    already = resolve(find_slice("E2B", SPECS), E2B.config)
+    already = resolve(find_slice("E2B", PUBLISHED), E2B.config)
     assert already == whole(E2B.config, "E2B")
     for larger in ("E4B", "E1.96B", "E2.54B"):
         with pytest.raises(SliceError, match="can only take layers away"):
-            resolve(find_slice(larger, SPECS), E2B.config)
+            resolve(find_slice(larger, PUBLISHED), E2B.config)
 
 
 def test_full_size_widths_are_never_scaled():
     half = replace(E4B, intermediate_sizes=(8192,) * 35)
-    assert set(resolve(find_slice("E2B", SPECS), half).config.intermediate_sizes) == {8192}
+    assert set(resolve(find_slice("E2B", PUBLISHED), half).config.intermediate_sizes) == {8192}
     with pytest.raises(SliceError, match="16384 is above the checkpoint's 8192"):
-        resolve(find_slice("E4B", SPECS), half)
+        resolve(find_slice("E4B", PUBLISHED), half)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +280,7 @@ def test_full_size_widths_are_never_scaled():
 )
 def test_scaling_needs_one_divisible_width(widths, message):
     with pytest.raises(SliceError, match=message):
-        resolve(find_slice("E2B", SPECS), replace(NARROW, intermediate_sizes=widths))
+        resolve(find_slice("E2B", PUBLISHED), replace(NARROW, intermediate_sizes=widths))
 
 
 # --- cuts
@@ -290,7 +316,7 @@ def build(hf_config):
 def test_cut_state_dict_loads_strictly_and_equals_brute_force(name):
     import torch
 
-    slice_ = resolve(find_slice(name, SPECS), NARROW)
+    slice_ = resolve(find_slice(name, PUBLISHED), NARROW)
     source = {key: value.numpy() for key, value in build(NARROW_HF).state_dict().items()}
     # Checkpoints still have K and V of the shared layers.
     extra = {f"layers.{i}.self_attn.{part}.weight": np.zeros(1) for i in range(20, 35) for part in ("k_proj", "v_proj")}
@@ -323,7 +349,7 @@ def test_cut_state_dict_loads_strictly_and_equals_brute_force(name):
 
 @pytest.mark.parametrize("full", [True, False])
 def test_hf_config_describes_the_slice(full):
-    slice_ = resolve(find_slice("E1.96B", SPECS), NARROW)
+    slice_ = resolve(find_slice("E1.96B", PUBLISHED), NARROW)
     original = {"model_type": "gemma3n", "text_config": NARROW_HF} if full else NARROW_HF
     sliced = slice_.hf_config(original)
     assert TextConfig.from_hf(sliced) == slice_.config
