@@ -71,8 +71,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 # The reduced encoders of the tiny size: every kind of block, few channels.
-TINY_VISION = {"model_args": {"channel_multiplier": 0.03}}
-TINY_AUDIO = {
+TINY_VISION: dict[str, Any] = {"model_args": {"channel_multiplier": 0.03}}
+TINY_AUDIO: dict[str, Any] = {
     "hidden_size": 64,
     "conf_num_attention_heads": 4,
     "conf_num_hidden_layers": 2,
@@ -142,9 +142,9 @@ def make_checkpoint(
         raise ExportOptionError(f"Unknown dtype {dtype!r}; choose one of {', '.join(SAFETENSORS_DTYPES)}.")
     if not isinstance(seed, int) or seed < 0:
         raise ExportOptionError(f"The seed is {seed!r}; give a whole number of at least 0.")
-    text = _config(SIZES[size], dtype, overrides or {})
-    architecture = _architecture(text)
-    config = text if text_only else _full_config(text, architecture, reduced=size == "tiny")
+    text, architecture = text_config(size, dtype, overrides or {})
+    reduced = (TINY_VISION, TINY_AUDIO) if size == "tiny" else ({}, {})
+    config = text if text_only else full_config(text, architecture, *reduced)
     layout = TEXT_ONLY if text_only else FULL_LAYOUT
     tensors = [_Named(layout.text + tensor.name, tensor) for tensor in _tensors(architecture)]
     if not text_only:
@@ -161,12 +161,16 @@ def make_checkpoint(
     return output
 
 
-def _config(size: Mapping[str, Any], dtype: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def text_config(size: Size, dtype: Dtype, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], TextConfig]:
+    """The text config of `size` with `overrides`, every per-layer list filled in, and the architecture it describes.
+
+    ExportOptionError: an unknown override, or values that make no Gemma 3n.
+    """
     config: dict[str, Any] = {
         "architectures": ["Gemma3nForCausalLM"],
         "model_type": "gemma3n_text",
         "dtype": dtype,
-        **size,
+        **SIZES[size],
         "layer_types": None,
         "activation_sparsity_pattern": None,
         "hidden_activation": "gelu_pytorch_tanh",
@@ -190,13 +194,19 @@ def _config(size: Mapping[str, Any], dtype: str, overrides: Mapping[str, Any]) -
     }
     if unknown := sorted(set(overrides) - set(config)):
         raise ExportOptionError(f"Unknown override {unknown[0]!r}; known are {', '.join(sorted(config))}.")
-    return config | dict(overrides)
+    config |= overrides
+    return config, _architecture(config)
 
 
-def _full_config(text: dict[str, Any], architecture: TextConfig, *, reduced: bool) -> dict[str, Any]:
-    """The text config in one with both encoders, which take their ids from the end of the vocabulary."""
+def full_config(
+    text: dict[str, Any], architecture: TextConfig, vision: Mapping[str, Any], audio: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The text config in one with both encoders, which take their ids from the end of the vocabulary.
+
+    `vision` and `audio`: values that replace those of the full-size encoders.
+    """
     special = SpecialIds.of_text_vocab(architecture.vocab_size - 2 * SOFT_IDS)
-    vision = {
+    vision_config = {
         "model_type": "gemma3n_vision",
         "architecture": "mobilenetv5_300m_enc",
         "hidden_size": 2048,
@@ -205,9 +215,9 @@ def _full_config(text: dict[str, Any], architecture: TextConfig, *, reduced: boo
         "rms_norm_eps": 1e-6,
         "do_pooling": False,
         "initializer_range": 0.02,
-        **(TINY_VISION if reduced else {}),
+        **vision,
     }
-    audio = {
+    audio_config = {
         "model_type": "gemma3n_audio",
         "vocab_size": SOFT_IDS,
         "vocab_offset": architecture.vocab_size - SOFT_IDS,
@@ -228,7 +238,7 @@ def _full_config(text: dict[str, Any], architecture: TextConfig, *, reduced: boo
         "sscp_conv_group_norm_eps": 1e-3,
         "sscp_conv_kernel_size": [[3, 3], [3, 3]],
         "sscp_conv_stride_size": [[2, 2], [2, 2]],
-        **(TINY_AUDIO if reduced else {}),
+        **audio,
     }
     shared = {key: text[key] for key in ("dtype", "pad_token_id", "bos_token_id", "initializer_range")}
     return {
@@ -238,8 +248,8 @@ def _full_config(text: dict[str, Any], architecture: TextConfig, *, reduced: boo
         "eos_token_id": [EOS, END_OF_TURN],
         "tie_word_embeddings": True,
         "text_config": text,
-        "vision_config": vision,
-        "audio_config": audio,
+        "vision_config": vision_config,
+        "audio_config": audio_config,
         "vision_soft_tokens_per_image": 256,
         "audio_soft_tokens_per_image": 188,
         "boi_token_id": special.start_of_image,
@@ -251,7 +261,7 @@ def _full_config(text: dict[str, Any], architecture: TextConfig, *, reduced: boo
     }
 
 
-PREPROCESSOR = {
+PREPROCESSOR: dict[str, Any] = {
     "processor_class": "Gemma3nProcessor",
     "image_processor_type": "SiglipImageProcessor",
     "do_convert_rgb": None,

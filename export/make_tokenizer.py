@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -56,29 +57,35 @@ class SpecialIds:
         }
 
 
-def write_tokenizer(folder: Path, text_vocab: int, vocab_size: int) -> None:
+def write_tokenizer(folder: Path, text_vocab: int, vocab_size: int, corpus: Iterable[str] | None = None) -> None:
     """Writes tokenizer.json, tokenizer_config.json, generation_config.json and chat_template.jinja.
 
     Args:
         folder: an existing folder.
         text_vocab: ids that text may use, at least 1024.
         vocab_size: ids in all; each decodes to something.
+        corpus: lines of text that the merges are learned from; prose that comes with the package where None.
     """
     special = SpecialIds.of_text_vocab(text_vocab).tokens()
-    _build(text_vocab, vocab_size, special).save(str(folder / "tokenizer.json"), pretty=False)
+    lines = _prose() if corpus is None else corpus
+    _build(text_vocab, vocab_size, special, lines).save(str(folder / "tokenizer.json"), pretty=False)
     write_json(folder / "tokenizer_config.json", _tokenizer_config())
     write_json(folder / "generation_config.json", _generation_config())
     template = resources.files(__package__).joinpath("chat_template.jinja").read_bytes()
     (folder / "chat_template.jinja").write_bytes(template)
 
 
-def _build(text_vocab: int, vocab_size: int, special: dict[str, int]) -> Tokenizer:
+def _prose() -> list[str]:
+    return resources.files(__package__).joinpath("corpus.txt").read_text(encoding="utf-8").splitlines()
+
+
+def _build(text_vocab: int, vocab_size: int, special: dict[str, int], corpus: Iterable[str]) -> Tokenizer:
     newlines = {"\n" * (1 + i): token_id for i, token_id in enumerate(NEWLINES)}
     byte_tokens = {f"<0x{i:02X}>": token_id for i, token_id in enumerate(BYTES)}
     vocab = special | newlines | byte_tokens
     taken = set(vocab.values())
     free = [token_id for token_id in range(FIRST_LEARNED, text_vocab) if token_id not in taken]
-    pieces, merges = _learn(len(free))
+    pieces, merges = _learn(len(free), corpus)
     vocab |= dict(zip(pieces, free))
     taken.update(vocab.values())
     unused = (token_id for token_id in range(vocab_size) if token_id not in taken)
@@ -97,13 +104,16 @@ def _build(text_vocab: int, vocab_size: int, special: dict[str, int]) -> Tokeniz
     return tokenizer
 
 
-def _learn(size: int) -> tuple[list[str], list[tuple[str, str]]]:
+def _learn(size: int, corpus: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """At most `size` pieces learned from the corpus, in order of id, and the merges that form them."""
-    corpus = resources.files(__package__).joinpath("corpus.txt").read_text(encoding="utf-8")
-    lines = corpus.replace(" ", SPACE).splitlines()
+    lines = (line.replace(" ", SPACE) for line in corpus)
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split(SPACE, "merged_with_next")]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Split(SPACE, "merged_with_next"),
+        ]
     )
     learner.train_from_iterator(lines, BpeTrainer(vocab_size=size, show_progress=False))
     state: dict[str, Any] = json.loads(learner.to_str())["model"]

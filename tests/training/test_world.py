@@ -1,0 +1,121 @@
+"""The demo's world: what is drawn and sounded is what the answers say, and an exam asks nothing that was taught."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from gemma3n_onnx.training import conversations, questions
+from gemma3n_onnx.training.pictures import COLOURS, MAX_THINGS, SHAPES, random_picture
+from gemma3n_onnx.training.sounds import RATE_HZ, Sound, random_sound
+
+
+def pictures(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [random_picture(rng) for _ in range(count)]
+
+
+def test_pictures_are_of_every_kind():
+    drawn = pictures(300)
+    assert {len(p.things) for p in drawn} == set(range(1, MAX_THINGS + 1))
+    assert {t.shape for p in drawn for t in p.things} == set(SHAPES)
+    assert {t.colour for p in drawn for t in p.things} == set(COLOURS)
+    assert len({t.zone for p in drawn for t in p.things}) == 9
+    assert min(min(p.width, p.height) for p in drawn) < 160 and max(max(p.width, p.height) for p in drawn) > 900
+
+
+def test_things_lie_apart_within_the_picture_from_left_to_right():
+    for picture in pictures(200):
+        shorter = min(picture.width, picture.height)
+        assert [t.x for t in picture.things] == sorted(t.x for t in picture.things)
+        for thing in picture.things:
+            for centre, side in ((thing.x, picture.width), (thing.y, picture.height)):
+                assert thing.size * shorter / 2 <= centre * side <= side - thing.size * shorter / 2
+        for a, b in itertools.combinations(picture.things, 2):
+            apart = math.hypot((a.x - b.x) * picture.width, (a.y - b.y) * picture.height)
+            assert apart > (a.size + b.size) * shorter / 2
+
+
+def test_a_thing_has_its_colour_where_it_lies():
+    for picture in pictures(20):
+        image, owners = np.asarray(picture.draw().resize((64, 64), 0)), picture.owners(64)
+        for number, thing in enumerate(picture.things, start=1):
+            assert (owners == number).any()
+            far = np.abs(image[owners == number].astype(int) - thing.rgb).max(-1)
+            assert np.median(far) <= 2
+
+
+def test_drawing_and_sounding_are_reproducible():
+    rng = np.random.default_rng(3)
+    picture, sound = random_picture(rng), random_sound(rng)
+    assert picture.draw().tobytes() == picture.draw().tobytes()
+    np.testing.assert_array_equal(sound.synthesize()[0], sound.synthesize()[0])
+
+
+@pytest.mark.parametrize("kind", ["high", "low", "rising", "falling"])
+def test_a_tone_has_the_pitch_of_its_kind(kind):
+    for seed in range(5):
+        samples, [(begin, end)] = Sound(kind, 0, seed).synthesize()
+        pitches = [strongest(samples, at) for at in (begin + 0.1, end - 0.1)]
+        if kind in ("rising", "falling"):
+            assert (pitches[0] < pitches[1]) == (kind == "rising")
+        else:
+            assert all((pitch > 1000) == (kind == "high") for pitch in pitches)
+
+
+def strongest(samples, at):
+    """Frequency in Hz of the strongest partial around `at` seconds."""
+    middle = round(at * RATE_HZ)
+    window = samples[middle - 800 : middle + 800] * np.hanning(1600)
+    return np.argmax(np.abs(np.fft.rfft(window))) * RATE_HZ / 1600
+
+
+def test_beeps_are_as_many_as_sound():
+    for seed, beeps in itertools.product(range(4), range(1, 6)):
+        samples, spans = Sound("low", beeps, seed).synthesize()
+        loud = np.sqrt(np.convolve(samples**2, np.ones(320) / 320, "same"))
+        active = loud > 0.3 * loud.max()
+        assert np.count_nonzero(active[1:] & ~active[:-1]) == beeps == len(spans)
+
+
+def test_descriptions():
+    rng = np.random.default_rng(0)
+    picture = random_picture(rng, count=3)
+    first, second, third = (f"{t.colour} {t.shape}" for t in picture.things)
+    assert questions.describe(picture).replace("an ", "a ") == f"a {first}, a {second} and a {third}"
+    assert questions.hear(Sound("rising", 0, 1)) == "a rising tone"
+    assert questions.hear(Sound("low", 3, 1)) == "three low beeps"
+    assert questions.hear(Sound("high", 1, 1)) == "one high beep"
+
+
+def test_an_exam_asks_every_task_as_often():
+    tasks = conversations.exam(0, 12)
+    assert len(tasks) == 16
+    for task, asked in tasks.items():
+        assert len(asked) == 12
+        assert all(len(conversation.turns) == 1 and conversation.turns[0].task == task for conversation in asked)
+
+
+def test_an_exam_asks_no_numbers_that_were_taught():
+    rng = np.random.default_rng(0)
+    taught = {
+        turn.answer
+        for _ in range(20_000)
+        for turn in conversations.random_conversation(rng, None, None).turns
+        if turn.task in ("sum", "count")
+    }
+    asked = conversations.exam(0, 60)
+    answers = {conversation.turns[0].answer for task in ("sum", "count") for conversation in asked[task]}
+    assert len(answers) > 20
+    assert not answers & taught
+
+
+def test_the_tokenizer_knows_every_word_as_one_token(tmp_path):
+    from gemma3n_onnx.runtime.prompt import Tokenizer
+    from gemma3n_onnx.training.checkpoint import demo_config, write_companions
+
+    write_companions(tmp_path, demo_config())
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for word in (*SHAPES, *COLOURS, *questions.WORDS, *questions.NUMBERS):
+        assert len(tokenizer.encode(f" {word}", add_bos=False)) == 1, word

@@ -1,0 +1,80 @@
+"""The demo's configuration, and its trained weights as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gemma3n_onnx.export.checkpoint import FULL_LAYOUT, WEIGHTS
+from gemma3n_onnx.export.make_checkpoint import PREPROCESSOR, full_config, text_config
+from gemma3n_onnx.export.make_tokenizer import write_tokenizer
+from gemma3n_onnx.export.processor import MAX_SECONDS, PAD_MULTIPLE
+from gemma3n_onnx.export.writer import write_json
+from gemma3n_onnx.graphs import audio, vision
+from gemma3n_onnx.runtime.artifact import LogMelInfo
+
+from .questions import corpus
+from .vision import SIDE
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 15,
+    "num_kv_shared_layers": 10,
+    "head_dim": 32,
+    "sliding_window": 128,
+    "laurel_rank": 16,
+    "activation_sparsity_pattern": [0.95] * 3 + [0.0] * 12,
+}
+VISION: dict[str, Any] = {"model_args": {"channel_multiplier": 0.04}}
+AUDIO: dict[str, Any] = {
+    "hidden_size": 64,
+    "conf_num_attention_heads": 4,
+    "conf_num_hidden_layers": 2,
+    "sscp_conv_channel_size": [16, 8],
+}
+LOG_MEL = LogMelInfo(
+    sample_rate_hz=PREPROCESSOR["sampling_rate"],
+    frame_length=PREPROCESSOR["frame_length"],
+    hop_length=PREPROCESSOR["hop_length"],
+    fft_length=PREPROCESSOR["fft_length"],
+    mel_bins=PREPROCESSOR["feature_size"],
+    min_frequency_hz=PREPROCESSOR["min_frequency"],
+    max_frequency_hz=PREPROCESSOR["max_frequency"],
+    preemphasis=PREPROCESSOR["preemphasis"],
+    mel_floor=PREPROCESSOR["mel_floor"],
+    max_samples=MAX_SECONDS * PREPROCESSOR["sampling_rate"],
+    pad_multiple=PAD_MULTIPLE,
+)
+
+
+def demo_config() -> dict[str, Any]:
+    """The `config.json`."""
+    return full_config(*text_config("tiny", "bfloat16", TEXT), VISION, AUDIO)
+
+
+def write_companions(folder: Path, config: Mapping[str, Any]) -> None:
+    """All files of the checkpoint but its weights and what people wrote."""
+    text = config["text_config"]
+    write_json(folder / "config.json", dict(config))
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR | {"size": {"height": SIDE, "width": SIDE}})
+    write_tokenizer(folder, text["vocab_size_per_layer_input"], text["vocab_size"], corpus())
+
+
+def write_weights(
+    folder: Path, config: Mapping[str, Any], text: Mapping[str, Tensor], encoders: Mapping[str, Tensor]
+) -> None:
+    """`text` by the names below the decoder's prefix, `encoders` by those below `model.`; stored in bf16."""
+    shapes = {
+        **vision.checkpoint_shapes(vision.VisionConfig.from_hf(config)),
+        **audio.checkpoint_shapes(audio.AudioConfig.from_hf(config)),
+    }
+    named = {f"{FULL_LAYOUT.text}{name}": tensor for name, tensor in text.items()}
+    named |= {f"{FULL_LAYOUT.encoders}{name}": encoders[name].reshape(shape) for name, shape in shapes.items()}
+    tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in named.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

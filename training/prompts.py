@@ -1,0 +1,58 @@
+"""Conversations as token ids, written as the runtime writes them: its chat template, its soft tokens, its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gemma3n_onnx.runtime.prompt import ChatTemplate, Tokenizer
+
+from .conversations import Conversation, messages_of
+from .decoder import Sequences
+
+SOFT_TOKENS = {"image": 256, "audio": 188}
+
+
+class Encoder:
+    """Conversations as sequences to be trained on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = Tokenizer.from_folder(folder)
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self._template = ChatTemplate(template, {"bos_token": "<bos>"})
+        self._opening = self._tokenizer.encode("<start_of_turn>model\n", add_bos=False)
+        self._end = self._tokenizer.token_id("<end_of_turn>")
+        self.soft_ids = torch.tensor([self._tokenizer.token_id(f"<{kind}_soft_token>") for kind in SOFT_TOKENS])
+
+    def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """Ids up to the last answer's end, and for each the one after it where that is part of an answer, else -1."""
+        answer = {"role": "assistant", "content": conversation.turns[-1].answer}
+        text = self._template.render([*messages_of(conversation, conversation.media_kinds), answer], False)
+        for kind, count in SOFT_TOKENS.items():
+            soft = f"<{kind}_soft_token>"
+            text = text.replace(soft, f"\n\n<start_of_{kind}>{soft * count}<end_of_{kind}>\n\n")
+        ids = self._tokenizer.encode(text, add_bos=True)
+        targets = [-1] * len(ids)
+        answering, opening = False, len(self._opening)
+        for i in range(len(ids) - 1):
+            answering = answering or ids[max(i + 1 - opening, 0) : i + 1] == self._opening
+            if answering:
+                targets[i] = ids[i + 1]
+                answering = ids[i + 1] != self._end
+        length = max(i for i, target in enumerate(targets) if target >= 0) + 1
+        return ids[:length], targets[:length]
+
+    def batch(self, conversations: Sequence[Conversation], features: Tensor) -> Sequences:
+        """`features` [n, H] of all images and clips, in the order of the conversations."""
+        encoded = [self.encode(conversation) for conversation in conversations]
+        lengths = [len(ids) for ids, _ in encoded]
+        ids, targets = (torch.full((len(encoded), max(lengths)), filler) for filler in (0, -1))
+        for row, (of_row, wanted) in enumerate(encoded):
+            ids[row, : lengths[row]] = torch.tensor(of_row)
+            targets[row, : lengths[row]] = torch.tensor(wanted)
+        first = [next(i for i, target in enumerate(wanted) if target >= 0) for _, wanted in encoded]
+        answered = max(length - start for length, start in zip(lengths, first))
+        return Sequences(ids, targets, torch.tensor(lengths), answered, features)

@@ -1,0 +1,291 @@
+"""Questions of the demo's world with their only right answers: about pictures, sounds, both, and plain text."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .pictures import COLOURS, SHAPES, Picture, Thing, random_picture
+from .sounds import Sound, random_sound
+
+NUMBERS = ("no", "one", "two", "three", "four", "five")
+ONE_WORD = ("Answer in one word.", "Give one word as an answer.", "Reply with a single word.")
+POLITE = ("You are a helpful assistant.", "You look, listen and answer.", "Be brief and correct.")
+NAMES = ("Ada", "Bruno", "Clara", "Dora", "Emil", "Frida", "Gus", "Hana", "Ivo", "Juno", "Kira", "Leo", "Mona", "Nils")
+WORDS = (
+    "apple", "bird", "boat", "book", "bread", "cat", "chair", "cloud", "cup", "dog", "door", "fish", "flower",
+    "forest", "garden", "hat", "hill", "house", "key", "lake", "lamp", "leaf", "moon", "night", "paper", "rain",
+    "river", "road", "salt", "sea", "shoe", "snow", "stone", "sun", "table", "tree", "wind", "window",
+)  # fmt: skip
+LARGEST_SUMMAND = 20
+LARGEST_COUNTED = 20
+LONGEST_COUNT = 6
+HELD_OUT_SHARE = 8
+"""One of so many pairs of numbers is never trained on."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """`task` is the name under which answers are scored."""
+
+    task: str
+    question: str
+    answer: str
+
+
+Ask = Callable[[np.random.Generator], Turn]
+
+
+def one_word(turn: Turn) -> Turn | None:
+    """The turn as the system prompts of `ONE_WORD` want it, where its answer has a word that says it."""
+    short = _SHORT.get(turn.task)
+    if short is None or (word := short(turn.answer.rstrip(".").split())) is None:
+        return None
+    return Turn("one word", turn.question, f"{word.capitalize()}.")
+
+
+_SHORT: Mapping[str, Callable[[list[str]], str | None]] = {
+    "colour": lambda words: words[-1],
+    "shape": lambda words: words[1],
+    "how many shapes": lambda words: words[2],
+    "how many beeps": lambda words: words[2],
+    "is there": lambda words: words[0].rstrip(","),
+    "pitch": lambda words: words[-1],
+    "sum": lambda words: words[-1],
+}
+
+
+# --- pictures ----------------------------------------------------------------------------------------------
+
+
+def describe(picture: Picture) -> str:
+    """`a red circle, a blue square and a green star`, from left to right."""
+    return _listed([f"{_a(thing.colour)} {thing.shape}" for thing in picture.things])
+
+
+def about_picture(picture: Picture) -> list[Ask]:
+    """Every kind of question that has one answer for this picture."""
+    asks: list[Ask] = [lambda rng: Turn("describe", _pick(rng, DESCRIBE), f"{_sentence(describe(picture))}")]
+    asks.append(lambda rng: _how_many(rng, picture))
+    asks.append(lambda rng: _is_there(rng, picture))
+    shapes, colours = ([getattr(t, kind) for t in picture.things] for kind in ("shape", "colour"))
+    for thing in picture.things:
+        if shapes.count(thing.shape) == 1:
+            asks.append(lambda rng, t=thing: _colour(rng, t))
+            asks.append(lambda rng, t=thing: _where(rng, t, t.shape))
+        if colours.count(thing.colour) == 1:
+            asks.append(lambda rng, t=thing: _shape(rng, t))
+            asks.append(lambda rng, t=thing: _where(rng, t, f"{t.colour} {t.shape}"))
+    return asks
+
+
+DESCRIBE = (
+    "What is in the picture?",
+    "What do you see?",
+    "Describe the picture.",
+    "What is in this image?",
+    "What can you see in the picture?",
+    "Describe this image.",
+)
+
+
+def _colour(rng: np.random.Generator, thing: Thing) -> Turn:
+    forms = (
+        "What colour is the {}?",
+        "Which colour is the {}?",
+        "What is the colour of the {}?",
+        "What color is the {}?",
+    )
+    return Turn("colour", _pick(rng, forms).format(thing.shape), f"The {thing.shape} is {thing.colour}.")
+
+
+def _shape(rng: np.random.Generator, thing: Thing) -> Turn:
+    forms = ("Which shape is {}?", "What shape is {}?", "What is {}?", "Which shape is the {} one?")
+    return Turn("shape", _pick(rng, forms).format(thing.colour), f"The {thing.shape} is {thing.colour}.")
+
+
+def _where(rng: np.random.Generator, thing: Thing, name: str) -> Turn:
+    forms = ("Where is the {}?", "Where in the picture is the {}?", "Where do you see the {}?")
+    return Turn("where", _pick(rng, forms).format(name), f"The {name} is {thing.zone}.")
+
+
+def _how_many(rng: np.random.Generator, picture: Picture) -> Turn:
+    things = picture.things
+    kind = rng.integers(3)
+    if kind == 0:
+        noun, count = "shape", len(things)
+    elif kind == 1:
+        noun = _present_or_any(rng, [t.shape for t in things], SHAPES)
+        count = sum(t.shape == noun for t in things)
+    else:
+        colour = _present_or_any(rng, [t.colour for t in things], list(COLOURS))
+        noun, count = f"{colour} shape", sum(t.colour == colour for t in things)
+    forms = ("How many {} are there?", "How many {} do you see?", "How many {} are in the picture?", "Count the {}.")
+    return Turn("how many shapes", _pick(rng, forms).format(_plural(noun)), _there_are(count, noun))
+
+
+def _is_there(rng: np.random.Generator, picture: Picture) -> Turn:
+    present = {(t.colour, t.shape) for t in picture.things}
+    absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in present]
+    # Most of what is not there shares a colour or a shape with what is, or the answer would be too easy.
+    near = [pair for pair in absent if any((pair[0] == c) != (pair[1] == s) for c, s in present)]
+    answer = bool(rng.random() < 0.5)
+    choices = sorted(present) if answer else (near if rng.random() < 0.8 else absent)
+    colour, shape = choices[int(rng.integers(len(choices)))]
+    forms = ("Is there {} {}?", "Do you see {} {}?", "Is there {} {} in the picture?", "Can you see {} {}?")
+    question = _pick(rng, forms).format(_a(colour), shape)
+    return Turn("is there", question, "Yes, there is." if answer else "No, there is not.")
+
+
+# --- sounds ------------------------------------------------------------------------------------------------
+
+
+def hear(sound: Sound) -> str:
+    """`a rising tone`, `three low beeps`."""
+    if not sound.beeps:
+        return f"a {sound.kind} tone"
+    return f"{NUMBERS[sound.beeps]} {sound.kind} {_plural('beep') if sound.beeps > 1 else 'beep'}"
+
+
+def about_sound(sound: Sound) -> list[Ask]:
+    asks: list[Ask] = [lambda rng: Turn("hear", _pick(rng, HEAR), f"{_sentence(hear(sound))}")]
+    asks.append(lambda rng: Turn("how many beeps", _pick(rng, HOW_MANY_BEEPS), _there_are(sound.beeps, "beep")))
+    if sound.kind in ("high", "low"):
+        asks.append(lambda rng: Turn("pitch", _pick(rng, HIGH_OR_LOW), f"It is {sound.kind}."))
+    else:
+        verb = {"rising": "rises", "falling": "falls"}[sound.kind]
+        asks.append(lambda rng: Turn("pitch", _pick(rng, RISE_OR_FALL), f"It {verb}."))
+    return asks
+
+
+HEAR = (
+    "What do you hear?",
+    "What is in the recording?",
+    "Describe the sound.",
+    "What can you hear?",
+    "What sound is this?",
+)
+HOW_MANY_BEEPS = ("How many beeps are there?", "How many beeps do you hear?", "Count the beeps.")
+HIGH_OR_LOW = ("Is it high or low?", "Is the sound high or low?", "Is the pitch high or low?")
+RISE_OR_FALL = ("Does it rise or fall?", "Does the tone rise or fall?", "Does the pitch rise or fall?")
+
+
+# --- a picture and a sound ---------------------------------------------------------------------------------
+
+
+def about_both(picture: Picture, sound: Sound) -> list[Ask]:
+    asks: list[Ask] = [
+        lambda rng: Turn("see and hear", _pick(rng, BOTH), f"I see {describe(picture)}. I hear {hear(sound)}.")
+    ]
+    if sound.beeps:
+        shapes, beeps = len(picture.things), sound.beeps
+        answer = f"more {'shapes' if shapes > beeps else 'beeps'}" if shapes != beeps else "as many shapes as beeps"
+        asks.append(lambda rng: Turn("more shapes or beeps", _pick(rng, MORE), f"There are {answer}."))
+    return asks
+
+
+BOTH = ("What do you see and hear?", "Describe the picture and the sound.", "What do you see, and what do you hear?")
+MORE = (
+    "Are there more shapes or beeps?",
+    "Which are more, shapes or beeps?",
+    "Do you see more shapes or hear more beeps?",
+)
+
+
+# --- text --------------------------------------------------------------------------------------------------
+
+
+def about_text(held_out: bool) -> list[Ask]:
+    """Sums, counting and repeating; `held_out`: with the pairs of numbers that are left out otherwise."""
+    return [lambda rng: _sum(rng, held_out), lambda rng: _count(rng, held_out), _repeat]
+
+
+def _sum(rng: np.random.Generator, held_out: bool) -> Turn:
+    largest = 9 if rng.random() < 0.3 else LARGEST_SUMMAND
+    a, b = _pair(lambda: (int(rng.integers(largest + 1)), int(rng.integers(largest + 1))), "sum", held_out)
+    forms = ("What is {} plus {}?", "How much is {} plus {}?", "{} plus {}?", "What is {} + {}?", "Add {} and {}.")
+    return Turn("sum", _pick(rng, forms).format(a, b), f"{a} plus {b} is {a + b}.")
+
+
+def _count(rng: np.random.Generator, held_out: bool) -> Turn:
+    def draw() -> tuple[int, int]:
+        first = int(rng.integers(0, LARGEST_COUNTED - 1))
+        return first, first + int(rng.integers(1, min(LONGEST_COUNT, LARGEST_COUNTED - first + 1)))
+
+    first, last = _pair(draw, "count", held_out)
+    forms = ("Count from {} to {}.", "Please count from {} to {}.", "Can you count from {} to {}?")
+    return Turn("count", _pick(rng, forms).format(first, last), f"{', '.join(map(str, range(first, last + 1)))}.")
+
+
+def _repeat(rng: np.random.Generator) -> Turn:
+    words = " ".join(rng.choice(WORDS, size=int(rng.integers(1, 6))))
+    return Turn("repeat", _pick(rng, ("Repeat: {}", "Say {}", "Repeat after me: {}", "Copy: {}")).format(words), words)
+
+
+def own_name(rng: np.random.Generator, name: str) -> Turn:
+    """To be asked where the system prompt is `Your name is {name}.`"""
+    return Turn("name", _pick(rng, ("What is your name?", "Who are you?", "Tell me your name.")), f"My name is {name}.")
+
+
+def _pair(draw: Callable[[], tuple[int, int]], task: str, held_out: bool) -> tuple[int, int]:
+    while True:
+        pair = draw()
+        if (zlib.crc32(f"{task} {pair[0]} {pair[1]}".encode()) % HELD_OUT_SHARE == 0) == held_out:
+            return pair
+
+
+# --- words -------------------------------------------------------------------------------------------------
+
+
+def corpus() -> list[str]:
+    """Sentences with every word of this world, for a tokenizer to be learned from."""
+    rng = np.random.default_rng(0)
+    turns: list[Turn] = []
+    for _ in range(400):
+        picture, sound = random_picture(rng), random_sound(rng)
+        asks = [*about_picture(picture), *about_sound(sound), *about_both(picture, sound), *about_text(False)]
+        of_these = [ask(rng) for ask in asks]
+        turns += [*of_these, *(short for turn in of_these if (short := one_word(turn)))]
+    turns += [own_name(rng, name) for name in NAMES for _ in range(3)]
+    texts = [text for turn in turns for text in (turn.question, casual(rng, turn.question), turn.answer)]
+    system = [*ONE_WORD, *POLITE, *(f"Your name is {name}." for name in NAMES)]
+    return [*texts, *system * 5, " ".join(WORDS)]
+
+
+def casual(rng: np.random.Generator, question: str) -> str:
+    """The question as people type it: with or without a capital at the start and a mark at the end."""
+    if rng.random() < 0.5:
+        question = question[0].lower() + question[1:]
+    return question.rstrip("?.") if rng.random() < 0.5 else question
+
+
+def _pick(rng: np.random.Generator, forms: Sequence[str]) -> str:
+    return forms[int(rng.integers(len(forms)))]
+
+
+def _present_or_any(rng: np.random.Generator, present: Sequence[str], known: Sequence[str]) -> str:
+    return _pick(rng, present) if rng.random() < 0.8 else _pick(rng, known)
+
+
+def _a(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+def _plural(noun: str) -> str:
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
+def _there_are(count: int, noun: str) -> str:
+    return f"There is one {noun}." if count == 1 else f"There are {NUMBERS[count]} {_plural(noun)}."
+
+
+def _listed(parts: Iterable[str]) -> str:
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."

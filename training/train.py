@@ -1,0 +1,87 @@
+"""Trains the demo checkpoint from nothing: `python -m gemma3n_onnx.training.train demo`."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from functools import partial
+from importlib import resources
+from pathlib import Path
+
+import click
+import torch
+
+from gemma3n_onnx.export.slicing import load_slices
+from gemma3n_onnx.graphs.audio import AudioConfig
+from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.graphs.vision import VisionConfig
+from gemma3n_onnx.runtime.cli import exit_with_message
+
+from .audio import clip_set, encode_clips, train_audio
+from .checkpoint import LOG_MEL, demo_config, write_companions, write_weights
+from .progress import Progress
+from .prompts import Encoder
+from .text import Media, train_decoder
+from .vision import encode_pictures, picture_set, train_vision
+
+PICTURES, CLIPS = 3000, 3000
+# mallopt: never return memory to the system, nor map large blocks by themselves. A step frees gigabytes that the
+# next one asks for again, and a fresh page costs more than the arithmetic on it.
+_MALLOC_OPTIONS = {-4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
+
+
+def train(output: Path, seed: int) -> None:
+    """Writes config, tokenizer and weights to the folder `output`; what else it holds stays.
+
+    Equal seeds give equal weights on one machine with as many threads.
+    """
+    _keep_freed_memory()
+    progress = Progress()
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
+    config = demo_config()
+    with resources.as_file(resources.files("gemma3n_onnx.demo") / "slices.csv") as path:
+        table = load_slices(path).specs
+
+    progress.stage("Drawing pictures")
+    pictures = picture_set(seed, PICTURES)
+    vision = train_vision(VisionConfig.from_hf(config), pictures, rng, progress)
+    progress.stage("Encoding the pictures")
+    picture_features = encode_pictures(vision, pictures.pixels)
+
+    progress.stage("Making sounds")
+    clips = clip_set(seed, CLIPS, LOG_MEL)
+    audio = train_audio(AudioConfig.from_hf(config), clips, rng, progress)
+    progress.stage("Encoding the sounds")
+    sounds = [clip.sound for clip in clips]
+    media = Media(pictures.pictures, picture_features, sounds, encode_clips(audio, clips))
+
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as partial_folder:
+        folder = Path(partial_folder)
+        write_companions(folder, config)
+        embedders = vision.embed_vision, audio.embed_audio
+        text = train_decoder(TextConfig.from_hf(config), table, media, embedders, Encoder(folder), seed, progress)
+        progress.stage("Writing the checkpoint")
+        write_weights(folder, config, text, {**vision.state_dict(), **audio.state_dict()})
+        for path in sorted(folder.iterdir()):
+            os.replace(path, output / path.name)
+
+
+def _keep_freed_memory() -> None:
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for option, value in _MALLOC_OPTIONS.items():
+            mallopt(option, value)
+
+
+@click.command()
+@click.argument("output", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+def command(output: Path, seed: int) -> None:
+    """Train the demo checkpoint and write it to the folder OUTPUT."""
+    train(output, seed)
+
+
+if __name__ == "__main__":
+    exit_with_message(partial(command.main, prog_name="train", standalone_mode=False))

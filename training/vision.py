@@ -1,0 +1,265 @@
+"""Trains the reduced vision encoder to say of each cell of a picture what lies there.
+
+First the layers of high resolution, on crops and with a classifier after each stage; then all the rest on the maps
+that those layers, now fixed, make of whole pictures. The classifiers are thrown away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gemma3n_onnx.graphs import ops
+from gemma3n_onnx.graphs.vision import OUTPUT_SIDE, Grid, VisionConfig, VisionEncoder
+from gemma3n_onnx.runtime.image import resize
+
+from .optimizer import Optimizer
+from .pictures import COLOURS, MAX_THINGS, SHAPES, ZONES, Picture, random_picture
+from .progress import Progress
+
+SIDE = 256
+CELL = SIDE // OUTPUT_SIDE
+CROP = 8  # cells to a side
+FINE = 4  # of the finest labels so many are to a side of a cell
+CHUNK = 100
+EARLY_STAGES = 2
+
+CLASSES = {
+    "shape": len(SHAPES) + 1,
+    "colour": len(COLOURS) + 1,
+    "rank": MAX_THINGS + 1,
+    "zone": len(ZONES) ** 2 + 1,
+    "centre": 2,
+}
+"""What the output is trained to say of a cell, each with 0 for the ground: `rank` counts things from the left, and
+`centre` is 1 in the one cell of a thing that its centre lies in."""
+GROUND_WEIGHT = 0.25
+CENTRE_WEIGHT = 3.0
+
+EARLY_STEPS, EARLY_BATCH = 360, 32
+LATE_STEPS, LATE_BATCH = 330, 24
+ALL_BLOCKS_SHARE = 0.12
+"""Of the late steps, the last so many are taken with all blocks. Before, of the pairs of attention and feed-forward
+block that end the last two stages only the first `FIRST_PAIRS` are there: a pair begins by adding next to nothing."""
+FIRST_PAIRS = (2, 3)
+CONVOLUTIONS = (9, 1)  # blocks before the pairs
+FIRST_GAMMA, LATER_GAMMA = 0.3, 0.03
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """`pixels` [n, SIDE, SIDE, 3] uint8; `fine` [n, 64, 64], the colour of every fourth pixel from 1, or 0 for the
+    ground; `cells`: [n, 16, 16] for each of `CLASSES`."""
+
+    pictures: list[Picture]
+    pixels: Tensor
+    fine: Tensor
+    cells: Mapping[str, Tensor]
+
+
+def picture_set(seed: int, count: int) -> PictureSet:
+    """`count` random pictures, rounded up to a multiple of `CHUNK`; equal arguments, equal pictures."""
+    with ProcessPoolExecutor(2) as pool:
+        chunks = list(pool.map(_chunk, [(seed, number) for number in range(-(-count // CHUNK))]))
+    pictures = [picture for chunk in chunks for picture in chunk[0]]
+    pixels, fine, cells = (torch.from_numpy(np.concatenate([chunk[i] for chunk in chunks])) for i in (1, 2, 3))
+    return PictureSet(pictures, pixels, fine.long(), {name: cells[:, i].long() for i, name in enumerate(CLASSES)})
+
+
+def _chunk(seed: tuple[int, int]) -> tuple[list[Picture], np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    pictures = [random_picture(rng) for _ in range(CHUNK)]
+    pixels = np.stack([np.asarray(resize(picture.draw(), SIDE)) for picture in pictures])
+    fine = np.stack([_colours(picture)[picture.owners(SIDE // FINE)] for picture in pictures])
+    return pictures, pixels, fine, np.stack([_cells(picture) for picture in pictures])
+
+
+def _colours(picture: Picture) -> np.ndarray:
+    return np.array([0, *(1 + list(COLOURS).index(thing.colour) for thing in picture.things)])
+
+
+def _cells(picture: Picture) -> np.ndarray:
+    """[classes, 16, 16]."""
+    zones = [zone for row in ZONES for zone in row]
+    owners = picture.surrounds(OUTPUT_SIDE)
+    centre = np.zeros_like(owners)
+    for thing in picture.things:
+        centre[int(thing.y * OUTPUT_SIDE), int(thing.x * OUTPUT_SIDE)] = 1
+    of_things = (
+        np.array([0, *(1 + SHAPES.index(thing.shape) for thing in picture.things)]),
+        _colours(picture),
+        np.arange(len(picture.things) + 1),
+        np.array([0, *(1 + zones.index(thing.zone) for thing in picture.things)]),
+    )
+    return np.stack([*(values[owners] for values in of_things), centre])
+
+
+def train_vision(config: VisionConfig, pictures: PictureSet, rng: torch.Generator, progress: Progress) -> VisionEncoder:
+    """An encoder of `config`; the rows of its hard tokens stay as they begin."""
+    encoder = VisionEncoder(config)
+    _initialize(encoder, rng)
+    _train_early(encoder, config, pictures, rng, progress)
+    progress.stage("Encoding the pictures, first half")
+    _train_late(encoder, early_maps(encoder, pictures.pixels), pictures.cells, rng, progress)
+    return encoder.requires_grad_(False)
+
+
+@torch.no_grad()
+def _initialize(encoder: VisionEncoder, rng: torch.Generator) -> None:
+    for name, parameter in encoder.named_parameters():
+        if parameter.ndim > 1:
+            rows = torch.randn(parameter.shape, generator=rng).flatten(1)
+            parameter.copy_((rows / rows.norm(dim=1, keepdim=True)).view_as(parameter))
+        elif name.endswith("gamma"):
+            parameter.fill_(FIRST_GAMMA)
+        else:
+            parameter.fill_(1.0)
+    # A third of the stem sees colour alone and a third edges alone; all see 0.5, mid-grey, as about nothing.
+    stem = encoder.vision_tower.timm_model.conv_stem.conv
+    third = len(stem.weight) // 3
+    stem.weight[:third] = stem.weight[:third].mean((2, 3), keepdim=True)
+    stem.weight[third : 2 * third] -= stem.weight[third : 2 * third].mean((2, 3), keepdim=True)
+    stem.weight /= stem.weight.flatten(1).norm(dim=1)[:, None, None, None]
+    stem.bias.copy_(-0.5 * stem.weight.sum((1, 2, 3)) + 0.3 * torch.randn(stem.bias.shape, generator=rng))
+
+
+# --- the layers of high resolution -------------------------------------------------------------------------
+
+
+def _train_early(
+    encoder: VisionEncoder, config: VisionConfig, pictures: PictureSet, rng: torch.Generator, progress: Progress
+) -> None:
+    """Trains the stem, the first two stages and the third's convolutions on crops, with a head after each stage."""
+    progress.stage("Training the vision encoder, first half")
+    tower = encoder.vision_tower.timm_model
+    stages = [*map(list, tower.blocks[:EARLY_STAGES]), list(tower.blocks[EARLY_STAGES])[: CONVOLUTIONS[0]]]
+    heads = nn.ModuleList(
+        nn.Linear(config.width(of_full_tower), CLASSES["colour"] + CLASSES["shape"])
+        for of_full_tower in (128, 256, 640)
+    )
+    modules = nn.ModuleList([tower.conv_stem, *(block for stage in stages for block in stage), heads])
+    optimizer = Optimizer([], modules.parameters(), EARLY_STEPS)
+    for step in range(EARLY_STEPS):
+        pixels, fine, cells = _crops(pictures, rng)
+        x, grid = tower.conv_stem(_normalized(pixels))
+        loss = torch.zeros(())
+        for stage, head in zip(stages, heads):
+            for block in stage:
+                x, grid = block(x, grid)
+            to_cells = FINE * CROP // grid.height.number
+            colour, shape = head(x).split([CLASSES["colour"], CLASSES["shape"]], dim=1)
+            seen = cells["colour"] if grid.height.number == CROP else fine[:, ::to_cells, ::to_cells]
+            loss = loss + _cross_entropy(colour, seen)
+            if stage is not stages[0]:
+                loss = loss + _cross_entropy(shape, _repeated(cells["shape"], grid.height.number))
+        progress.step(step + 1, EARLY_STEPS, optimizer.step([loss]))
+
+
+def _crops(pictures: PictureSet, rng: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A batch of squares of `CROP` cells: pixels, fine labels, and those of the cells; mirrored at random."""
+    parts = []
+    for chosen in torch.randint(len(pictures.pictures), (EARLY_BATCH,), generator=rng).tolist():
+        top, left, flips = torch.randint(OUTPUT_SIDE - CROP + 1, (3,), generator=rng).tolist()
+        axes = [axis for axis in (0, 1) if flips >> axis & 1]
+
+        def cut(x: Tensor, scale: int) -> Tensor:
+            rows, columns = (slice(first * scale, (first + CROP) * scale) for first in (top, left))  # noqa: B023
+            return x[chosen, rows, columns].flip(axes)  # noqa: B023
+
+        cells = [cut(pictures.cells[name], 1) for name in ("colour", "shape")]
+        parts.append((cut(pictures.pixels, CELL), cut(pictures.fine, FINE), *cells))
+    pixels, fine, colour, shape = (torch.stack(part) for part in zip(*parts))
+    return pixels, fine, {"colour": colour, "shape": shape}
+
+
+def _repeated(labels: Tensor, side: int) -> Tensor:
+    times = side // labels.shape[1]
+    return labels.repeat_interleave(times, 1).repeat_interleave(times, 2)
+
+
+def _normalized(pixels: Tensor) -> Tensor:
+    """[n, h, w, 3] uint8 -> [n, 3, h, w] from 0 to 1, as the runtime's front end has it."""
+    return pixels.permute(0, 3, 1, 2).float() / 255
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, first_weight: float = GROUND_WEIGHT) -> Tensor:
+    weights = torch.ones(logits.shape[1])
+    weights[0] = first_weight
+    return F.cross_entropy(logits, labels.flatten(), weight=weights)
+
+
+# --- the rest ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def early_maps(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
+    """[n, SIDE, SIDE, 3] uint8 -> [n, rows, channels] fp16: what the trained first stages make of pictures."""
+    tower = encoder.vision_tower.timm_model
+    maps = []
+    for some in pixels.split(16):
+        x, grid = tower.conv_stem(_normalized(some))
+        for stage in tower.blocks[:EARLY_STAGES]:
+            for block in stage:
+                x, grid = block(x, grid)
+        maps.append(x.unflatten(0, (len(some), -1)).half())
+    return torch.cat(maps)
+
+
+def late_features(encoder: VisionEncoder, maps: Tensor, pairs: tuple[int, int] | None = None) -> Tensor:
+    """Early maps [n, rows, channels] -> [n * 256, H], by all pairs of blocks or by the first ones of each stage."""
+    tower = encoder.vision_tower.timm_model
+    side = math.isqrt(maps.shape[1])
+    x, grid = (
+        maps.float().flatten(0, 1),
+        Grid(*(ops.Size(size, torch.tensor([size])) for size in (len(maps), side, side))),
+    )
+    outputs = []
+    for i, stage in enumerate(tower.blocks[EARLY_STAGES:]):
+        count = len(stage) if pairs is None else CONVOLUTIONS[i] + 2 * pairs[i]
+        for block in list(stage)[:count]:
+            x, grid = block(x, grid)
+        outputs.append((x, grid))
+    (fine, fine_grid), (coarse, coarse_grid) = outputs
+    return encoder.embed_vision.soft(tower.msfa(fine, coarse, fine_grid, coarse_grid) * encoder.scale)
+
+
+def _train_late(
+    encoder: VisionEncoder, maps: Tensor, cells: Mapping[str, Tensor], rng: torch.Generator, progress: Progress
+) -> None:
+    progress.stage("Training the vision encoder, second half")
+    tower, embedder = encoder.vision_tower.timm_model, encoder.embed_vision
+    head = nn.Linear(embedder.embedding_projection.weight.shape[0], sum(CLASSES.values()))
+    modules = nn.ModuleList(
+        [*tower.blocks[EARLY_STAGES:], tower.msfa, embedder.soft_embedding_norm, embedder.embedding_projection, head]
+    )
+    for first, pairs, stage in zip(CONVOLUTIONS, FIRST_PAIRS, tower.blocks[EARLY_STAGES:]):
+        for block in list(stage)[first + 2 * pairs :]:
+            nn.init.constant_(block.layer_scale.gamma, LATER_GAMMA)
+    optimizer = Optimizer([], modules.parameters(), LATE_STEPS, max_norm=2.0)
+    for step in range(LATE_STEPS):
+        chosen = torch.randint(len(maps), (LATE_BATCH,), generator=rng)
+        pairs = FIRST_PAIRS if step < LATE_STEPS * (1 - ALL_BLOCKS_SHARE) else None
+        said = head(late_features(encoder, maps[chosen], pairs)).split(list(CLASSES.values()), dim=1)
+        weights = {"centre": 1 / CENTRE_WEIGHT}
+        losses = (
+            _cross_entropy(logits, cells[name][chosen], weights.get(name, GROUND_WEIGHT))
+            for name, logits in zip(CLASSES, said)
+        )
+        progress.step(step + 1, LATE_STEPS, optimizer.step([torch.stack(list(losses)).sum()]))
+
+
+@torch.no_grad()
+def encode_pictures(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
+    """[n, SIDE, SIDE, 3] uint8 -> soft tokens [n, 256, H] fp16."""
+    parts = (
+        late_features(encoder, early_maps(encoder, some)).unflatten(0, (len(some), -1)).half()
+        for some in pixels.split(16)
+    )
+    return torch.cat(list(parts))
