@@ -5,6 +5,6 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
 mkdir "$tree/gemma3n_onnx"
-for room in export graphs runtime matformer_configs; do ln -s "$root/$room" "$tree/gemma3n_onnx/$room"; done
+for room in export graphs runtime matformer_configs training; do ln -s "$root/$room" "$tree/gemma3n_onnx/$room"; done
 cd "$root"
 MYPYPATH=$tree python -m mypy --config-file pyproject.toml "$tree/gemma3n_onnx"

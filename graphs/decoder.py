@@ -104,7 +104,7 @@ class AltUp(nn.Module):
         """predictions [T, A, H], activated [T, H] -> corrected streams [T, A, H]."""
         coefs = self.correction_coefs(self.route(activated)) + 1.0
         innovation = activated - predictions[:, 0]
-        return predictions + coefs.unsqueeze(2) * innovation.unsqueeze(1)
+        return torch.addcmul(predictions, coefs.unsqueeze(2), innovation.unsqueeze(1))
 
     def scale_corrected(self, active: Tensor) -> Tensor:
         return active * self.correct_output_scale if self.correct_scale else active
@@ -208,6 +208,8 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    inactive: Tensor
+
     def __init__(self, config: TextConfig, layer: int, windowed_cache: bool) -> None:
         super().__init__()
         hidden, width, eps = config.hidden_size, config.hidden_size_per_layer_input, config.rms_norm_eps
@@ -243,7 +245,7 @@ class DecoderLayer(nn.Module):
         gate = self.per_layer_input_gate(self.altup.scale_corrected(corrected[:, 0])).float()
         injected = F.gelu(gate, approximate="tanh").type_as(per_layer_input) * per_layer_input
         injected = self.per_layer_projection(injected)
-        return corrected + self.inactive * self.post_per_layer_input_norm(injected).unsqueeze(1)
+        return torch.addcmul(corrected, self.inactive, self.post_per_layer_input_norm(injected).unsqueeze(1))
 
 
 class Decoder(nn.Module):

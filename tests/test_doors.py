@@ -75,6 +75,11 @@ def test_the_runtime_stands_alone() -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
+def test_no_room_needs_the_training_of_the_demo(room: str) -> None:
+    assert offences(room, f"{PACKAGE}.training") == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
 def test_one_module_imports_onnxruntime(room: str) -> None:
     users = {offence.split(" ", 1)[0] for offence in offences(room, "onnxruntime")}
     assert users == ({"runtime/session.py"} if room == "runtime" else set())

@@ -18,8 +18,11 @@ from gemma3n_onnx.runtime.audio import LogMel
 from .optimizer import Optimizer
 from .progress import Progress
 from .sounds import KINDS, Sound, random_sound
+from .words import Words
 
 TOKEN_SECONDS = 0.16
+KIND_NAMES = (None, *KINDS)
+MIDDLE_NAMES = (None, "beep")
 CHUNK = 250
 STEPS, BATCH = 300, 32
 _HARD = ("embed_audio.embedding.", "embed_audio.hard_embedding_norm.")
@@ -64,22 +67,29 @@ def _chunk(arguments: tuple[int, int, LogMelInfo]) -> list[tuple]:
     return chunk
 
 
-def train_audio(config: AudioConfig, clips: Sequence[Clip], rng: torch.Generator, progress: Progress) -> AudioEncoder:
-    """An encoder of `config`; the rows of its hard tokens stay as they begin."""
+def train_audio(
+    config: AudioConfig, clips: Sequence[Clip], words: Words, rng: torch.Generator, progress: Progress
+) -> tuple[AudioEncoder, Tensor]:
+    """An encoder of `config`, and the clips' soft tokens [n, 188, H] fp16, each clip encoded alone as the runtime does.
+
+    `words(names)` makes a classifier of soft tokens. The embedder's rows of hard tokens stay as they begin.
+    """
     progress.stage("Training the audio encoder")
     encoder = AudioEncoder(config)
     _initialize(encoder, rng)
-    head = nn.Linear(config.text_hidden_size, len(KINDS) + 1 + 2)
+    kind, middle = words(KIND_NAMES), words(MIDDLE_NAMES)
     learned = [parameter for name, parameter in encoder.named_parameters() if not name.startswith(_HARD)]
-    optimizer = Optimizer([], [*learned, *head.parameters()], STEPS)
+    optimizer = Optimizer([], learned, STEPS)
     for step in range(STEPS):
         chosen = [clips[i] for i in torch.randint(len(clips), (BATCH,), generator=rng).tolist()]
-        kind, middle = head(encoder(*_padded(chosen))).split([len(KINDS) + 1, 2], dim=1)
-        loss = F.cross_entropy(kind, _labels(chosen, "kind", config), ignore_index=-1) + F.cross_entropy(
-            middle, _labels(chosen, "middle", config), ignore_index=-1
+        tokens = encoder(*_padded(chosen))
+        loss = F.cross_entropy(kind(tokens), _labels(chosen, "kind", config), ignore_index=-1) + F.cross_entropy(
+            middle(tokens), _labels(chosen, "middle", config), ignore_index=-1
         )
         progress.step(step + 1, STEPS, optimizer.step([loss]))
-    return encoder.requires_grad_(False)
+    encoder.requires_grad_(False)
+    progress.stage("Encoding the sounds")
+    return encoder, torch.stack([encoder(clip.features[None], clip.mask[None]).half() for clip in clips])
 
 
 @torch.no_grad()
@@ -102,9 +112,3 @@ def _labels(clips: Sequence[Clip], name: str, config: AudioConfig) -> Tensor:
     """[n * soft tokens], -1 behind a clip's end."""
     rows = [F.pad(getattr(clip, name), (0, config.soft_tokens - len(clip.kind)), value=-1) for clip in clips]
     return torch.cat(rows)
-
-
-@torch.no_grad()
-def encode_clips(encoder: AudioEncoder, clips: Sequence[Clip]) -> Tensor:
-    """Soft tokens [n, 188, H] fp16, each clip encoded alone as the runtime does it."""
-    return torch.stack([encoder(clip.features[None], clip.mask[None]).half() for clip in clips])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ CASUAL_SHARE = 0.3
 ONE_WORD_SHARE = 0.15
 POLITE_SHARE = 0.1
 NAME_SHARE = 0.12
-MOST_TURNS = 4
+MOST_TURNS = 8
 EXAM = 4242
 """Begins the seeds of exams, and of nothing that is trained on."""
 
@@ -65,7 +66,7 @@ def random_conversation(rng: np.random.Generator, picture: Picture | None, sound
     """A conversation to train on, about the picture, the sound, both, or neither."""
     if picture is None and sound is None:
         return _about_text(rng)
-    asks = asks_about(picture, sound)
+    asks = _asks(picture, sound)
     weights = np.array([WEIGHTS.get(ask(rng).task, 1.0) for ask in asks])
     count = min(int(rng.integers(1, MOST_TURNS + 1)), len(asks))
     order = rng.choice(len(asks), size=count, replace=False, p=weights / weights.sum())
@@ -80,7 +81,7 @@ def random_conversation(rng: np.random.Generator, picture: Picture | None, sound
     return Conversation(system, media[::-1] if rng.random() < 0.2 else media, _casual(rng, turns))
 
 
-def asks_about(picture: Picture | None, sound: Sound | None) -> list[Ask]:
+def _asks(picture: Picture | None, sound: Sound | None) -> list[Ask]:
     asks: list[Ask] = []
     if picture is not None and sound is not None:
         asks += about_both(picture, sound)
@@ -112,7 +113,7 @@ def _casual(rng: np.random.Generator, turns: Sequence[Turn]) -> tuple[Turn, ...]
 
 
 def exam(seed: int, each: int) -> dict[str, list[Conversation]]:
-    """`each` conversations of one question for every task, on pictures, sounds and numbers that no training has seen."""
+    """`each` conversations of one question for every task, on pictures, sounds and numbers not trained on."""
     rng = np.random.default_rng([EXAM, seed])
     tasks: dict[str, list[Conversation]] = {}
 
@@ -129,16 +130,15 @@ def exam(seed: int, each: int) -> dict[str, list[Conversation]]:
 
     while not tasks or any(len(of_task) < each for of_task in tasks.values()):
         picture, sound, name = random_picture(rng), random_sound(rng), str(rng.choice(NAMES))
-        for media in ((picture,), (sound,), (picture, sound)):
-            about = (
-                about_both(picture, sound)
-                if len(media) == 2
-                else asks_about(picture if picture in media else None, sound if sound in media else None)
-            )
-            for ask in about:
-                add(ask, None, *media)
-                add(ask, str(rng.choice(ONE_WORD)), *media)
+        for ask in about_picture(picture):
+            add(ask, None, picture)
+            add(ask, str(rng.choice(ONE_WORD)), picture)
+        for ask in about_sound(sound):
+            add(ask, None, sound)
+            add(ask, str(rng.choice(ONE_WORD)), sound)
+        for ask in about_both(picture, sound):
+            add(ask, None, picture, sound)
         for ask in about_text(held_out=True):
             add(ask, None)
-        add(lambda rng, name=name: own_name(rng, name), f"Your name is {name}.")
+        add(partial(own_name, name=name), f"Your name is {name}.")
     return tasks

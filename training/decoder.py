@@ -1,13 +1,13 @@
 """The text decoder as it is trained: whole sequences at once, every MatFormer slice cut from the same weights.
 
-Shape legend: B sequences, S positions, A answered positions at the end of a sequence, H hidden, V vocabulary.
+Shape legend: B sequences, S positions, N chosen positions of all sequences, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,28 +17,37 @@ from torch.nn import functional as F
 from gemma3n_onnx.export.slicing import Slice, TensorCut
 from gemma3n_onnx.graphs import ops
 from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.graphs.decoder import Decoder, Step
+from gemma3n_onnx.graphs.decoder import Attention, Decoder
 
 TOKENS, PER_LAYER, HEAD = "embed_tokens.weight", "embed_tokens_per_layer.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A batch of padded conversations: `ids` [B, S], `targets` [B, S] the next token where it is to be learned and
+    -1 elsewhere, `lengths` [B], `features` [n, H] of the soft tokens in the order in which their ids stand."""
+
+    ids: Tensor
+    targets: Tensor
+    lengths: Tensor
+    features: Tensor
 
 
 class SequenceDecoder(Decoder):
     """The exported decoder's layers on whole sequences, padded on the right.
 
-    KV-shared layers run for the last `answered` positions of each sequence only, as the graph's short tail does for
-    the last one: nothing else of them is ever read.
+    KV-shared layers run at chosen positions only, as the graph's short tail does at the last one: nothing else of
+    them is ever read.
     """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config, "all")
 
     def forward(  # type: ignore[override]
-        self, inputs_embeds: Tensor, per_layer_inputs: Tensor, lengths: Tensor, answered: int
+        self, inputs_embeds: Tensor, per_layer_inputs: Tensor, lengths: Tensor, chosen: Tensor
     ) -> Tensor:
-        """inputs_embeds [B, S, H], per_layer_inputs [B, S, L * P], lengths int64 [B] -> logits [B, answered, V].
-
-        Every sequence is longer than `answered`, or what comes out for positions before its first is meaningless.
-        """
+        """inputs_embeds [B, S, H], per_layer_inputs [B, S, L * P], lengths int64 [B], chosen bool [B, S] -> logits
+        [N, V] of the N chosen positions, row by row."""
         batch, length, hidden = inputs_embeds.shape
         mask = (torch.arange(length) < lengths[:, None]).long()
         step = self._step(ops.size_of_axis(inputs_embeds, 0), mask, torch.arange(length).expand(batch, -1), [])
@@ -46,47 +55,51 @@ class SequenceDecoder(Decoder):
         per_layer = self._per_layer_inputs(embeds, per_layer_inputs)
         streams = self._split(embeds)
         present: list[tuple[Tensor, Tensor]] = []
-        nothing = (embeds, embeds)
+        at_chosen = {kind: (cos[chosen], sin[chosen]) for kind, (cos, sin) in step.rope.items()}
         for i, layer in enumerate(self.layers):
             predictions, normed = layer.before_attention(streams)
             if i < self.config.num_kv_layers:
-                attention, *pair = layer.self_attn.produce(normed, nothing, step)
-                present.append((pair[0], pair[1]))
+                attention, key, value = layer.self_attn.produce(normed, (embeds, embeds), step)
+                present.append((key, value))
             else:
-                attention = layer.self_attn.read(normed, present[self.config.kv_source(i)], step)
+                attention = self._read(layer.self_attn, normed, present[self.config.kv_source(i)], at_chosen, chosen)
             if i == self.config.num_kv_layers - 1:
-                positions = (lengths[:, None] - answered + torch.arange(answered)).clamp(min=0)
-                index = (torch.arange(batch)[:, None] * length + positions).flatten()
+                index = chosen.flatten().nonzero()[:, 0]
                 predictions, normed, attention, per_layer = (
                     x[index] for x in (predictions, normed, attention, per_layer)
                 )
-                step = _at_positions(step, positions)
             streams = layer.after_attention(predictions, normed, attention, per_layer[:, i])
         logits = self.lm_head(self.norm(self._merge(streams)))
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)
-        return logits.reshape(batch, answered, -1)
+        return logits
 
-
-def _at_positions(step: Step, positions: Tensor) -> Step:
-    """The step of positions [B, A]."""
-
-    def taken(x: Tensor) -> Tensor:
-        return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
-
-    return replace(step, rope={kind: (taken(cos), taken(sin)) for kind, (cos, sin) in step.rope.items()})
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """A batch of padded conversations: `ids` [B, S], `targets` [B, S] the next token where it is to be learned and
-    -1 elsewhere, `features` [n, H] of the soft tokens in the order in which their ids stand."""
-
-    ids: Tensor
-    targets: Tensor
-    lengths: Tensor
-    answered: int
-    features: Tensor
+    def _read(
+        self,
+        attention: Attention,
+        x: Tensor,
+        donor: tuple[Tensor, Tensor],
+        rope: dict[str, tuple[Tensor, Tensor]],
+        chosen: Tensor,
+    ) -> Tensor:
+        """x [N, H] at the chosen positions -> attention [N, heads * D] over the donor's K and V."""
+        cos, sin = (part[None] for part in rope[attention.kind])
+        normed = attention.heads_of(attention.q_proj(x), attention.q_norm.weight, ops.Size(1, torch.tensor([1])))
+        query = ops.rotary_embedding(normed, cos, sin, attention.heads)[0]
+        # Queries of a row side by side, the shorter rows filled up.
+        row, position = chosen.nonzero(as_tuple=True)
+        place = (chosen.cumsum(1) - 1)[row, position]
+        padded = query.new_zeros(len(chosen), int(place.max()) + 1, query.shape[1]).index_put((row, place), query)
+        own = torch.zeros(padded.shape[:2], dtype=torch.int64).index_put((row, place), position)
+        output = ops.attend_at(
+            padded,
+            *donor,
+            own,
+            num_heads=attention.heads,
+            num_kv_heads=attention.kv_heads,
+            window=attention.window,
+        )
+        return output[row, place]
 
 
 class SlicedModel:
@@ -101,11 +114,10 @@ class SlicedModel:
     def loss(self, weights: Mapping[str, Tensor], hard_rows: Tensor, soft_ids: Tensor, batch: Sequences) -> Tensor:
         """Mean cross entropy of the answers' tokens; `hard_rows` [n, H] embed the last n ids of the vocabulary."""
         logits = self.logits(weights, hard_rows, soft_ids, batch)
-        positions = (batch.lengths[:, None] - batch.answered + torch.arange(batch.answered)).clamp(min=0)
-        targets = batch.targets.gather(1, positions)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return F.cross_entropy(logits, batch.targets[batch.targets >= 0])
 
     def logits(self, weights: Mapping[str, Tensor], hard_rows: Tensor, soft_ids: Tensor, batch: Sequences) -> Tensor:
+        """Logits [N, V] for the N targets of the batch, row by row."""
         config = self.slice.config
         embeds = F.embedding(batch.ids, weights[TOKENS]) * math.sqrt(config.hidden_size)
         first_hard = config.vocab_size - len(hard_rows)
@@ -121,7 +133,7 @@ class SlicedModel:
             for name in self._names
             for cut in [self.slice.source_of(name)]
         }
-        return functional_call(self._decoder, own, (embeds, rows, batch.lengths, batch.answered))
+        return functional_call(self._decoder, own, (embeds, rows, batch.lengths, batch.targets >= 0))
 
 
 def _cut(weight: Tensor, cut: TensorCut) -> Tensor:
@@ -131,34 +143,50 @@ def _cut(weight: Tensor, cut: TensorCut) -> Tensor:
     return weight
 
 
+# Branches begin with less than they could add; queries and keys begin with attention that is nearly even.
+_POST_NORM = 0.3
+_ATTENTION_LOGIT_STD = 1.4
+_ALTUP_STD = 0.02
+_POST_NORMS = (
+    "post_attention_layernorm",
+    "post_feedforward_layernorm",
+    "post_laurel_norm",
+    "post_per_layer_input_norm",
+)
+
+
 def initial_weights(
     shapes: Mapping[str, tuple[int, ...]], config: TextConfig, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """Weights to begin with: branches add half of what they could, queries and keys begin with flat attention."""
-    weights = {}
-    for name, shape in shapes.items():
-        values = torch.randn(shape, generator=rng)
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        if kind in ("embed_tokens",):
-            values *= config.hidden_size**-0.5
-        elif kind == "embed_tokens_per_layer":
-            values *= config.hidden_size_per_layer_input**-0.5
-        elif kind in ("q_norm", "k_norm"):
-            values = torch.full(shape, math.sqrt(1.4 / math.sqrt(config.head_dim)))
-        elif kind in (
-            "post_attention_layernorm",
-            "post_feedforward_layernorm",
-            "post_laurel_norm",
-            "post_per_layer_input_norm",
-        ):
-            values = torch.full(shape, 0.3)
-        elif kind in ("correction_coefs", "prediction_coefs"):
-            values *= 0.02
-        elif kind == "modality_router":
-            values *= math.sqrt(config.hidden_size)
-        elif len(shape) == 1:
-            values = torch.ones(shape)
-        else:
-            values *= shape[1] ** -0.5
-        weights[name] = values.requires_grad_()
-    return weights
+    """Weights to begin with. Attention begins by looking for what is like the own position, and by copying it:
+    queries as keys, outputs as values transposed."""
+    weights = {name: _initial(name, shape, config, rng) for name, shape in shapes.items()}
+    group = config.num_heads // config.num_kv_heads
+    for layer in range(config.num_layers):
+        of_layer, of_donor = (f"layers.{i}.self_attn" for i in (layer, config.kv_source(layer)))
+        key, value = (
+            weights[f"{of_donor}.{name}.weight"].unflatten(0, (config.num_kv_heads, -1)).repeat_interleave(group, 0)
+            for name in ("k_proj", "v_proj")
+        )
+        weights[f"{of_layer}.q_proj.weight"] = key.flatten(0, 1)
+        weights[f"{of_layer}.o_proj.weight"] = value.flatten(0, 1).T.contiguous()
+    return {name: tensor.requires_grad_() for name, tensor in weights.items()}
+
+
+def _initial(name: str, shape: tuple[int, ...], config: TextConfig, rng: torch.Generator) -> Tensor:
+    values = torch.randn(shape, generator=rng)
+    match name.removesuffix(".weight").rpartition(".")[2]:
+        case "embed_tokens":
+            return values * config.hidden_size**-0.5
+        case "embed_tokens_per_layer":
+            return values * config.hidden_size_per_layer_input**-0.5
+        case "q_norm" | "k_norm":
+            return torch.full(shape, math.sqrt(_ATTENTION_LOGIT_STD / math.sqrt(config.head_dim)))
+        case "correction_coefs" | "prediction_coefs":
+            return values * _ALTUP_STD
+        case "modality_router":
+            return values * config.hidden_size**0.5
+        case kind if len(shape) == 1:
+            return torch.full(shape, _POST_NORM if kind in _POST_NORMS else 1.0)
+        case _:
+            return values * shape[1] ** -0.5

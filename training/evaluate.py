@@ -59,12 +59,15 @@ def command(artifacts: tuple[Path, ...], each: int, seed: int, as_json: bool) ->
     if as_json:
         click.echo(json.dumps(scores, indent=2))
         return
-    width = max(map(len, tasks))
-    click.echo(" | ".join([f"{'task':{width}}", *scores]))
-    for task in tasks:
-        click.echo(
-            " | ".join([f"{task:{width}}", *(f"{100 * of[task]:{len(name)}.1f}" for name, of in scores.items())])
-        )
+    click.echo(
+        _table([["task", *scores], *([task, *(f"{100 * of[task]:.1f}" for of in scores.values())] for task in tasks)])
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, the first row its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"| --- {'| ---: ' * (len(rows[0]) - 1)}|", *lines[1:]])
 
 
 if __name__ == "__main__":

@@ -48,9 +48,18 @@ class Thing:
     rgb: tuple[int, int, int]
 
     @property
+    def row(self) -> int:
+        """The third of the picture's height, from the top, that the centre lies in."""
+        return sum(self.y > edge for edge in _EDGES)
+
+    @property
+    def column(self) -> int:
+        """The third of the picture's width, from the left, that the centre lies in."""
+        return sum(self.x > edge for edge in _EDGES)
+
+    @property
     def zone(self) -> str:
-        row, column = (sum(value > edge for edge in _EDGES) for value in (self.y, self.x))
-        return ZONES[row][column]
+        return ZONES[self.row][self.column]
 
 
 @dataclass(frozen=True)

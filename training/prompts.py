@@ -45,6 +45,11 @@ class Encoder:
         length = max(i for i, target in enumerate(targets) if target >= 0) + 1
         return ids[:length], targets[:length]
 
+    def word_id(self, word: str) -> int:
+        """The id of a word within a sentence, which is one token."""
+        (token_id,) = self._tokenizer.encode(f" {word}", add_bos=False)
+        return token_id
+
     def batch(self, conversations: Sequence[Conversation], features: Tensor) -> Sequences:
         """`features` [n, H] of all images and clips, in the order of the conversations."""
         encoded = [self.encode(conversation) for conversation in conversations]
@@ -53,6 +58,4 @@ class Encoder:
         for row, (of_row, wanted) in enumerate(encoded):
             ids[row, : lengths[row]] = torch.tensor(of_row)
             targets[row, : lengths[row]] = torch.tensor(wanted)
-        first = [next(i for i, target in enumerate(wanted) if target >= 0) for _, wanted in encoded]
-        answered = max(length - start for length, start in zip(lengths, first))
-        return Sequences(ids, targets, torch.tensor(lengths), answered, features)
+        return Sequences(ids, targets, torch.tensor(lengths), features)

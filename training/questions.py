@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -68,17 +69,19 @@ def describe(picture: Picture) -> str:
 
 def about_picture(picture: Picture) -> list[Ask]:
     """Every kind of question that has one answer for this picture."""
-    asks: list[Ask] = [lambda rng: Turn("describe", _pick(rng, DESCRIBE), f"{_sentence(describe(picture))}")]
-    asks.append(lambda rng: _how_many(rng, picture))
-    asks.append(lambda rng: _is_there(rng, picture))
+    asks: list[Ask] = [
+        lambda rng: Turn("describe", _pick(rng, DESCRIBE), _sentence(describe(picture))),
+        partial(_how_many, picture=picture),
+        partial(_is_there, picture=picture),
+    ]
     shapes, colours = ([getattr(t, kind) for t in picture.things] for kind in ("shape", "colour"))
     for thing in picture.things:
         if shapes.count(thing.shape) == 1:
-            asks.append(lambda rng, t=thing: _colour(rng, t))
-            asks.append(lambda rng, t=thing: _where(rng, t, t.shape))
+            asks.append(partial(_colour, thing=thing))
+            asks.append(partial(_where, thing=thing, name=thing.shape))
         if colours.count(thing.colour) == 1:
-            asks.append(lambda rng, t=thing: _shape(rng, t))
-            asks.append(lambda rng, t=thing: _where(rng, t, f"{t.colour} {t.shape}"))
+            asks.append(partial(_shape, thing=thing))
+            asks.append(partial(_where, thing=thing, name=f"{thing.colour} {thing.shape}"))
     return asks
 
 
@@ -151,8 +154,10 @@ def hear(sound: Sound) -> str:
 
 
 def about_sound(sound: Sound) -> list[Ask]:
-    asks: list[Ask] = [lambda rng: Turn("hear", _pick(rng, HEAR), f"{_sentence(hear(sound))}")]
-    asks.append(lambda rng: Turn("how many beeps", _pick(rng, HOW_MANY_BEEPS), _there_are(sound.beeps, "beep")))
+    asks: list[Ask] = [
+        lambda rng: Turn("hear", _pick(rng, HEAR), _sentence(hear(sound))),
+        lambda rng: Turn("how many beeps", _pick(rng, HOW_MANY_BEEPS), _there_are(sound.beeps, "beep")),
+    ]
     if sound.kind in ("high", "low"):
         asks.append(lambda rng: Turn("pitch", _pick(rng, HIGH_OR_LOW), f"It is {sound.kind}."))
     else:
@@ -200,7 +205,7 @@ MORE = (
 
 def about_text(held_out: bool) -> list[Ask]:
     """Sums, counting and repeating; `held_out`: with the pairs of numbers that are left out otherwise."""
-    return [lambda rng: _sum(rng, held_out), lambda rng: _count(rng, held_out), _repeat]
+    return [partial(_sum, held_out=held_out), partial(_count, held_out=held_out), _repeat]
 
 
 def _sum(rng: np.random.Generator, held_out: bool) -> Turn:

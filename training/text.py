@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gemma3n_onnx.export.pipeline import tensor_shapes
 from gemma3n_onnx.export.slicing import Slice, SliceSpec, resolve
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.embedder import MultimodalEmbedder
 
 from .conversations import random_conversation
-from .decoder import Sequences, SlicedModel, initial_weights
+from .decoder import Sequences, SlicedModel
 from .optimizer import Optimizer
 from .pictures import Picture
 from .progress import Progress
 from .prompts import Encoder
 from .sounds import Sound
 
-STEPS = 500
-BATCHES = {"text": 40, "picture": 8, "sound": 8, "both": 3}
+STEPS = 600
+BATCHES = {"text": 32, "picture": 12, "sound": 8, "both": 4}
 """Conversations of each kind in a step."""
 NAMED_SHARE = 0.7
 """So many steps train a slice of the table, the first one, which is whole, twice as often; the others a random mix."""
@@ -41,6 +40,7 @@ class Media:
 
 
 def train_decoder(
+    weights: Mapping[str, Tensor],
     config: TextConfig,
     table: Sequence[SliceSpec],
     media: Media,
@@ -48,14 +48,13 @@ def train_decoder(
     encoder: Encoder,
     seed: int,
     progress: Progress,
-) -> dict[str, Tensor]:
-    """The decoder's weights by their names in a checkpoint, tables included.
+) -> None:
+    """Trains `weights`, the decoder's by their names in a checkpoint, tables included.
 
     `table`: the slices that must work; `embedders`: of vision and audio, whose hard tokens the decoder reads.
     """
     progress.stage("Training the decoder")
     rng = np.random.default_rng([seed, 1])
-    weights = initial_weights(tensor_shapes(config), config, torch.Generator().manual_seed(seed))
     matrices = [tensor for name, tensor in weights.items() if _is_matrix(name, tensor)]
     others = [tensor for name, tensor in weights.items() if not _is_matrix(name, tensor)]
     optimizer = Optimizer(matrices, others, STEPS)
@@ -73,7 +72,6 @@ def train_decoder(
 
     for step in range(STEPS):
         progress.step(step + 1, STEPS, optimizer.step(losses()))
-    return {name: tensor.detach() for name, tensor in weights.items()}
 
 
 def _is_matrix(name: str, tensor: Tensor) -> bool:

@@ -12,20 +12,23 @@ from pathlib import Path
 import click
 import torch
 
+from gemma3n_onnx.export.pipeline import tensor_shapes
 from gemma3n_onnx.export.slicing import load_slices
 from gemma3n_onnx.graphs.audio import AudioConfig
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.vision import VisionConfig
 from gemma3n_onnx.runtime.cli import exit_with_message
 
-from .audio import clip_set, encode_clips, train_audio
+from .audio import clip_set, train_audio
 from .checkpoint import LOG_MEL, demo_config, write_companions, write_weights
+from .decoder import TOKENS, initial_weights
 from .progress import Progress
 from .prompts import Encoder
 from .text import Media, train_decoder
-from .vision import encode_pictures, picture_set, train_vision
+from .vision import picture_set, train_vision
+from .words import WordClassifier
 
-PICTURES, CLIPS = 3000, 3000
+PICTURES, CLIPS = 2400, 3000
 # mallopt: never return memory to the system, nor map large blocks by themselves. A step frees gigabytes that the
 # next one asks for again, and a fresh page costs more than the arithmetic on it.
 _MALLOC_OPTIONS = {-4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
@@ -41,30 +44,29 @@ def train(output: Path, seed: int) -> None:
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     config = demo_config()
+    text_config = TextConfig.from_hf(config)
     with resources.as_file(resources.files("gemma3n_onnx.demo") / "slices.csv") as path:
         table = load_slices(path).specs
-
-    progress.stage("Drawing pictures")
-    pictures = picture_set(seed, PICTURES)
-    vision = train_vision(VisionConfig.from_hf(config), pictures, rng, progress)
-    progress.stage("Encoding the pictures")
-    picture_features = encode_pictures(vision, pictures.pixels)
-
-    progress.stage("Making sounds")
-    clips = clip_set(seed, CLIPS, LOG_MEL)
-    audio = train_audio(AudioConfig.from_hf(config), clips, rng, progress)
-    progress.stage("Encoding the sounds")
-    sounds = [clip.sound for clip in clips]
-    media = Media(pictures.pictures, picture_features, sounds, encode_clips(audio, clips))
-
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as partial_folder:
         folder = Path(partial_folder)
         write_companions(folder, config)
+        encoder = Encoder(folder)
+        weights = initial_weights(tensor_shapes(text_config), text_config, rng)
+        words = partial(WordClassifier, embeddings=weights[TOKENS], encoder=encoder, rng=rng)
+
+        progress.stage("Drawing pictures")
+        pictures = picture_set(seed, PICTURES)
+        vision, picture_features = train_vision(VisionConfig.from_hf(config), pictures, words, rng, progress)
+        progress.stage("Making sounds")
+        clips = clip_set(seed, CLIPS, LOG_MEL)
+        audio, sound_features = train_audio(AudioConfig.from_hf(config), clips, words, rng, progress)
+
+        media = Media(pictures.pictures, picture_features, [clip.sound for clip in clips], sound_features)
         embedders = vision.embed_vision, audio.embed_audio
-        text = train_decoder(TextConfig.from_hf(config), table, media, embedders, Encoder(folder), seed, progress)
+        train_decoder(weights, text_config, table, media, embedders, encoder, seed, progress)
         progress.stage("Writing the checkpoint")
-        write_weights(folder, config, text, {**vision.state_dict(), **audio.state_dict()})
+        write_weights(folder, config, weights, {**vision.state_dict(), **audio.state_dict()})
         for path in sorted(folder.iterdir()):
             os.replace(path, output / path.name)
 

@@ -7,7 +7,7 @@ that those layers, now fixed, make of whole pictures. The classifiers are thrown
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -21,8 +21,9 @@ from gemma3n_onnx.graphs.vision import OUTPUT_SIDE, Grid, VisionConfig, VisionEn
 from gemma3n_onnx.runtime.image import resize
 
 from .optimizer import Optimizer
-from .pictures import COLOURS, MAX_THINGS, SHAPES, ZONES, Picture, random_picture
+from .pictures import COLOURS, MAX_THINGS, SHAPES, Picture, random_picture
 from .progress import Progress
+from .words import Words
 
 SIDE = 256
 CELL = SIDE // OUTPUT_SIDE
@@ -31,21 +32,22 @@ FINE = 4  # of the finest labels so many are to a side of a cell
 CHUNK = 100
 EARLY_STAGES = 2
 
-CLASSES = {
-    "shape": len(SHAPES) + 1,
-    "colour": len(COLOURS) + 1,
-    "rank": MAX_THINGS + 1,
-    "zone": len(ZONES) ** 2 + 1,
-    "centre": 2,
+CLASSES: Mapping[str, Sequence[str | None]] = {
+    "shape": (None, *SHAPES),
+    "colour": (None, *COLOURS),
+    "rank": (None,) * (MAX_THINGS + 1),
+    "row": (None, "top", None, "bottom"),
+    "column": (None, "left", None, "right"),
+    "centre": (None, None),
 }
-"""What the output is trained to say of a cell, each with 0 for the ground: `rank` counts things from the left, and
-`centre` is 1 in the one cell of a thing that its centre lies in."""
+"""What the output is trained to say of a cell, and the words for it. 0 is the ground; `rank` counts things from the
+left; `centre` is 1 in the one cell of a thing that its centre lies in."""
 GROUND_WEIGHT = 0.25
 CENTRE_WEIGHT = 3.0
 
-EARLY_STEPS, EARLY_BATCH = 360, 32
-LATE_STEPS, LATE_BATCH = 330, 24
-ALL_BLOCKS_SHARE = 0.12
+EARLY_STEPS, EARLY_BATCH = 320, 32
+LATE_STEPS, LATE_BATCH = 280, 24
+ALL_BLOCKS_SHARE = 0.1
 """Of the late steps, the last so many are taken with all blocks. Before, of the pairs of attention and feed-forward
 block that end the last two stages only the first `FIRST_PAIRS` are there: a pair begins by adding next to nothing."""
 FIRST_PAIRS = (2, 3)
@@ -87,7 +89,6 @@ def _colours(picture: Picture) -> np.ndarray:
 
 def _cells(picture: Picture) -> np.ndarray:
     """[classes, 16, 16]."""
-    zones = [zone for row in ZONES for zone in row]
     owners = picture.surrounds(OUTPUT_SIDE)
     centre = np.zeros_like(owners)
     for thing in picture.things:
@@ -96,19 +97,29 @@ def _cells(picture: Picture) -> np.ndarray:
         np.array([0, *(1 + SHAPES.index(thing.shape) for thing in picture.things)]),
         _colours(picture),
         np.arange(len(picture.things) + 1),
-        np.array([0, *(1 + zones.index(thing.zone) for thing in picture.things)]),
+        np.array([0, *(1 + thing.row for thing in picture.things)]),
+        np.array([0, *(1 + thing.column for thing in picture.things)]),
     )
     return np.stack([*(values[owners] for values in of_things), centre])
 
 
-def train_vision(config: VisionConfig, pictures: PictureSet, rng: torch.Generator, progress: Progress) -> VisionEncoder:
-    """An encoder of `config`; the rows of its hard tokens stay as they begin."""
+def train_vision(
+    config: VisionConfig, pictures: PictureSet, words: Words, rng: torch.Generator, progress: Progress
+) -> tuple[VisionEncoder, Tensor]:
+    """An encoder of `config`, and the pictures' soft tokens [n, 256, H] fp16 by it.
+
+    `words(names)` makes a classifier of soft tokens. The embedder's rows of hard tokens stay as they begin.
+    """
     encoder = VisionEncoder(config)
     _initialize(encoder, rng)
     _train_early(encoder, config, pictures, rng, progress)
     progress.stage("Encoding the pictures, first half")
-    _train_late(encoder, early_maps(encoder, pictures.pixels), pictures.cells, rng, progress)
-    return encoder.requires_grad_(False)
+    maps = early_maps(encoder, pictures.pixels)
+    _train_late(encoder, maps, pictures.cells, words, rng, progress)
+    encoder.requires_grad_(False)
+    progress.stage("Encoding the pictures, second half")
+    features = [late_features(encoder, some).unflatten(0, (len(some), -1)).half() for some in maps.split(16)]
+    return encoder, torch.cat(features)
 
 
 @torch.no_grad()
@@ -126,7 +137,7 @@ def _initialize(encoder: VisionEncoder, rng: torch.Generator) -> None:
     third = len(stem.weight) // 3
     stem.weight[:third] = stem.weight[:third].mean((2, 3), keepdim=True)
     stem.weight[third : 2 * third] -= stem.weight[third : 2 * third].mean((2, 3), keepdim=True)
-    stem.weight /= stem.weight.flatten(1).norm(dim=1)[:, None, None, None]
+    stem.weight.div_(stem.weight.flatten(1).norm(dim=1)[:, None, None, None])
     stem.bias.copy_(-0.5 * stem.weight.sum((1, 2, 3)) + 0.3 * torch.randn(stem.bias.shape, generator=rng))
 
 
@@ -141,7 +152,7 @@ def _train_early(
     tower = encoder.vision_tower.timm_model
     stages = [*map(list, tower.blocks[:EARLY_STAGES]), list(tower.blocks[EARLY_STAGES])[: CONVOLUTIONS[0]]]
     heads = nn.ModuleList(
-        nn.Linear(config.width(of_full_tower), CLASSES["colour"] + CLASSES["shape"])
+        nn.Linear(config.width(of_full_tower), len(CLASSES["colour"]) + len(CLASSES["shape"]))
         for of_full_tower in (128, 256, 640)
     )
     modules = nn.ModuleList([tower.conv_stem, *(block for stage in stages for block in stage), heads])
@@ -154,7 +165,7 @@ def _train_early(
             for block in stage:
                 x, grid = block(x, grid)
             to_cells = FINE * CROP // grid.height.number
-            colour, shape = head(x).split([CLASSES["colour"], CLASSES["shape"]], dim=1)
+            colour, shape = head(x).split([len(CLASSES[name]) for name in ("colour", "shape")], dim=1)
             seen = cells["colour"] if grid.height.number == CROP else fine[:, ::to_cells, ::to_cells]
             loss = loss + _cross_entropy(colour, seen)
             if stage is not stages[0]:
@@ -231,35 +242,29 @@ def late_features(encoder: VisionEncoder, maps: Tensor, pairs: tuple[int, int] |
 
 
 def _train_late(
-    encoder: VisionEncoder, maps: Tensor, cells: Mapping[str, Tensor], rng: torch.Generator, progress: Progress
+    encoder: VisionEncoder,
+    maps: Tensor,
+    cells: Mapping[str, Tensor],
+    words: Words,
+    rng: torch.Generator,
+    progress: Progress,
 ) -> None:
     progress.stage("Training the vision encoder, second half")
     tower, embedder = encoder.vision_tower.timm_model, encoder.embed_vision
-    head = nn.Linear(embedder.embedding_projection.weight.shape[0], sum(CLASSES.values()))
-    modules = nn.ModuleList(
-        [*tower.blocks[EARLY_STAGES:], tower.msfa, embedder.soft_embedding_norm, embedder.embedding_projection, head]
-    )
-    for first, pairs, stage in zip(CONVOLUTIONS, FIRST_PAIRS, tower.blocks[EARLY_STAGES:]):
-        for block in list(stage)[first + 2 * pairs :]:
-            nn.init.constant_(block.layer_scale.gamma, LATER_GAMMA)
+    classifiers = {name: words(names) for name, names in CLASSES.items()}
+    late_stages: list[nn.Module] = list(tower.blocks[EARLY_STAGES:])  # type: ignore[arg-type]
+    modules = nn.ModuleList([*late_stages, tower.msfa, embedder.soft_embedding_norm, embedder.embedding_projection])
+    for first, kept, stage in zip(CONVOLUTIONS, FIRST_PAIRS, tower.blocks[EARLY_STAGES:]):
+        for block in list(stage)[first + 2 * kept :]:
+            nn.init.constant_(block.layer_scale.gamma, LATER_GAMMA)  # type: ignore[union-attr, arg-type]
     optimizer = Optimizer([], modules.parameters(), LATE_STEPS, max_norm=2.0)
     for step in range(LATE_STEPS):
         chosen = torch.randint(len(maps), (LATE_BATCH,), generator=rng)
         pairs = FIRST_PAIRS if step < LATE_STEPS * (1 - ALL_BLOCKS_SHARE) else None
-        said = head(late_features(encoder, maps[chosen], pairs)).split(list(CLASSES.values()), dim=1)
+        features = late_features(encoder, maps[chosen], pairs)
         weights = {"centre": 1 / CENTRE_WEIGHT}
         losses = (
-            _cross_entropy(logits, cells[name][chosen], weights.get(name, GROUND_WEIGHT))
-            for name, logits in zip(CLASSES, said)
+            _cross_entropy(classifier(features), cells[name][chosen], weights.get(name, GROUND_WEIGHT))
+            for name, classifier in classifiers.items()
         )
         progress.step(step + 1, LATE_STEPS, optimizer.step([torch.stack(list(losses)).sum()]))
-
-
-@torch.no_grad()
-def encode_pictures(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
-    """[n, SIDE, SIDE, 3] uint8 -> soft tokens [n, 256, H] fp16."""
-    parts = (
-        late_features(encoder, early_maps(encoder, some)).unflatten(0, (len(some), -1)).half()
-        for some in pixels.split(16)
-    )
-    return torch.cat(list(parts))
