@@ -173,16 +173,18 @@ class Attention(nn.Module):
             self.heads_of(self.q_proj(x), self.q_norm.weight, step.batch), *step.rope[self.kind], self.heads
         )
 
-    def produce(self, x: Tensor, past: tuple[Tensor, Tensor], step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, H] -> attention [T, N * D] (before `o_proj`) and the present K, V [B, K, C, D]."""
+    def key_and_value(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> keys and values [B, S, K * D] of its own."""
         key = ops.rotary_embedding(
             self.heads_of(self.k_proj(x), self.k_norm.weight, step.batch), *step.rope[self.kind], self.kv_heads
         )
-        value = self.heads_of(self.v_proj(x), self.v_norm, step.batch)
+        return key, self.heads_of(self.v_proj(x), self.v_norm, step.batch)
+
+    def produce(self, x: Tensor, past: tuple[Tensor, Tensor], step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, H] -> attention [T, N * D] (before `o_proj`) and the present K, V [B, K, C, D]."""
         output, present_key, present_value = ops.attend_and_cache(
             self.query(x, step),
-            key,
-            value,
+            *self.key_and_value(x, step),
             *past,
             step.last_position[FULL],
             step.total_length[FULL],

@@ -272,18 +272,8 @@ def attend_to_cache(
         own = torch.arange(length).expand(query.shape[0], -1)
     else:
         own = last_position[:, None].long() - steps + 1 + torch.arange(steps)
-    return attend_at(query, key, value, own, num_heads=num_heads, num_kv_heads=num_kv_heads, window=window)
-
-
-def attend_at(
-    query: Tensor, key: Tensor, value: Tensor, own: Tensor, *, num_heads: int, num_kv_heads: int, window: int | None
-) -> Tensor:
-    """Causal attention of `query` [B, S, N * D] at the positions `own` [B, S] to K and V [B, K, C, D], in plain torch.
-
-    It is no operation of a graph: `attend_to_cache` is.
-    """
-    distance = own[:, :, None] - torch.arange(key.shape[2])
-    visible = (distance >= 0) & (distance < (window or key.shape[2]))
+    distance = own[:, :, None] - torch.arange(length)
+    visible = (distance >= 0) & (distance < (window or length))
     q = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     attended = F.scaled_dot_product_attention(q, key, value, visible[:, None], scale=1.0, enable_gqa=True)
     return attended.transpose(1, 2).flatten(2)

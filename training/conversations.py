@@ -26,12 +26,15 @@ from .questions import (
 )
 from .sounds import Sound, random_sound
 
-WEIGHTS = {"describe": 3.0, "how many shapes": 3.0, "is there": 3.0, "see and hear": 2.0, "sum": 2.0}
+WEIGHTS = {"describe": 2.0, "how many shapes": 1.5, "is there": 1.5, "where": 1.5, "see and hear": 2.0, "sum": 2.5}
+"""How often a task is asked; others 1."""
 CASUAL_SHARE = 0.3
 ONE_WORD_SHARE = 0.15
-POLITE_SHARE = 0.1
-NAME_SHARE = 0.12
-MOST_TURNS = 8
+SYSTEM_SHARE = 0.25
+NAME_SHARE = 0.1
+SWAPPED_SHARE = 0.2
+SINGLE_TURN_SHARE = 0.8
+MOST_TURNS = 3
 EXAM = 4242
 """Begins the seeds of exams, and of nothing that is trained on."""
 
@@ -62,23 +65,28 @@ def messages_of(conversation: Conversation, sources: Sequence[Any]) -> list[dict
     return messages[:-1]
 
 
-def random_conversation(rng: np.random.Generator, picture: Picture | None, sound: Sound | None) -> Conversation:
-    """A conversation to train on, about the picture, the sound, both, or neither."""
+def random_row(
+    rng: np.random.Generator, picture: Picture | None, sound: Sound | None, count: int
+) -> list[Conversation]:
+    """`count` conversations to train on, about the picture, the sound, both, or neither, that begin alike."""
     if picture is None and sound is None:
-        return _about_text(rng)
+        return [_about_text(rng) for _ in range(count)]
     asks = _asks(picture, sound)
-    weights = np.array([WEIGHTS.get(ask(rng).task, 1.0) for ask in asks])
-    count = min(int(rng.integers(1, MOST_TURNS + 1)), len(asks))
-    order = rng.choice(len(asks), size=count, replace=False, p=weights / weights.sum())
-    turns = [asks[i](rng) for i in order]
-    system = None
-    chance = rng.random()
-    if chance < ONE_WORD_SHARE and (short := [word for turn in turns if (word := one_word(turn))]):
-        system, turns = str(rng.choice(ONE_WORD)), short
-    elif chance > 1 - POLITE_SHARE:
-        system = str(rng.choice(POLITE))
+    tasks = [ask(rng).task for ask in asks]
+    weights = np.array([WEIGHTS.get(task, 1.0) / tasks.count(task) for task in tasks])
     media: tuple[Picture | Sound, ...] = tuple(medium for medium in (picture, sound) if medium is not None)
-    return Conversation(system, media[::-1] if rng.random() < 0.2 else media, _casual(rng, turns))
+    media = media[::-1] if rng.random() < SWAPPED_SHARE else media
+    chance = rng.random()
+    system = str(rng.choice(ONE_WORD if chance < ONE_WORD_SHARE else POLITE)) if chance < SYSTEM_SHARE else None
+    row: list[Conversation] = []
+    while len(row) < count:
+        length = 1 if rng.random() < SINGLE_TURN_SHARE else int(rng.integers(2, MOST_TURNS + 1))
+        turns = [asks[i](rng) for i in rng.choice(len(asks), size=length, p=weights / weights.sum())]
+        if system in ONE_WORD:
+            turns = [short for turn in turns if (short := one_word(turn))]
+        if turns:
+            row.append(Conversation(system, media, _casual(rng, turns)))
+    return row
 
 
 def _asks(picture: Picture | None, sound: Sound | None) -> list[Ask]:
@@ -102,7 +110,7 @@ def _about_text(rng: np.random.Generator) -> Conversation:
     turn = asks[int(rng.choice(len(asks), p=weights / weights.sum()))](rng)
     if chance > 1 - ONE_WORD_SHARE and (short := one_word(turn)):
         return Conversation(str(rng.choice(ONE_WORD)), (), _casual(rng, [short]))
-    return Conversation(str(rng.choice(POLITE)) if rng.random() < POLITE_SHARE else None, (), _casual(rng, [turn]))
+    return Conversation(str(rng.choice(POLITE)) if chance > 1 - SYSTEM_SHARE else None, (), _casual(rng, [turn]))
 
 
 def _casual(rng: np.random.Generator, turns: Sequence[Turn]) -> tuple[Turn, ...]:

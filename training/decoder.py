@@ -1,6 +1,6 @@
 """The text decoder as it is trained: whole sequences at once, every MatFormer slice cut from the same weights.
 
-Shape legend: B sequences, S positions, N chosen positions of all sequences, H hidden, V vocabulary.
+Shape legend: B rows, S positions, N targets of all rows, Q of the row with the most, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gemma3n_onnx.export.slicing import Slice, TensorCut
 from gemma3n_onnx.graphs import ops
-from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.graphs.config import FULL, SLIDING, TextConfig
 from gemma3n_onnx.graphs.decoder import Attention, Decoder
 
 TOKENS, PER_LAYER, HEAD = "embed_tokens.weight", "embed_tokens_per_layer.weight", "lm_head.weight"
@@ -24,49 +24,75 @@ TOKENS, PER_LAYER, HEAD = "embed_tokens.weight", "embed_tokens_per_layer.weight"
 
 @dataclass(frozen=True)
 class Sequences:
-    """A batch of padded conversations: `ids` [B, S], `targets` [B, S] the next token where it is to be learned and
-    -1 elsewhere, `lengths` [B], `features` [n, H] of the soft tokens in the order in which their ids stand."""
+    """Conversations that are trained on at once. A row holds one beginning and several ways to go on from it.
+
+    Attributes:
+        ids: [B, S] int64, padded.
+        targets: [B, S] int64, the next token where it is to be learned, -1 elsewhere.
+        branches: [B, S] int64, 0 for the beginning, then the number of the continuation; -1 for padding. A position
+            attends to the beginning and its own continuation.
+        positions: [B, S] int64, in the conversation that beginning and continuation make.
+        features: [n, H] of the soft tokens, in the order in which their ids stand.
+    """
 
     ids: Tensor
     targets: Tensor
-    lengths: Tensor
+    branches: Tensor
+    positions: Tensor
     features: Tensor
+
+    def visible(self, chosen: Tensor, window: int | None) -> Tensor:
+        """chosen int64 [B, Q], indices in a row -> bool [B, 1, Q, S]: what each attends to, always itself."""
+        branch, position = (x.gather(1, chosen)[:, :, None] for x in (self.branches, self.positions))
+        distance = position - self.positions[:, None]
+        related = (self.branches[:, None] == 0) | (self.branches[:, None] == branch)
+        return (related & (distance >= 0) & (distance < (window or self.ids.shape[1])))[:, None]
 
 
 class SequenceDecoder(Decoder):
-    """The exported decoder's layers on whole sequences, padded on the right.
+    """The exported decoder's layers on whole conversations.
 
-    KV-shared layers run at chosen positions only, as the graph's short tail does at the last one: nothing else of
-    them is ever read.
+    KV-shared layers run at the positions of targets only, as the graph's short tail does at the last one: nothing
+    else of them is ever read.
     """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config, "all")
 
-    def forward(  # type: ignore[override]
-        self, inputs_embeds: Tensor, per_layer_inputs: Tensor, lengths: Tensor, chosen: Tensor
-    ) -> Tensor:
-        """inputs_embeds [B, S, H], per_layer_inputs [B, S, L * P], lengths int64 [B], chosen bool [B, S] -> logits
-        [N, V] of the N chosen positions, row by row."""
-        batch, length, hidden = inputs_embeds.shape
-        mask = (torch.arange(length) < lengths[:, None]).long()
-        step = self._step(ops.size_of_axis(inputs_embeds, 0), mask, torch.arange(length).expand(batch, -1), [])
+    def forward(self, inputs_embeds: Tensor, per_layer_inputs: Tensor, batch: Sequences) -> Tensor:  # type: ignore[override]
+        """inputs_embeds [B, S, H], per_layer_inputs [B, S, L * P] -> logits [N, V] for the N targets, row by row."""
+        rows, length, hidden = inputs_embeds.shape
+        step = self._step(ops.size_of_axis(inputs_embeds, 0), torch.ones(rows, length), batch.positions, [])
+        wanted = batch.targets >= 0
+        everywhere = torch.arange(length).expand(rows, -1)
+        queries = _Queries.of(wanted)
+        at_wanted = {kind: (cos[wanted], sin[wanted]) for kind, (cos, sin) in step.rope.items()}
+        windows = {FULL: None, SLIDING: self.config.sliding_window}
+        visible = {kind: batch.visible(everywhere, window) for kind, window in windows.items()}
+        visible_at_wanted = {kind: batch.visible(queries.index, window) for kind, window in windows.items()}
+
         embeds = inputs_embeds.reshape(-1, hidden)
         per_layer = self._per_layer_inputs(embeds, per_layer_inputs)
         streams = self._split(embeds)
         present: list[tuple[Tensor, Tensor]] = []
-        at_chosen = {kind: (cos[chosen], sin[chosen]) for kind, (cos, sin) in step.rope.items()}
         for i, layer in enumerate(self.layers):
             predictions, normed = layer.before_attention(streams)
+            own = layer.self_attn
             if i < self.config.num_kv_layers:
-                attention, key, value = layer.self_attn.produce(normed, (embeds, embeds), step)
+                key, value = own.key_and_value(normed, step)
                 present.append((key, value))
+                attention = _attend(own, own.query(normed, step), key, value, visible[own.kind]).flatten(0, 1)
             else:
-                attention = self._read(layer.self_attn, normed, present[self.config.kv_source(i)], at_chosen, chosen)
+                cos, sin = (part[None] for part in at_wanted[own.kind])
+                single = ops.Size(1, torch.tensor([1]))
+                heads = own.heads_of(own.q_proj(normed), own.q_norm.weight, single)
+                query = queries.pad(ops.rotary_embedding(heads, cos, sin, own.heads)[0])
+                donor = present[self.config.kv_source(i)]
+                attention = queries.unpad(_attend(own, query, *donor, visible_at_wanted[own.kind]))
             if i == self.config.num_kv_layers - 1:
-                index = chosen.flatten().nonzero()[:, 0]
+                chosen = wanted.flatten()
                 predictions, normed, attention, per_layer = (
-                    x[index] for x in (predictions, normed, attention, per_layer)
+                    x[chosen] for x in (predictions, normed, attention, per_layer)
                 )
             streams = layer.after_attention(predictions, normed, attention, per_layer[:, i])
         logits = self.lm_head(self.norm(self._merge(streams)))
@@ -74,32 +100,39 @@ class SequenceDecoder(Decoder):
             logits = cap * torch.tanh(logits / cap)
         return logits
 
-    def _read(
-        self,
-        attention: Attention,
-        x: Tensor,
-        donor: tuple[Tensor, Tensor],
-        rope: dict[str, tuple[Tensor, Tensor]],
-        chosen: Tensor,
-    ) -> Tensor:
-        """x [N, H] at the chosen positions -> attention [N, heads * D] over the donor's K and V."""
-        cos, sin = (part[None] for part in rope[attention.kind])
-        normed = attention.heads_of(attention.q_proj(x), attention.q_norm.weight, ops.Size(1, torch.tensor([1])))
-        query = ops.rotary_embedding(normed, cos, sin, attention.heads)[0]
-        # Queries of a row side by side, the shorter rows filled up.
+
+@dataclass(frozen=True)
+class _Queries:
+    """N chosen positions of B rows, side by side in their rows; the shorter rows are filled up to Q.
+
+    `index` [B, Q]: where in the row each is; `place`: row and number in it of each of the N.
+    """
+
+    index: Tensor
+    place: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, chosen: Tensor) -> _Queries:
+        """chosen bool [B, S]."""
         row, position = chosen.nonzero(as_tuple=True)
-        place = (chosen.cumsum(1) - 1)[row, position]
-        padded = query.new_zeros(len(chosen), int(place.max()) + 1, query.shape[1]).index_put((row, place), query)
-        own = torch.zeros(padded.shape[:2], dtype=torch.int64).index_put((row, place), position)
-        output = ops.attend_at(
-            padded,
-            *donor,
-            own,
-            num_heads=attention.heads,
-            num_kv_heads=attention.kv_heads,
-            window=attention.window,
-        )
-        return output[row, place]
+        place = row, (chosen.cumsum(1) - 1)[row, position]
+        index = torch.zeros(len(chosen), int(place[1].max()) + 1, dtype=torch.int64)
+        return cls(index.index_put(place, position), place)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[N, width] -> [B, Q, width]."""
+        return x.new_zeros(*self.index.shape, x.shape[1]).index_put(self.place, x)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """[B, Q, width] -> [N, width]."""
+        return x[self.place]
+
+
+def _attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """query [B, Q, N * D], key and value [B, S, K * D], visible [B, 1, Q, S] -> [B, Q, N * D]."""
+    q, k, v = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in (query, key, value))
+    attended = F.scaled_dot_product_attention(q, k, v, visible, scale=1.0, enable_gqa=True)
+    return attended.transpose(1, 2).flatten(2)
 
 
 class SlicedModel:
@@ -133,7 +166,7 @@ class SlicedModel:
             for name in self._names
             for cut in [self.slice.source_of(name)]
         }
-        return functional_call(self._decoder, own, (embeds, rows, batch.lengths, batch.targets >= 0))
+        return functional_call(self._decoder, own, (embeds, rows, batch))
 
 
 def _cut(weight: Tensor, cut: TensorCut) -> Tensor:
@@ -143,9 +176,9 @@ def _cut(weight: Tensor, cut: TensorCut) -> Tensor:
     return weight
 
 
-# Branches begin with less than they could add; queries and keys begin with attention that is nearly even.
+# Branches begin with less than they could add.
 _POST_NORM = 0.3
-_ATTENTION_LOGIT_STD = 1.4
+_ATTENTION_LOGIT_STD = 2.5
 _ALTUP_STD = 0.02
 _POST_NORMS = (
     "post_attention_layernorm",
@@ -158,19 +191,8 @@ _POST_NORMS = (
 def initial_weights(
     shapes: Mapping[str, tuple[int, ...]], config: TextConfig, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    """Weights to begin with. Attention begins by looking for what is like the own position, and by copying it:
-    queries as keys, outputs as values transposed."""
-    weights = {name: _initial(name, shape, config, rng) for name, shape in shapes.items()}
-    group = config.num_heads // config.num_kv_heads
-    for layer in range(config.num_layers):
-        of_layer, of_donor = (f"layers.{i}.self_attn" for i in (layer, config.kv_source(layer)))
-        key, value = (
-            weights[f"{of_donor}.{name}.weight"].unflatten(0, (config.num_kv_heads, -1)).repeat_interleave(group, 0)
-            for name in ("k_proj", "v_proj")
-        )
-        weights[f"{of_layer}.q_proj.weight"] = key.flatten(0, 1)
-        weights[f"{of_layer}.o_proj.weight"] = value.flatten(0, 1).T.contiguous()
-    return {name: tensor.requires_grad_() for name, tensor in weights.items()}
+    """Weights to begin with, by their names in a checkpoint."""
+    return {name: _initial(name, shape, config, rng).requires_grad_() for name, shape in shapes.items()}
 
 
 def _initial(name: str, shape: tuple[int, ...], config: TextConfig, rng: torch.Generator) -> Tensor:

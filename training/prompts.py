@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gemma3n_onnx.runtime.prompt import ChatTemplate, Tokenizer
 
@@ -50,12 +51,36 @@ class Encoder:
         (token_id,) = self._tokenizer.encode(f" {word}", add_bos=False)
         return token_id
 
-    def batch(self, conversations: Sequence[Conversation], features: Tensor) -> Sequences:
-        """`features` [n, H] of all images and clips, in the order of the conversations."""
-        encoded = [self.encode(conversation) for conversation in conversations]
-        lengths = [len(ids) for ids, _ in encoded]
-        ids, targets = (torch.full((len(encoded), max(lengths)), filler) for filler in (0, -1))
-        for row, (of_row, wanted) in enumerate(encoded):
-            ids[row, : lengths[row]] = torch.tensor(of_row)
-            targets[row, : lengths[row]] = torch.tensor(wanted)
-        return Sequences(ids, targets, torch.tensor(lengths), features)
+    def batch(self, rows: Sequence[Sequence[Conversation]], features: Tensor) -> Sequences:
+        """A batch of rows of conversations that begin alike, up to and with their media.
+
+        `features` [n, H] of all images and clips, in the order of the rows.
+        """
+        packed = [self._pack(row) for row in rows]
+        length = max(len(ids) for ids, *_ in packed)
+        columns = (
+            [F.pad(torch.tensor(part), (0, length - len(part)), value=filler) for part in parts]
+            for parts, filler in zip(zip(*packed), (0, -1, -1, 0))
+        )
+        ids, targets, branches, positions = map(torch.stack, columns)
+        return Sequences(ids, targets, branches, positions, features)
+
+    def _pack(self, row: Sequence[Conversation]) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Ids, targets, branches and positions."""
+        encoded = [self.encode(conversation) for conversation in row]
+        shared = self._beginning(encoded[0][0])
+        ids, targets = encoded[0][0][:shared], encoded[0][1][:shared]
+        branches, positions = [0] * shared, list(range(shared))
+        for number, (of_branch, wanted) in enumerate(encoded, start=1):
+            if of_branch[:shared] != ids[:shared]:
+                raise ValueError("the conversations of a row begin differently")
+            ids += of_branch[shared:]
+            targets += wanted[shared:]
+            branches += [number] * (len(of_branch) - shared)
+            positions += range(shared, len(of_branch))
+        return ids, targets, branches, positions
+
+    def _beginning(self, ids: Sequence[int]) -> int:
+        """Tokens up to the last of the media, or none."""
+        soft = set(self.soft_ids.tolist())
+        return max((i + 1 for i, token_id in enumerate(ids) if token_id in soft), default=0)

@@ -13,7 +13,7 @@ from gemma3n_onnx.export.slicing import Slice, SliceSpec, resolve
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.embedder import MultimodalEmbedder
 
-from .conversations import random_conversation
+from .conversations import random_row
 from .decoder import Sequences, SlicedModel
 from .optimizer import Optimizer
 from .pictures import Picture
@@ -22,10 +22,11 @@ from .prompts import Encoder
 from .sounds import Sound
 
 STEPS = 600
-BATCHES = {"text": 32, "picture": 12, "sound": 8, "both": 4}
-"""Conversations of each kind in a step."""
-NAMED_SHARE = 0.7
-"""So many steps train a slice of the table, the first one, which is whole, twice as often; the others a random mix."""
+BATCHES = {"text": (6, 8), "picture": (6, 16), "sound": (3, 6), "both": (2, 10)}
+"""Rows of each kind in a step, and conversations in each row."""
+WHOLE_SHARE, NAMED_SHARE = 0.5, 0.35
+"""Of the batches so many train the first slice of the table, which is whole, and one of its others; the rest train a
+random mix of widths."""
 WIDTHS = (1 / 2, 3 / 4, 1)
 
 
@@ -63,12 +64,15 @@ def train_decoder(
     models = [SlicedModel(chosen) for chosen in named]
 
     def losses() -> Iterator[Tensor]:
-        for kind, count in BATCHES.items():
-            if rng.random() < NAMED_SHARE:
-                model = models[max(int(rng.integers(len(models) + 1)) - 1, 0)]
+        for kind, size in BATCHES.items():
+            chance = rng.random()
+            if chance < WHOLE_SHARE:
+                model = models[0]
+            elif chance < WHOLE_SHARE + NAMED_SHARE:
+                model = models[int(rng.integers(1, len(models)))]
             else:
                 model = SlicedModel(_random_slice(rng, config, named))
-            yield model.loss(weights, hard_rows, encoder.soft_ids, random_batch(rng, kind, count, media, encoder))
+            yield model.loss(weights, hard_rows, encoder.soft_ids, random_batch(rng, kind, size, media, encoder))
 
     for step in range(STEPS):
         progress.step(step + 1, STEPS, optimizer.step(losses()))
@@ -85,18 +89,20 @@ def _random_slice(rng: np.random.Generator, config: TextConfig, named: Sequence[
     return resolve(SliceSpec("random", tuple(widths), keep.skipped), config)
 
 
-def random_batch(rng: np.random.Generator, kind: str, count: int, media: Media, encoder: Encoder) -> Sequences:
-    conversations, features = [], []
-    for _ in range(count):
+def random_batch(
+    rng: np.random.Generator, kind: str, size: tuple[int, int], media: Media, encoder: Encoder
+) -> Sequences:
+    """`size`: rows, and conversations in each."""
+    rows, features = [], [media.picture_features[0, :0]]
+    for _ in range(size[0]):
         picture, sound = (int(rng.integers(len(pool))) for pool in (media.pictures, media.sounds))
         seen = media.pictures[picture] if kind in ("picture", "both") else None
         heard = media.sounds[sound] if kind in ("sound", "both") else None
-        conversation = random_conversation(rng, seen, heard)
-        conversations.append(conversation)
+        row = random_row(rng, seen, heard, size[1])
+        rows.append(row)
         of_kind = {"image": media.picture_features[picture], "audio": media.sound_features[sound]}
-        features += [of_kind[name] for name in conversation.media_kinds]
-    nothing = media.picture_features[0, :0]
-    return encoder.batch(conversations, torch.cat([nothing, *features]).float())
+        features += [of_kind[name] for name in row[0].media_kinds]
+    return encoder.batch(rows, torch.cat(features).float())
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from gemma3n_onnx.export.progress import TerminalProgress
 from gemma3n_onnx.export.slicing import load_slices
 from gemma3n_onnx.runtime import MediaOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.messages import items_of
-from gemma3n_onnx.training.conversations import Conversation, exam, messages_of, random_conversation
+from gemma3n_onnx.training.conversations import Conversation, exam, messages_of, random_row
 from gemma3n_onnx.training.evaluate import accuracy, answer, sources_of
 from gemma3n_onnx.training.pictures import random_picture
 from gemma3n_onnx.training.prompts import Encoder
@@ -91,7 +91,7 @@ def test_training_and_runtime_write_a_prompt_alike(demo):
     _, model = demo(WHOLE)
     encoder, rng = Encoder(DEMO), np.random.default_rng(0)
     for _ in range(5):
-        conversation = random_conversation(rng, random_picture(rng), random_sound(rng))
+        [conversation] = random_row(rng, random_picture(rng), random_sound(rng), 1)
         prompt = model.encode(messages_of(conversation, sources_of(conversation))).ids
         assert encoder.encode(conversation)[0][: len(prompt)] == prompt
 

@@ -14,9 +14,8 @@ from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Decoder
 from gemma3n_onnx.graphs.embedding import Embedding, HardRows
 from gemma3n_onnx.runtime.prompt import Tokenizer
-from gemma3n_onnx.training import text
 from gemma3n_onnx.training.checkpoint import demo_config, write_companions
-from gemma3n_onnx.training.conversations import random_conversation
+from gemma3n_onnx.training.conversations import random_row
 from gemma3n_onnx.training.decoder import HEAD, PER_LAYER, TOKENS, SlicedModel, initial_weights
 from gemma3n_onnx.training.optimizer import MUON_LR, Optimizer
 from gemma3n_onnx.training.pictures import random_picture
@@ -41,20 +40,34 @@ def weights(config):
 
 
 @pytest.fixture(scope="module")
-def batch(tmp_path_factory, config):
+def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_companions(folder, demo_config())
-    rng, draw = np.random.default_rng(0), torch.Generator().manual_seed(1)
-    pictures, sounds = [random_picture(rng) for _ in range(2)], [random_sound(rng) for _ in range(2)]
-    features = (torch.randn(2, count, config.hidden_size, generator=draw).half() for count in SOFT_TOKENS.values())
-    picture_features, sound_features = features
-    media = text.Media(pictures, picture_features, sounds, sound_features)
-    encoder = Encoder(folder)
-    return text.random_batch(rng, "both", 4, media, encoder), encoder.soft_ids
+    return Encoder(folder)
 
 
-def exported(weights, chosen, hard_rows, soft_ids, batch):
-    """Logits of the modules that an export traces, at the positions of the targets."""
+@pytest.fixture(scope="module")
+def rows():
+    """Two rows of three conversations about a picture and a sound."""
+    rng = np.random.default_rng(0)
+    return [random_row(rng, random_picture(rng), random_sound(rng), 3) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def features(config, rows):
+    """Of each row's media."""
+    draw = torch.Generator().manual_seed(1)
+    counts = [sum(SOFT_TOKENS[kind] for kind in row[0].media_kinds) for row in rows]
+    return [torch.randn(count, config.hidden_size, generator=draw) for count in counts]
+
+
+@pytest.fixture(scope="module")
+def hard_rows(config):
+    return torch.randn(256, config.hidden_size, generator=torch.Generator().manual_seed(2))
+
+
+def exported(weights, chosen, hard_rows, soft_ids, ids, features):
+    """Logits [S, V] of the modules that an export traces, for one conversation; they read features by kind."""
     config = chosen.config
     cut = {}
     for name in tensor_shapes(config):
@@ -71,54 +84,55 @@ def exported(weights, chosen, hard_rows, soft_ids, batch):
         TOKENS: torch.cat([cut[TOKENS], hard_rows / math.sqrt(config.hidden_size)]),
         PER_LAYER: cut.pop(PER_LAYER) * math.sqrt(config.hidden_size_per_layer_input),
     }
-    kinds = [int(i) for row in batch.ids for i in row if i in soft_ids]
-    features = [batch.features[[kind == soft for kind in kinds]] for soft in soft_ids.tolist()]
-    embeds, rows = functional_call(embedding, tables, (batch.ids, features))
+    kinds = torch.tensor([i for i in ids if i in soft_ids])
+    of_kinds = [features[kinds == soft] for soft in soft_ids]
+    embeds, table_rows = functional_call(embedding, tables, (torch.tensor([ids]), of_kinds))
     decoder = Decoder(config, "all")
     cut[HEAD] = cut.pop(TOKENS)
-    length = batch.ids.shape[1]
-    mask = (torch.arange(length) < batch.lengths[:, None]).long()
-    positions = torch.arange(length).expand_as(batch.ids)
-    past = [torch.zeros(len(mask), config.num_kv_heads, 0, config.head_dim)] * (2 * config.num_kv_layers)
-    logits = functional_call(decoder, cut, (embeds, rows, mask, positions, past))[0]
-    return logits[batch.targets >= 0]
+    positions = torch.arange(len(ids))[None]
+    past = [torch.zeros(1, config.num_kv_heads, 0, config.head_dim)] * (2 * config.num_kv_layers)
+    return functional_call(decoder, cut, (embeds, table_rows, torch.ones_like(positions), positions, past))[0][0]
 
 
 @pytest.mark.parametrize("spec", SLICES, ids=lambda spec: spec.name)
-def test_a_slice_in_training_is_the_slice_that_is_exported(config, weights, batch, spec):
-    sequences, soft_ids = batch
-    chosen = resolve(spec, config)
-    hard_rows = torch.randn(256, config.hidden_size, generator=torch.Generator().manual_seed(2))
+def test_a_slice_in_training_is_the_slice_that_is_exported(config, weights, encoder, rows, features, hard_rows, spec):
+    """Conversations that share a row have the logits of conversations alone."""
+    chosen, soft_ids = resolve(spec, config), encoder.soft_ids
     with torch.no_grad():
-        expected = exported(weights, chosen, hard_rows, soft_ids, sequences)
-        found = SlicedModel(chosen).logits(weights, hard_rows, soft_ids, sequences)
+        packed = encoder.batch(rows, torch.cat(features))
+        found = SlicedModel(chosen).logits(weights, hard_rows, soft_ids, packed)
+        expected = []
+        for row, of_row in zip(rows, features):
+            for conversation in row:
+                ids, targets = encoder.encode(conversation)
+                logits = exported(weights, chosen, hard_rows, soft_ids, ids, of_row)
+                expected.append(logits[torch.tensor(targets) >= 0])
+    expected = torch.cat(expected)
     error = ((found - expected).abs().max() / (expected.max() - expected.min())).item()
-    print(f"{spec.name}: {error:.1e} of the range, {sequences.ids.shape[1]} tokens")
-    assert sequences.ids.shape[1] > 2 * config.sliding_window
+    print(f"{spec.name}: {error:.1e} of the range, {len(found)} targets, rows of {packed.ids.shape[1]} tokens")
+    assert packed.ids.shape[1] > 2 * config.sliding_window
     assert error < TOLERANCE
 
 
-def test_every_weight_of_the_whole_model_is_trained(config, weights, batch):
-    sequences, soft_ids = batch
+def test_every_weight_of_the_whole_model_is_trained(config, weights, encoder, rows, features, hard_rows):
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-    whole = SlicedModel(resolve(SLICES[0], config))
-    whole.loss(leaves, torch.randn(256, config.hidden_size), soft_ids, sequences).backward()
-    untrained = [name for name, leaf in leaves.items() if leaf.grad is None or not leaf.grad.abs().sum() > 0]
-    # The last layer's inactive streams leave it through nothing but the mean of the unembedded streams.
-    assert untrained == []
+    batch = encoder.batch(rows, torch.cat(features))
+    SlicedModel(resolve(SLICES[0], config)).loss(leaves, hard_rows, encoder.soft_ids, batch).backward()
+    assert [name for name, leaf in leaves.items() if leaf.grad is None or not leaf.grad.abs().sum() > 0] == []
 
 
-def test_only_answers_are_learned(tmp_path):
+def test_only_answers_are_learned(tmp_path, encoder):
     write_companions(tmp_path, demo_config())
-    encoder, tokenizer = Encoder(tmp_path), Tokenizer.from_folder(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
     rng = np.random.default_rng(5)
-    for _ in range(20):
-        conversation = random_conversation(rng, random_picture(rng), random_sound(rng))
-        ids, targets = encoder.encode(conversation)
-        learned = [target for target in targets if target >= 0]
-        assert all(target in (-1, following) for target, following in zip(targets, ids[1:]))
-        expected = "".join(f"{turn.answer}<end_of_turn>" for turn in conversation.turns)
-        assert tokenizer.decode(learned, skip_special=False) == expected
+    for _ in range(10):
+        row = random_row(rng, random_picture(rng), random_sound(rng), 3)
+        for conversation in row:
+            ids, targets = encoder.encode(conversation)
+            learned = [target for target in targets if target >= 0]
+            assert all(target in (-1, following) for target, following in zip(targets, ids[1:]))
+            expected = "".join(f"{turn.answer}<end_of_turn>" for turn in conversation.turns)
+            assert tokenizer.decode(learned, skip_special=False) == expected
 
 
 def test_the_optimizer_finds_a_minimum():

@@ -101,8 +101,8 @@ def test_an_exam_asks_no_numbers_that_were_taught():
     rng = np.random.default_rng(0)
     taught = {
         turn.answer
-        for _ in range(20_000)
-        for turn in conversations.random_conversation(rng, None, None).turns
+        for conversation in conversations.random_row(rng, None, None, 20_000)
+        for turn in conversation.turns
         if turn.task in ("sum", "count")
     }
     asked = conversations.exam(0, 60)
