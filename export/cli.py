@@ -109,13 +109,15 @@ def describe_export(summary: ExportSummary) -> str:
     files = {name: info.bytes for name, info in manifest.files.items()}
     memory = peak_memory_bytes()
     largest = sorted(files, key=lambda name: -files[name])[:4]
+    total = sum(files.values())
+    unit, scale = ("MB", 1e6) if total < 1e9 else ("GB", 1e9)
     return "\n".join(
         [
             f"Exported {manifest.slice} of {manifest.source} to {summary.folder}",
             f"  {manifest.num_layers} layers, {manifest.parameters.text:,} text parameters, "
             f"{manifest.parameters.effective:,} effective; modalities: {', '.join(manifest.modalities)}",
-            f"  {manifest.precision} for {manifest.target}, {sum(files.values()) / 1e9:.2f} GB in {len(files)} files",
-            *(f"  {files[name] / 1e9:>9.3f} GB  {name}" for name in largest),
+            f"  {manifest.precision} for {manifest.target}, {total / scale:.2f} {unit} in {len(files)} files",
+            *(f"  {files[name] / scale:>9.3f} {unit}  {name}" for name in largest),
             f"  {summary.seconds:.0f} s, peak memory " + ("unknown" if memory is None else f"{memory / 2**30:.2f} GiB"),
         ]
     )

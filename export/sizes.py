@@ -239,21 +239,29 @@ def _total(config: TextConfig, hf_config: Mapping[str, Any]) -> int | None:
         return None
 
 
+SMALL_MODEL = 100_000_000
+"""Fewer text parameters than that are told in millions."""
+
+
 def render_table(rows: Iterable[SliceRow]) -> str:
-    """Aligned columns, one line a slice; parameters in billions, disk in 10^9 bytes."""
-    disk = tuple(f"{precision} GB" for precision in BYTES_PER_PARAMETER)
-    lines = [("name", "layers", "effective B", "published B", "text B", "total B", "MMLU %", *disk)]
+    """Aligned columns, one line a slice; parameters in billions and disk in 10^9 bytes, of small models in millions."""
+    rows = list(rows)
+    unit, of_bytes, scale = ("M", "MB", 1e6) if max(row.text for row in rows) < SMALL_MODEL else ("B", "GB", 1e9)
+    disk = tuple(f"{precision} {of_bytes}" for precision in BYTES_PER_PARAMETER)
+    lines = [
+        ("name", "layers", f"effective {unit}", f"published {unit}", f"text {unit}", f"total {unit}", "MMLU %", *disk)
+    ]
     for row in rows:
         lines.append(
             (
                 row.name,
                 str(row.layers),
-                f"{row.effective / 1e9:.2f}",
-                "-" if row.published_effective_b is None else f"{row.published_effective_b:.2f}",
-                f"{row.text / 1e9:.2f}",
-                "-" if row.total is None else f"{row.total / 1e9:.2f}",
+                f"{row.effective / scale:.2f}",
+                "-" if row.published_effective_b is None else f"{row.published_effective_b * 1e9 / scale:.2f}",
+                f"{row.text / scale:.2f}",
+                "-" if row.total is None else f"{row.total / scale:.2f}",
                 "-" if row.mmlu is None else f"{row.mmlu:.1f}",
-                *(f"{row.disk_bytes[precision] / 1e9:.1f}" for precision in BYTES_PER_PARAMETER),
+                *(f"{row.disk_bytes[precision] / scale:.1f}" for precision in BYTES_PER_PARAMETER),
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines)]
