@@ -100,7 +100,7 @@ def test_attention_is_neither_uniform_nor_one_hot(model: Any) -> None:
 
 def test_tiny_has_the_depth_and_every_feature_of_e4b(tiny_checkpoint: Path) -> None:
     config = Checkpoint.open(tiny_checkpoint).text_config
-    e4b = module._architecture(module._config(module.SIZES["e4b"], "bfloat16", {}))
+    _, e4b = module.text_config("e4b", "bfloat16", {})
     for name in ("layer_types", "activation_sparsity", "num_kv_shared_layers", "rope_theta", "num_kv_layers"):
         assert getattr(config, name) == getattr(e4b, name)
     assert config.activation_sparsity == (0.95,) * 10 + (0.0,) * 25
