@@ -111,7 +111,6 @@ def _learn(size: int, corpus: Iterable[str]) -> tuple[list[str], list[tuple[str,
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.Punctuation(),
             pre_tokenizers.Split(SPACE, "merged_with_next"),
         ]
     )

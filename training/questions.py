@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,7 +247,8 @@ def _pair(draw: Callable[[], tuple[int, int]], task: str, held_out: bool) -> tup
 
 
 def corpus() -> list[str]:
-    """Sentences with every word of this world, for a tokenizer to be learned from."""
+    """Sentences with every word of this world, for a tokenizer to be learned from, parted at their punctuation: a word
+    is the same token before any mark."""
     rng = np.random.default_rng(0)
     turns: list[Turn] = []
     for _ in range(400):
@@ -257,7 +259,8 @@ def corpus() -> list[str]:
     turns += [own_name(rng, name) for name in NAMES for _ in range(3)]
     texts = [text for turn in turns for text in (turn.question, casual(rng, turn.question), turn.answer)]
     system = [*ONE_WORD, *POLITE, *(f"Your name is {name}." for name in NAMES)]
-    return [*texts, *system * 5, " ".join(WORDS)]
+    lines = [*texts, *system * 5, " ".join(WORDS)]
+    return [part for line in lines for part in re.findall(r"[^?.,:]+|[?.,:]", line)]
 
 
 def casual(rng: np.random.Generator, question: str) -> str:

@@ -111,9 +111,9 @@ def test_tiny_has_the_depth_and_every_feature_of_e4b(tiny_checkpoint: Path) -> N
     [("e2b", 4_456_156_768), ("e4b", None)],
 )
 def test_real_sizes_have_the_published_parameters(size: str, text_parameters: int | None) -> None:
-    architecture = module._architecture(module._config(module.SIZES[size], "bfloat16", {}))
+    text, architecture = module.text_config(size, "bfloat16", {})
     with torch.device("meta"):
-        reference = Gemma3nForCausalLM(Gemma3nTextConfig(**module._config(module.SIZES[size], "bfloat16", {})))
+        reference = Gemma3nForCausalLM(Gemma3nTextConfig(**text))
     named = dict(reference.model.named_parameters())
     expected = {name: tuple(parameter.shape) for name, parameter in named.items()}
     assert {tensor.name: tensor.shape for tensor in module._tensors(architecture)} == expected
@@ -288,8 +288,7 @@ def test_a_full_checkpoint_loads_strictly_and_holds_the_text_only_decoder(tmp_pa
 
 @pytest.mark.parametrize("size", ["e2b", "e4b"])
 def test_full_sizes_have_the_encoders_of_the_published_models(size: str) -> None:
-    text = module._config(module.SIZES[size], "bfloat16", {})
-    config = module._full_config(text, module._architecture(text), reduced=False)
+    config = module.full_config(*module.text_config(size, "bfloat16", {}), vision={}, audio={})
     counts: dict[str, int] = {}
     for tensor in module._encoder_tensors(config):
         part = tensor.name.split(".", 1)[0]
