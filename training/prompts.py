@@ -51,12 +51,15 @@ class Encoder:
         (token_id,) = self._tokenizer.encode(f" {word}", add_bos=False)
         return token_id
 
-    def batch(self, rows: Sequence[Sequence[Conversation]], features: Tensor) -> Sequences:
+    def batch(
+        self, rows: Sequence[Sequence[Conversation]], features: Tensor, kept: Sequence[Tensor] | None = None
+    ) -> Sequences:
         """A batch of rows of conversations that begin alike, up to and with their media.
 
-        `features` [n, H] of all images and clips, in the order of the rows.
+        `features` [n, H] of all images and clips, in the order of the rows. `kept`: of each row's soft tokens, bool
+        [count], which are there; the others leave a gap in the positions. `features` are those of the kept.
         """
-        packed = [self._pack(row) for row in rows]
+        packed = [self._pack(row, None if kept is None else kept[i]) for i, row in enumerate(rows)]
         length = max(len(ids) for ids, *_ in packed)
         columns = (
             [F.pad(torch.tensor(part), (0, length - len(part)), value=filler) for part in parts]
@@ -65,14 +68,22 @@ class Encoder:
         ids, targets, branches, positions = map(torch.stack, columns)
         return Sequences(ids, targets, branches, positions, features)
 
-    def _pack(self, row: Sequence[Conversation]) -> tuple[list[int], list[int], list[int], list[int]]:
+    def _pack(
+        self, row: Sequence[Conversation], kept: Tensor | None
+    ) -> tuple[list[int], list[int], list[int], list[int]]:
         """Ids, targets, branches and positions."""
         encoded = [self.encode(conversation) for conversation in row]
         shared = self._beginning(encoded[0][0])
         ids, targets = encoded[0][0][:shared], encoded[0][1][:shared]
-        branches, positions = [0] * shared, list(range(shared))
+        positions = list(range(shared))
+        if kept is not None:
+            soft = set(self.soft_ids.tolist())
+            flags = iter(kept.tolist())
+            positions = [i for i in positions if ids[i] not in soft or next(flags)]
+            ids, targets = [ids[i] for i in positions], [targets[i] for i in positions]
+        branches = [0] * len(positions)
         for number, (of_branch, wanted) in enumerate(encoded, start=1):
-            if of_branch[:shared] != ids[:shared]:
+            if of_branch[:shared] != encoded[0][0][:shared]:
                 raise ValueError("the conversations of a row begin differently")
             ids += of_branch[shared:]
             targets += wanted[shared:]

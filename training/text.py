@@ -24,6 +24,10 @@ from .sounds import Sound
 STEPS = 600
 BATCHES = {"text": (6, 8), "picture": (6, 16), "sound": (3, 6), "both": (2, 10)}
 """Rows of each kind in a step, and conversations in each row."""
+SPARSE_SHARE = 0.6
+"""Of the steps, the first so many leave out most soft tokens that say nothing, which is faster and easier."""
+KEPT_SHARE = 0.1
+"""Of those that say nothing."""
 WHOLE_SHARE, NAMED_SHARE = 0.5, 0.35
 """Of the batches so many train the first slice of the table, which is whole, and one of its others; the rest train a
 random mix of widths."""
@@ -32,12 +36,15 @@ WIDTHS = (1 / 2, 3 / 4, 1)
 
 @dataclass(frozen=True)
 class Media:
-    """What conversations are about, with soft tokens [n, count, H] fp16."""
+    """What conversations are about, with soft tokens [n, count, H] fp16, and which of these, bool [n, count], show or
+    sound anything."""
 
     pictures: Sequence[Picture]
     picture_features: Tensor
+    picture_matters: Tensor
     sounds: Sequence[Sound]
     sound_features: Tensor
+    sound_matters: Tensor
 
 
 def train_decoder(
@@ -72,7 +79,8 @@ def train_decoder(
                 model = models[int(rng.integers(1, len(models)))]
             else:
                 model = SlicedModel(_random_slice(rng, config, named))
-            yield model.loss(weights, hard_rows, encoder.soft_ids, random_batch(rng, kind, size, media, encoder))
+            batch = random_batch(rng, kind, size, media, encoder, sparse=step < SPARSE_SHARE * STEPS)
+            yield model.loss(weights, hard_rows, encoder.soft_ids, batch)
 
     for step in range(STEPS):
         progress.step(step + 1, STEPS, optimizer.step(losses()))
@@ -90,19 +98,29 @@ def _random_slice(rng: np.random.Generator, config: TextConfig, named: Sequence[
 
 
 def random_batch(
-    rng: np.random.Generator, kind: str, size: tuple[int, int], media: Media, encoder: Encoder
+    rng: np.random.Generator, kind: str, size: tuple[int, int], media: Media, encoder: Encoder, *, sparse: bool
 ) -> Sequences:
-    """`size`: rows, and conversations in each."""
-    rows, features = [], [media.picture_features[0, :0]]
+    """`size`: rows, and conversations in each. `sparse`: without most soft tokens that say nothing."""
+    rows, kept = [], []
+    features = [media.picture_features[0, :0]]
     for _ in range(size[0]):
         picture, sound = (int(rng.integers(len(pool))) for pool in (media.pictures, media.sounds))
         seen = media.pictures[picture] if kind in ("picture", "both") else None
         heard = media.sounds[sound] if kind in ("sound", "both") else None
         row = random_row(rng, seen, heard, size[1])
         rows.append(row)
-        of_kind = {"image": media.picture_features[picture], "audio": media.sound_features[sound]}
-        features += [of_kind[name] for name in row[0].media_kinds]
-    return encoder.batch(rows, torch.cat(features).float())
+        of_kind = {
+            "image": (media.picture_features[picture], media.picture_matters[picture]),
+            "audio": (media.sound_features[sound], media.sound_matters[sound]),
+        }
+        kept_of_row = [torch.zeros(0, dtype=torch.bool)]
+        for name in row[0].media_kinds:
+            soft_tokens, matters = of_kind[name]
+            some = torch.from_numpy(rng.random(len(matters)) < KEPT_SHARE) if sparse else True
+            kept_of_row.append(matters | some)
+            features.append(soft_tokens[kept_of_row[-1]])
+        kept.append(torch.cat(kept_of_row))
+    return encoder.batch(rows, torch.cat(features).float(), kept)
 
 
 @torch.no_grad()

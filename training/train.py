@@ -62,7 +62,14 @@ def train(output: Path, seed: int) -> None:
         clips = clip_set(seed, CLIPS, LOG_MEL)
         audio, sound_features = train_audio(AudioConfig.from_hf(config), clips, words, rng, progress)
 
-        media = Media(pictures.pictures, picture_features, [clip.sound for clip in clips], sound_features)
+        media = Media(
+            pictures.pictures,
+            picture_features,
+            pictures.cells["colour"].flatten(1) > 0,
+            [clip.sound for clip in clips],
+            sound_features,
+            torch.stack([torch.arange(sound_features.shape[1]) < len(clip.kind) for clip in clips]),
+        )
         embedders = vision.embed_vision, audio.embed_audio
         train_decoder(weights, text_config, table, media, embedders, encoder, seed, progress)
         progress.stage("Writing the checkpoint")
