@@ -84,27 +84,32 @@ def log_mel_settings(checkpoint: Checkpoint) -> LogMelInfo:
     """Raises CheckpointError where the feature extractor does what is not implemented."""
     settings = _settings(checkpoint, "feature_extractor", _AUDIO, _FIXED_AUDIO)
     try:
-        rate = int(settings["sampling_rate"])
-        frame = int(settings.get("frame_length") or round(rate * settings["frame_length_ms"] / 1000))
-        hop = int(settings.get("hop_length") or round(rate * settings["hop_length_ms"] / 1000))
-        fft = 2 ** (math.ceil(math.log2(frame)) + bool(settings["fft_overdrive"]))
-        return LogMelInfo(
-            sample_rate_hz=rate,
-            frame_length=frame,
-            hop_length=hop,
-            fft_length=fft,
-            mel_bins=int(settings["feature_size"]),
-            min_frequency_hz=float(settings["min_frequency"]),
-            max_frequency_hz=float(settings["max_frequency"]),
-            preemphasis=float(settings["preemphasis"]),
-            mel_floor=float(settings["mel_floor"]),
-            max_samples=MAX_SECONDS * rate,
-            pad_multiple=PAD_MULTIPLE,
-        )
+        return log_mel_info(settings)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"A value of the feature extractor has the wrong type ({error}); download the checkpoint again."
         ) from error
+
+
+def log_mel_info(settings: Mapping[str, Any]) -> LogMelInfo:
+    """What a feature extractor of these settings does. Raises TypeError, ValueError: a value has the wrong type."""
+    rate = int(settings["sampling_rate"])
+    frame = int(settings.get("frame_length") or round(rate * settings["frame_length_ms"] / 1000))
+    hop = int(settings.get("hop_length") or round(rate * settings["hop_length_ms"] / 1000))
+    fft = 2 ** (math.ceil(math.log2(frame)) + bool(settings["fft_overdrive"]))
+    return LogMelInfo(
+        sample_rate_hz=rate,
+        frame_length=frame,
+        hop_length=hop,
+        fft_length=fft,
+        mel_bins=int(settings["feature_size"]),
+        min_frequency_hz=float(settings["min_frequency"]),
+        max_frequency_hz=float(settings["max_frequency"]),
+        preemphasis=float(settings["preemphasis"]),
+        mel_floor=float(settings["mel_floor"]),
+        max_samples=MAX_SECONDS * rate,
+        pad_multiple=PAD_MULTIPLE,
+    )
 
 
 def soft_tokens(checkpoint: Checkpoint, modality: str) -> SoftTokens:

@@ -11,13 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemma3n_onnx.export.checkpoint import FULL_LAYOUT, WEIGHTS
-from gemma3n_onnx.export.make_checkpoint import PREPROCESSOR, full_config, text_config
+from gemma3n_onnx.export.make_checkpoint import PREPROCESSOR, TINY_AUDIO, full_config, text_config
 from gemma3n_onnx.export.make_tokenizer import write_tokenizer
-from gemma3n_onnx.export.processor import MAX_SECONDS, PAD_MULTIPLE
+from gemma3n_onnx.export.processor import log_mel_info
 from gemma3n_onnx.export.writer import write_json
 from gemma3n_onnx.graphs import audio, vision
 from gemma3n_onnx.graphs.config import FULL, SLIDING
-from gemma3n_onnx.runtime.artifact import LogMelInfo
 
 from .questions import corpus
 from .vision import SIDE
@@ -36,30 +35,12 @@ TEXT: dict[str, Any] = {
     "activation_sparsity_pattern": [0.95] * 2 + [0.0] * 13,
 }
 VISION: dict[str, Any] = {"model_args": {"channel_multiplier": 0.04}}
-AUDIO: dict[str, Any] = {
-    "hidden_size": 64,
-    "conf_num_attention_heads": 4,
-    "conf_num_hidden_layers": 2,
-    "sscp_conv_channel_size": [16, 8],
-}
-LOG_MEL = LogMelInfo(
-    sample_rate_hz=PREPROCESSOR["sampling_rate"],
-    frame_length=PREPROCESSOR["frame_length"],
-    hop_length=PREPROCESSOR["hop_length"],
-    fft_length=PREPROCESSOR["fft_length"],
-    mel_bins=PREPROCESSOR["feature_size"],
-    min_frequency_hz=PREPROCESSOR["min_frequency"],
-    max_frequency_hz=PREPROCESSOR["max_frequency"],
-    preemphasis=PREPROCESSOR["preemphasis"],
-    mel_floor=PREPROCESSOR["mel_floor"],
-    max_samples=MAX_SECONDS * PREPROCESSOR["sampling_rate"],
-    pad_multiple=PAD_MULTIPLE,
-)
+LOG_MEL = log_mel_info(PREPROCESSOR)
 
 
 def demo_config() -> dict[str, Any]:
     """The `config.json`."""
-    return full_config(*text_config("tiny", "bfloat16", TEXT), VISION, AUDIO)
+    return full_config(*text_config("tiny", "bfloat16", TEXT), VISION, TINY_AUDIO)
 
 
 def write_companions(folder: Path, config: Mapping[str, Any]) -> None:

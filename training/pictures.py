@@ -98,11 +98,11 @@ class Picture:
         return numbers
 
 
-def random_picture(rng: np.random.Generator, count: int | None = None, sides: tuple[int, int] = SIDES) -> Picture:
-    """A picture of `count` things (of 1 to 4 where None) that do not touch, sides in pixels drawn from `sides`."""
-    low, high = np.log(sides)
+def random_picture(rng: np.random.Generator, count: int | None = None) -> Picture:
+    """A picture of `count` things (of 1 to 4 where None) that do not touch; its sides lie within `SIDES`."""
+    low, high = np.log(SIDES)
     width = round(float(np.exp(rng.uniform(low, high))))
-    height = int(np.clip(round(width * np.exp(rng.uniform(-0.5, 0.5))), *sides))
+    height = int(np.clip(round(width * np.exp(rng.uniform(-0.5, 0.5))), *SIDES))
     count = count or int(rng.integers(1, MAX_THINGS + 1))
     while True:
         places = _places(rng, count, width, height)

@@ -14,7 +14,6 @@ class Progress:
 
     def stage(self, title: str) -> None:
         self._stage_begin = time.monotonic()
-        self._title = title
         self._show(f"[{self._stage_begin - self._begin:5.0f} s] {title}", end="\n")
 
     def step(self, done: int, total: int, loss: float) -> None:

@@ -27,6 +27,7 @@ class Encoder:
         self._opening = self._tokenizer.encode("<start_of_turn>model\n", add_bos=False)
         self._end = self._tokenizer.token_id("<end_of_turn>")
         self.soft_ids = torch.tensor([self._tokenizer.token_id(f"<{kind}_soft_token>") for kind in SOFT_TOKENS])
+        self._soft = frozenset(self.soft_ids.tolist())
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Ids up to the last answer's end, and for each the one after it where that is part of an answer, else -1."""
@@ -77,9 +78,8 @@ class Encoder:
         ids, targets = encoded[0][0][:shared], encoded[0][1][:shared]
         positions = list(range(shared))
         if kept is not None:
-            soft = set(self.soft_ids.tolist())
             flags = iter(kept.tolist())
-            positions = [i for i in positions if ids[i] not in soft or next(flags)]
+            positions = [i for i in positions if ids[i] not in self._soft or next(flags)]
             ids, targets = [ids[i] for i in positions], [targets[i] for i in positions]
         branches = [0] * len(positions)
         for number, (of_branch, wanted) in enumerate(encoded, start=1):
@@ -93,5 +93,4 @@ class Encoder:
 
     def _beginning(self, ids: Sequence[int]) -> int:
         """Tokens up to the last of the media, or none."""
-        soft = set(self.soft_ids.tolist())
-        return max((i + 1 for i, token_id in enumerate(ids) if token_id in soft), default=0)
+        return max((i + 1 for i, token_id in enumerate(ids) if token_id in self._soft), default=0)

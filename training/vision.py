@@ -43,7 +43,8 @@ CLASSES: Mapping[str, Sequence[str | None]] = {
 """What the output is trained to say of a cell, and the words for it. 0 is the ground; `rank` counts things from the
 left; `centre` is 1 in the one cell of a thing that its centre lies in."""
 GROUND_WEIGHT = 0.25
-CENTRE_WEIGHT = 3.0
+FIRST_WEIGHTS = {"centre": 1 / 3}
+"""Of class 0 in the loss, where it is not `GROUND_WEIGHT`."""
 
 EARLY_STEPS, EARLY_BATCH = 320, 32
 LATE_STEPS, LATE_BATCH = 280, 24
@@ -262,9 +263,8 @@ def _train_late(
         chosen = torch.randint(len(maps), (LATE_BATCH,), generator=rng)
         pairs = FIRST_PAIRS if step < LATE_STEPS * (1 - ALL_BLOCKS_SHARE) else None
         features = late_features(encoder, maps[chosen], pairs)
-        weights = {"centre": 1 / CENTRE_WEIGHT}
         losses = (
-            _cross_entropy(classifier(features), cells[name][chosen], weights.get(name, GROUND_WEIGHT))
+            _cross_entropy(classifier(features), cells[name][chosen], FIRST_WEIGHTS.get(name, GROUND_WEIGHT))
             for name, classifier in classifiers.items()
         )
         progress.step(step + 1, LATE_STEPS, optimizer.step([torch.stack(list(losses)).sum()]))
