@@ -15,29 +15,34 @@ from gemma3n_onnx.graphs.audio import AudioConfig, AudioEncoder
 from gemma3n_onnx.runtime.artifact import LogMelInfo
 from gemma3n_onnx.runtime.audio import LogMel
 
-from .optimizer import Optimizer
+from .optimizer import Optimizer, split
 from .progress import Progress
 from .sounds import KINDS, Sound, random_sound
 from .words import Words
 
 TOKEN_SECONDS = 0.16
+LATENCY_SECONDS = 0.05
+"""A token tells what sounded so long before its own time: the encoder never looks ahead."""
+UNCERTAIN_SECONDS = 0.02
+"""Nothing is taught of tokens so near to where a sound begins or ends."""
 KIND_NAMES = (None, *KINDS)
-MIDDLE_NAMES = (None, "beep")
+ONSET_NAMES = (None, "beep")
 CHUNK = 250
 STEPS, BATCH = 300, 32
-_HARD = ("embed_audio.embedding.", "embed_audio.hard_embedding_norm.")
+MUON_LR = 3e-2
+ONSET_WEIGHT = 3.0
 
 
 @dataclass(frozen=True)
 class Clip:
     """`features` [T, mel bins] fp32 and `mask` [T] as the front end gives them; for each token, int64: `kind`, 0 for
-    silence, and `middle`, 1 where the middle of a beep lies."""
+    silence, and `onset`, 1 in the first that hears a beep; -1 where it is uncertain."""
 
     sound: Sound
     features: Tensor
     mask: Tensor
     kind: Tensor
-    middle: Tensor
+    onset: Tensor
 
 
 def clip_set(seed: int, count: int, log_mel: LogMelInfo) -> list[Clip]:
@@ -57,13 +62,16 @@ def _chunk(arguments: tuple[int, int, LogMelInfo]) -> list[tuple]:
         samples, spans = sound.synthesize()
         features, mask = log_mel(samples)
         tokens = -(-len(features) // 16)
-        kind, middle = np.zeros(tokens, np.int64), np.zeros(tokens, np.int64)
-        times = (np.arange(tokens) + 0.5) * TOKEN_SECONDS
+        kind, onset = np.zeros(tokens, np.int64), np.zeros(tokens, np.int64)
+        times = np.arange(tokens) * TOKEN_SECONDS - LATENCY_SECONDS
         for begin, end in spans:
-            half = min(int((begin + end) / 2 / TOKEN_SECONDS), tokens - 1)
-            kind[(times > begin) & (times < end)] = kind[half] = 1 + KINDS.index(sound.kind)
-            middle[half] = bool(sound.beeps)
-        chunk.append((sound, features, mask, kind, middle))
+            sounding = (times >= begin) & (times < end)
+            kind[sounding] = 1 + KINDS.index(sound.kind)
+            onset[sounding.argmax()] = bool(sound.beeps)
+            for number in np.flatnonzero(np.abs(times - begin) < UNCERTAIN_SECONDS):
+                kind[number] = onset[number] = onset[number + 1] = -1
+            kind[np.abs(times - end) < UNCERTAIN_SECONDS] = -1
+        chunk.append((sound, features, mask, kind, onset))
     return chunk
 
 
@@ -77,15 +85,16 @@ def train_audio(
     progress.stage("Training the audio encoder")
     encoder = AudioEncoder(config)
     _initialize(encoder, rng)
-    kind, middle = words(KIND_NAMES), words(MIDDLE_NAMES)
-    learned = [parameter for name, parameter in encoder.named_parameters() if not name.startswith(_HARD)]
-    optimizer = Optimizer([], learned, STEPS)
+    kind, onset = words(KIND_NAMES), words(ONSET_NAMES)
+    encoder.embed_audio.embedding.requires_grad_(False)
+    encoder.embed_audio.hard_embedding_norm.requires_grad_(False)
+    optimizer = Optimizer(*split(encoder), STEPS, muon_lr=MUON_LR)
     for step in range(STEPS):
         chosen = [clips[i] for i in torch.randint(len(clips), (BATCH,), generator=rng).tolist()]
         tokens = encoder(*_padded(chosen))
-        loss = F.cross_entropy(kind(tokens), _labels(chosen, "kind", config), ignore_index=-1) + F.cross_entropy(
-            middle(tokens), _labels(chosen, "middle", config), ignore_index=-1
-        )
+        kinds, onsets = (_labels(chosen, name, config) for name in ("kind", "onset"))
+        loss = F.cross_entropy(kind(tokens), kinds, ignore_index=-1)
+        loss = loss + F.cross_entropy(onset(tokens), onsets, torch.tensor([1.0, ONSET_WEIGHT]), ignore_index=-1)
         progress.step(step + 1, STEPS, optimizer.step([loss]))
     encoder.requires_grad_(False)
     progress.stage("Encoding the sounds")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,17 @@ from .questions import (
 )
 from .sounds import Sound, random_sound
 
-WEIGHTS = {"describe": 2.0, "how many shapes": 1.5, "is there": 1.5, "where": 1.5, "see and hear": 2.0, "sum": 2.5}
+WEIGHTS = {
+    "describe": 2.0,
+    "how many shapes": 2.0,
+    "is there": 2.0,
+    "where": 1.5,
+    "how many beeps": 1.5,
+    "see and hear": 3.0,
+    "more shapes or beeps": 3.0,
+    "sum": 2.5,
+    "count": 1.5,
+}
 """How often a task is asked; others 1."""
 CASUAL_SHARE = 0.3
 ONE_WORD_SHARE = 0.15
@@ -115,8 +125,7 @@ def _about_text(rng: np.random.Generator) -> Conversation:
 
 def _casual(rng: np.random.Generator, turns: Sequence[Turn]) -> tuple[Turn, ...]:
     return tuple(
-        Turn(turn.task, casual(rng, turn.question), turn.answer) if rng.random() < CASUAL_SHARE else turn
-        for turn in turns
+        replace(turn, question=casual(rng, turn.question)) if rng.random() < CASUAL_SHARE else turn for turn in turns
     )
 
 

@@ -29,6 +29,9 @@ class Sequences:
     Attributes:
         ids: [B, S] int64, padded.
         targets: [B, S] int64, the next token where it is to be learned, -1 elsewhere.
+        named: [B, S] int64, the things of the picture that a word may mean by itself, as bits.
+        spoken: [B, S] int64, those that the answer speaks of next; 0 but for targets.
+        shows: [B, S] int64, those that a soft token shows.
         branches: [B, S] int64, 0 for the beginning, then the number of the continuation; -1 for padding. A position
             attends to the beginning and its own continuation.
         positions: [B, S] int64, in the conversation that beginning and continuation make.
@@ -37,6 +40,9 @@ class Sequences:
 
     ids: Tensor
     targets: Tensor
+    named: Tensor
+    spoken: Tensor
+    shows: Tensor
     branches: Tensor
     positions: Tensor
     features: Tensor
@@ -46,7 +52,8 @@ class Sequences:
         branch, position = (x.gather(1, chosen)[:, :, None] for x in (self.branches, self.positions))
         distance = position - self.positions[:, None]
         related = (self.branches[:, None] == 0) | (self.branches[:, None] == branch)
-        return (related & (distance >= 0) & (distance < (window or self.ids.shape[1])))[:, None]
+        near = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        return (related & near)[:, None]
 
 
 class SequenceDecoder(Decoder):
@@ -59,8 +66,11 @@ class SequenceDecoder(Decoder):
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config, "all")
 
-    def forward(self, inputs_embeds: Tensor, per_layer_inputs: Tensor, batch: Sequences) -> Tensor:  # type: ignore[override]
-        """inputs_embeds [B, S, H], per_layer_inputs [B, S, L * P] -> logits [N, V] for the N targets, row by row."""
+    def forward(  # type: ignore[override]
+        self, inputs_embeds: Tensor, per_layer_inputs: Tensor, batch: Sequences
+    ) -> tuple[Tensor, list[Tensor]]:
+        """inputs_embeds [B, S, H], per_layer_inputs [B, S, L * P] -> logits [N, V] for the N targets, row by row, and
+        the losses of `_Lesson`s."""
         rows, length, hidden = inputs_embeds.shape
         step = self._step(ops.size_of_axis(inputs_embeds, 0), torch.ones(rows, length), batch.positions, [])
         wanted = batch.targets >= 0
@@ -73,6 +83,8 @@ class SequenceDecoder(Decoder):
 
         embeds = inputs_embeds.reshape(-1, hidden)
         per_layer = self._per_layer_inputs(embeds, per_layer_inputs)
+        lessons = self._lessons(batch, queries)
+        taught: list[Tensor] = []
         streams = self._split(embeds)
         present: list[tuple[Tensor, Tensor]] = []
         for i, layer in enumerate(self.layers):
@@ -81,13 +93,18 @@ class SequenceDecoder(Decoder):
             if i < self.config.num_kv_layers:
                 key, value = own.key_and_value(normed, step)
                 present.append((key, value))
-                attention = _attend(own, own.query(normed, step), key, value, visible[own.kind]).flatten(0, 1)
+                query = own.query(normed, step)
+                if i in lessons:
+                    taught.append(lessons[i].loss(own, query[torch.arange(rows)[:, None], lessons[i].index], key))
+                attention = _attend(own, query, key, value, visible[own.kind]).flatten(0, 1)
             else:
                 cos, sin = (part[None] for part in at_wanted[own.kind])
                 single = ops.Size(1, torch.tensor([1]))
                 heads = own.heads_of(own.q_proj(normed), own.q_norm.weight, single)
                 query = queries.pad(ops.rotary_embedding(heads, cos, sin, own.heads)[0])
                 donor = present[self.config.kv_source(i)]
+                if i in lessons:
+                    taught.append(lessons[i].loss(own, query, donor[0]))
                 attention = queries.unpad(_attend(own, query, *donor, visible_at_wanted[own.kind]))
             if i == self.config.num_kv_layers - 1:
                 chosen = wanted.flatten()
@@ -98,7 +115,51 @@ class SequenceDecoder(Decoder):
         logits = self.lm_head(self.norm(self._merge(streams)))
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)
-        return logits
+        return logits, taught
+
+    def _lessons(self, batch: Sequences, queries: _Queries) -> dict[int, _Lesson]:
+        """By layer, of the first three of full attention: one learns to find what a word names, two what is to be said
+        of."""
+        if not batch.spoken.any():
+            return {}
+        first, *others = [i for i, kind in enumerate(self.config.layer_types) if kind == FULL][:3]
+        lessons = dict.fromkeys(others, _Lesson.of(batch, batch.spoken, queries.index))
+        if batch.named.any():
+            lessons[first] = _Lesson.of(batch, batch.named, _Queries.of(batch.named > 0).index)
+        return lessons
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What some positions ought to attend to, with the heads of the first K and V: `index` [B, Q], those positions;
+    `visible` bool [B, 1, Q, S]; `about` bool [B, Q, T], the things that each should find, no matter what where there
+    are none; `shows` bool [B, S, T]."""
+
+    index: Tensor
+    visible: Tensor
+    about: Tensor
+    shows: Tensor
+
+    @classmethod
+    def of(cls, batch: Sequences, about: Tensor, index: Tensor) -> _Lesson:
+        """about int64 [B, S]: the things that each position should find, as bits."""
+        number = torch.arange(int(batch.shows.max()).bit_length())
+        at_index, shows = ((bits[:, :, None] >> number) & 1 > 0 for bits in (about.gather(1, index), batch.shows))
+        return cls(index, batch.visible(index, None), at_index, shows)
+
+    def loss(self, attention: Attention, query: Tensor, key: Tensor) -> Tensor:
+        """query [B, Q, N * D], key [B, S, K * D] -> mean negative logarithm of the attention to each thing."""
+        group = attention.heads // attention.kv_heads
+        q = query.unflatten(-1, (-1, attention.head_dim))[:, :, :group].transpose(1, 2)
+        k = key.unflatten(-1, (-1, attention.head_dim))[:, :, 0].mT
+        weights = (q @ k[:, None]).masked_fill(~self.visible, -torch.inf).softmax(-1)
+        to_things = (weights @ self.shows[:, None].float()).mean(1)
+        missed = -(to_things + _LEAST_ATTENTION).log() * self.about
+        taught = self.about.any(2)
+        return (missed.sum(2)[taught] / self.about.sum(2)[taught]).mean()
+
+
+_LEAST_ATTENTION = 1e-3
 
 
 @dataclass(frozen=True)
@@ -144,13 +205,22 @@ class SlicedModel:
             self._decoder = SequenceDecoder(chosen.config)
         self._names = [name for name, _ in self._decoder.named_parameters()]
 
-    def loss(self, weights: Mapping[str, Tensor], hard_rows: Tensor, soft_ids: Tensor, batch: Sequences) -> Tensor:
-        """Mean cross entropy of the answers' tokens; `hard_rows` [n, H] embed the last n ids of the vocabulary."""
-        logits = self.logits(weights, hard_rows, soft_ids, batch)
-        return F.cross_entropy(logits, batch.targets[batch.targets >= 0])
+    def losses(
+        self, weights: Mapping[str, Tensor], hard_rows: Tensor, soft_ids: Tensor, batch: Sequences
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy of the answers' tokens, and mean loss of what the decoder ought to look at; `hard_rows`
+        [n, H] embed the last n ids of the vocabulary."""
+        logits, lessons = self._run(weights, hard_rows, soft_ids, batch)
+        entropy = F.cross_entropy(logits, batch.targets[batch.targets >= 0])
+        return entropy, torch.stack(lessons).mean() if lessons else torch.zeros(())
 
     def logits(self, weights: Mapping[str, Tensor], hard_rows: Tensor, soft_ids: Tensor, batch: Sequences) -> Tensor:
         """Logits [N, V] for the N targets of the batch, row by row."""
+        return self._run(weights, hard_rows, soft_ids, batch)[0]
+
+    def _run(
+        self, weights: Mapping[str, Tensor], hard_rows: Tensor, soft_ids: Tensor, batch: Sequences
+    ) -> tuple[Tensor, list[Tensor]]:
         config = self.slice.config
         embeds = F.embedding(batch.ids, weights[TOKENS]) * math.sqrt(config.hidden_size)
         first_hard = config.vocab_size - len(hard_rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ADAM_LR = 3e-3
 MUON_LR = 2e-2
@@ -20,14 +20,23 @@ _ITERATIONS = 5
 class Optimizer:
     """Steps of parameters under a learning rate that warms up, stays, and falls to 0 at `steps`.
 
-    `matrices` take orthogonalized momentum, `others` Adam's steps. Gradients are clipped to a norm of `max_norm`.
+    `matrices` take orthogonalized momentum, `others` Adam's steps. A convolution's weight is a matrix by its first axis
+    and all the rest. Gradients are clipped to a norm of `max_norm`.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], others: Iterable[Tensor], steps: int, max_norm: float = 1.0) -> None:
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        others: Iterable[Tensor],
+        steps: int,
+        *,
+        muon_lr: float = MUON_LR,
+        max_norm: float = 1.0,
+    ) -> None:
         self._matrices, self._others = list(matrices), list(others)
         self._momenta = [torch.zeros_like(matrix) for matrix in self._matrices]
         self._adam = torch.optim.AdamW(self._others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.01)
-        self._steps, self._done, self._max_norm = steps, 0, max_norm
+        self._steps, self._done, self._muon_lr, self._max_norm = steps, 0, muon_lr, max_norm
 
     def step(self, losses: Iterable[Tensor]) -> float:
         """One step down the gradient of the losses' sum, which is returned; each is worked off as it comes."""
@@ -47,9 +56,16 @@ class Optimizer:
             for matrix, momentum in zip(self._matrices, self._momenta):
                 if matrix.grad is not None:
                     momentum.lerp_(matrix.grad, 1 - _MOMENTUM)
-                    update = _orthogonalized(matrix.grad.lerp(momentum, _MOMENTUM))
-                    matrix.add_(update, alpha=-MUON_LR * rate)
+                    update = _orthogonalized(matrix.grad.lerp(momentum, _MOMENTUM).flatten(1))
+                    matrix.add_(update.view_as(matrix), alpha=-self._muon_lr * rate)
         return total
+
+
+def split(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Of what the module may learn the matrices, convolutions of several channels included, and the rest."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices = [p for p in parameters if p.ndim > 1 and p.shape[1] > 1]
+    return matrices, [p for p in parameters if p.ndim == 1 or p.shape[1] == 1]
 
 
 def _orthogonalized(gradient: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +15,46 @@ from gemma3n_onnx.runtime.prompt import ChatTemplate, Tokenizer
 
 from .conversations import Conversation, messages_of
 from .decoder import Sequences
+from .pictures import COLOURS, MAX_THINGS, SHAPES, Picture
+from .questions import plural
 
 SOFT_TOKENS = {"image": 256, "audio": 188}
+NOTHING = 1 << MAX_THINGS
+
+
+class Tokens(NamedTuple):
+    """A conversation. Things of its picture are given as bits: 1 for the first, 2 for the second, 4 for the third, or
+    `NOTHING` where there is none, which the first token of all shows.
+
+    ids: up to the last answer's end. targets: for each the one after it where that is part of an answer, else -1.
+    named: the things that a word may mean by itself, as `red` every red one. spoken: those that the answer speaks of
+    next.
+    """
+
+    ids: list[int]
+    targets: list[int]
+    named: list[int]
+    spoken: list[int]
+
+
+@dataclass(frozen=True)
+class SoftTokens:
+    """Of a row's media, in their order. features [n, H]; shows int64 [n], the things seen in each, as bits; kept bool
+    [n], whether it is there, or leaves a gap in the positions."""
+
+    features: Tensor
+    shows: Tensor
+    kept: Tensor
+
+    @classmethod
+    def plain(cls, features: Tensor) -> SoftTokens:
+        """All are there, and nobody knows what they show."""
+        count = len(features)
+        return cls(features, torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool))
+
+
+def _bits(things: Iterable[int]) -> int:
+    return sum(1 << thing for thing in things) or NOTHING
 
 
 class Encoder:
@@ -28,68 +68,85 @@ class Encoder:
         self._end = self._tokenizer.token_id("<end_of_turn>")
         self.soft_ids = torch.tensor([self._tokenizer.token_id(f"<{kind}_soft_token>") for kind in SOFT_TOKENS])
         self._soft = frozenset(self.soft_ids.tolist())
+        self._ends_part = frozenset(
+            token_id for mark in (",", ".", " and") for token_id in self._tokenizer.encode(mark, add_bos=False)
+        )
+        self._meaning = {
+            token_id: word
+            for word in (*COLOURS, *SHAPES)
+            for form in (f" {word}", word.capitalize(), f" {plural(word)}")
+            for token_id in self._tokenizer.encode(form, add_bos=False)[:1]
+        }
 
-    def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
-        """Ids up to the last answer's end, and for each the one after it where that is part of an answer, else -1."""
+    def encode(self, conversation: Conversation) -> Tokens:
         answer = {"role": "assistant", "content": conversation.turns[-1].answer}
         text = self._template.render([*messages_of(conversation, conversation.media_kinds), answer], False)
         for kind, count in SOFT_TOKENS.items():
             soft = f"<{kind}_soft_token>"
             text = text.replace(soft, f"\n\n<start_of_{kind}>{soft * count}<end_of_{kind}>\n\n")
         ids = self._tokenizer.encode(text, add_bos=True)
-        targets = [-1] * len(ids)
-        answering, opening = False, len(self._opening)
+        targets, spoken = [-1] * len(ids), [0] * len(ids)
+        opening, turn, part = len(self._opening), -1, None
         for i in range(len(ids) - 1):
-            answering = answering or ids[max(i + 1 - opening, 0) : i + 1] == self._opening
-            if answering:
+            if ids[max(i + 1 - opening, 0) : i + 1] == self._opening:
+                turn, part = turn + 1, 0
+            elif part is not None and ids[i] in self._ends_part:
+                part += 1
+            if part is not None:
                 targets[i] = ids[i + 1]
-                answering = ids[i + 1] != self._end
+                looks = conversation.turns[turn].looks
+                spoken[i] = _bits(looks[part]) if part < len(looks) else 0
+                part = None if ids[i + 1] == self._end else part
         length = max(i for i, target in enumerate(targets) if target >= 0) + 1
-        return ids[:length], targets[:length]
+        return Tokens(ids[:length], targets[:length], self._named(conversation, ids[:length]), spoken[:length])
+
+    def _named(self, conversation: Conversation, ids: Sequence[int]) -> list[int]:
+        pictures = [medium for medium in conversation.media if isinstance(medium, Picture)]
+        if not pictures:
+            return [0] * len(ids)
+        things = pictures[0].things
+        bits = {
+            token_id: _bits(i for i, thing in enumerate(things) if word in (thing.colour, thing.shape))
+            for token_id, word in self._meaning.items()
+        }
+        return [bits.get(token_id, 0) for token_id in ids]
 
     def word_id(self, word: str) -> int:
         """The id of a word within a sentence, which is one token."""
         (token_id,) = self._tokenizer.encode(f" {word}", add_bos=False)
         return token_id
 
-    def batch(
-        self, rows: Sequence[Sequence[Conversation]], features: Tensor, kept: Sequence[Tensor] | None = None
-    ) -> Sequences:
-        """A batch of rows of conversations that begin alike, up to and with their media.
-
-        `features` [n, H] of all images and clips, in the order of the rows. `kept`: of each row's soft tokens, bool
-        [count], which are there; the others leave a gap in the positions. `features` are those of the kept.
-        """
-        packed = [self._pack(row, None if kept is None else kept[i]) for i, row in enumerate(rows)]
-        length = max(len(ids) for ids, *_ in packed)
+    def batch(self, rows: Sequence[Sequence[Conversation]], soft_tokens: Sequence[SoftTokens]) -> Sequences:
+        """A batch of rows of conversations that begin alike, up to and with their media, with `soft_tokens` of each."""
+        packed = [self._pack(row, soft) for row, soft in zip(rows, soft_tokens)]
+        length = max(len(columns[0]) for columns in packed)
         columns = (
-            [F.pad(torch.tensor(part), (0, length - len(part)), value=filler) for part in parts]
-            for parts, filler in zip(zip(*packed), (0, -1, -1, 0))
+            torch.stack([F.pad(torch.tensor(column), (0, length - len(column)), value=filler) for column in of_rows])
+            for of_rows, filler in zip(zip(*packed), (0, -1, 0, 0, 0, -1, 0))
         )
-        ids, targets, branches, positions = map(torch.stack, columns)
-        return Sequences(ids, targets, branches, positions, features)
+        return Sequences(*columns, torch.cat([soft.features[soft.kept] for soft in soft_tokens]))
 
-    def _pack(
-        self, row: Sequence[Conversation], kept: Tensor | None
-    ) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Ids, targets, branches and positions."""
+    def _pack(self, row: Sequence[Conversation], soft: SoftTokens) -> list[list[int]]:
+        """Ids, targets, named, spoken, shown things, branches and positions."""
         encoded = [self.encode(conversation) for conversation in row]
-        shared = self._beginning(encoded[0][0])
-        ids, targets = encoded[0][0][:shared], encoded[0][1][:shared]
-        positions = list(range(shared))
-        if kept is not None:
-            flags = iter(kept.tolist())
-            positions = [i for i in positions if ids[i] not in self._soft or next(flags)]
-            ids, targets = [ids[i] for i in positions], [targets[i] for i in positions]
+        first = encoded[0]
+        shared = self._beginning(first.ids)
+        flags, shown = iter(soft.kept.tolist()), iter(soft.shows.tolist())
+        shows = [next(shown) if token_id in self._soft else 0 for token_id in first.ids[:shared]]
+        if shared:
+            shows[0] = NOTHING
+        positions = [i for i in range(shared) if first.ids[i] not in self._soft or next(flags)]
+        columns = [[column[i] for i in positions] for column in (*first, shows)]
         branches = [0] * len(positions)
-        for number, (of_branch, wanted) in enumerate(encoded, start=1):
-            if of_branch[:shared] != encoded[0][0][:shared]:
+        for number, tokens in enumerate(encoded, start=1):
+            if tokens.ids[:shared] != first.ids[:shared]:
                 raise ValueError("the conversations of a row begin differently")
-            ids += of_branch[shared:]
-            targets += wanted[shared:]
-            branches += [number] * (len(of_branch) - shared)
-            positions += range(shared, len(of_branch))
-        return ids, targets, branches, positions
+            added = len(tokens.ids) - shared
+            for column, more in zip(columns, (*(part[shared:] for part in tokens), [0] * added)):
+                column.extend(more)
+            branches += [number] * added
+            positions += range(shared, len(tokens.ids))
+        return [*columns, branches, positions]
 
     def _beginning(self, ids: Sequence[int]) -> int:
         """Tokens up to the last of the media, or none."""

@@ -23,7 +23,7 @@ WORDS = (
     "river", "road", "salt", "sea", "shoe", "snow", "stone", "sun", "table", "tree", "wind", "window",
 )  # fmt: skip
 LARGEST_SUMMAND = 20
-LARGEST_COUNTED = 20
+LARGEST_COUNTED = 30
 LONGEST_COUNT = 6
 HELD_OUT_SHARE = 8
 """One of so many pairs of numbers is never trained on."""
@@ -31,11 +31,16 @@ HELD_OUT_SHARE = 8
 
 @dataclass(frozen=True)
 class Turn:
-    """`task` is the name under which answers are scored."""
+    """`task` is the name under which answers are scored.
+
+    `looks`: which of the picture's things each part of the answer speaks of, by their numbers; parts end at commas,
+    full stops and "and".
+    """
 
     task: str
     question: str
     answer: str
+    looks: tuple[tuple[int, ...], ...] = ()
 
 
 Ask = Callable[[np.random.Generator], Turn]
@@ -46,7 +51,7 @@ def one_word(turn: Turn) -> Turn | None:
     short = _SHORT.get(turn.task)
     if short is None or (word := short(turn.answer.rstrip(".").split())) is None:
         return None
-    return Turn("one word", turn.question, f"{word.capitalize()}.")
+    return Turn("one word", turn.question, f"{word.capitalize()}.", turn.looks)
 
 
 _SHORT: Mapping[str, Callable[[list[str]], str | None]] = {
@@ -71,19 +76,27 @@ def describe(picture: Picture) -> str:
 def about_picture(picture: Picture) -> list[Ask]:
     """Every kind of question that has one answer for this picture."""
     asks: list[Ask] = [
-        lambda rng: Turn("describe", _pick(rng, DESCRIBE), _sentence(describe(picture))),
+        lambda rng: Turn("describe", _pick(rng, DESCRIBE), _sentence(describe(picture)), _one_by_one(picture)),
         partial(_how_many, picture=picture),
         partial(_is_there, picture=picture),
     ]
     shapes, colours = ([getattr(t, kind) for t in picture.things] for kind in ("shape", "colour"))
-    for thing in picture.things:
+    for number, thing in enumerate(picture.things):
+        looks = ((number,),)
         if shapes.count(thing.shape) == 1:
-            asks.append(partial(_colour, thing=thing))
-            asks.append(partial(_where, thing=thing, name=thing.shape))
+            asks.append(partial(_colour, thing=thing, looks=looks))
+            asks.append(partial(_where, thing=thing, name=thing.shape, looks=looks))
         if colours.count(thing.colour) == 1:
-            asks.append(partial(_shape, thing=thing))
-            asks.append(partial(_where, thing=thing, name=f"{thing.colour} {thing.shape}"))
+            asks.append(partial(_shape, thing=thing, looks=looks))
+            asks.append(partial(_where, thing=thing, name=f"{thing.colour} {thing.shape}", looks=looks))
     return asks
+
+
+Looks = tuple[tuple[int, ...], ...]
+
+
+def _one_by_one(picture: Picture) -> Looks:
+    return tuple((number,) for number in range(len(picture.things)))
 
 
 DESCRIBE = (
@@ -96,39 +109,40 @@ DESCRIBE = (
 )
 
 
-def _colour(rng: np.random.Generator, thing: Thing) -> Turn:
+def _colour(rng: np.random.Generator, thing: Thing, looks: Looks) -> Turn:
     forms = (
         "What colour is the {}?",
         "Which colour is the {}?",
         "What is the colour of the {}?",
         "What color is the {}?",
     )
-    return Turn("colour", _pick(rng, forms).format(thing.shape), f"The {thing.shape} is {thing.colour}.")
+    return Turn("colour", _pick(rng, forms).format(thing.shape), f"The {thing.shape} is {thing.colour}.", looks)
 
 
-def _shape(rng: np.random.Generator, thing: Thing) -> Turn:
+def _shape(rng: np.random.Generator, thing: Thing, looks: Looks) -> Turn:
     forms = ("Which shape is {}?", "What shape is {}?", "What is {}?", "Which shape is the {} one?")
-    return Turn("shape", _pick(rng, forms).format(thing.colour), f"The {thing.shape} is {thing.colour}.")
+    return Turn("shape", _pick(rng, forms).format(thing.colour), f"The {thing.shape} is {thing.colour}.", looks)
 
 
-def _where(rng: np.random.Generator, thing: Thing, name: str) -> Turn:
+def _where(rng: np.random.Generator, thing: Thing, name: str, looks: Looks) -> Turn:
     forms = ("Where is the {}?", "Where in the picture is the {}?", "Where do you see the {}?")
-    return Turn("where", _pick(rng, forms).format(name), f"The {name} is {thing.zone}.")
+    return Turn("where", _pick(rng, forms).format(name), f"The {name} is {thing.zone}.", looks)
 
 
 def _how_many(rng: np.random.Generator, picture: Picture) -> Turn:
     things = picture.things
     kind = rng.integers(3)
     if kind == 0:
-        noun, count = "shape", len(things)
+        noun, counted = "shape", things
     elif kind == 1:
-        noun = _present_or_any(rng, [t.shape for t in things], SHAPES)
-        count = sum(t.shape == noun for t in things)
+        noun = _to_count(rng, [t.shape for t in things], SHAPES)
+        counted = tuple(t for t in things if t.shape == noun)
     else:
-        colour = _present_or_any(rng, [t.colour for t in things], list(COLOURS))
-        noun, count = f"{colour} shape", sum(t.colour == colour for t in things)
+        colour = _to_count(rng, [t.colour for t in things], list(COLOURS))
+        noun, counted = f"{colour} shape", tuple(t for t in things if t.colour == colour)
     forms = ("How many {} are there?", "How many {} do you see?", "How many {} are in the picture?", "Count the {}.")
-    return Turn("how many shapes", _pick(rng, forms).format(_plural(noun)), _there_are(count, noun))
+    looks = (tuple(map(things.index, counted)),)
+    return Turn("how many shapes", _pick(rng, forms).format(plural(noun)), _there_are(len(counted), noun), looks)
 
 
 def _is_there(rng: np.random.Generator, picture: Picture) -> Turn:
@@ -141,7 +155,8 @@ def _is_there(rng: np.random.Generator, picture: Picture) -> Turn:
     colour, shape = choices[int(rng.integers(len(choices)))]
     forms = ("Is there {} {}?", "Do you see {} {}?", "Is there {} {} in the picture?", "Can you see {} {}?")
     question = _pick(rng, forms).format(_a(colour), shape)
-    return Turn("is there", question, "Yes, there is." if answer else "No, there is not.")
+    looks = tuple(i for i, thing in enumerate(picture.things) if (thing.colour, thing.shape) == (colour, shape))
+    return Turn("is there", question, "Yes, there is." if answer else "No, there is not.", (looks,))
 
 
 # --- sounds ------------------------------------------------------------------------------------------------
@@ -151,7 +166,7 @@ def hear(sound: Sound) -> str:
     """`a rising tone`, `three low beeps`."""
     if not sound.beeps:
         return f"a {sound.kind} tone"
-    return f"{NUMBERS[sound.beeps]} {sound.kind} {_plural('beep') if sound.beeps > 1 else 'beep'}"
+    return _counted(sound.beeps, f"{sound.kind} beep")
 
 
 def about_sound(sound: Sound) -> list[Ask]:
@@ -183,13 +198,14 @@ RISE_OR_FALL = ("Does it rise or fall?", "Does the tone rise or fall?", "Does th
 
 
 def about_both(picture: Picture, sound: Sound) -> list[Ask]:
-    asks: list[Ask] = [
-        lambda rng: Turn("see and hear", _pick(rng, BOTH), f"I see {describe(picture)}. I hear {hear(sound)}.")
-    ]
+    see_and_hear = f"I see {describe(picture)}. I hear {hear(sound)}."
+    asks: list[Ask] = [lambda rng: Turn("see and hear", _pick(rng, BOTH), see_and_hear, _one_by_one(picture))]
     if sound.beeps:
         shapes, beeps = len(picture.things), sound.beeps
-        answer = f"more {'shapes' if shapes > beeps else 'beeps'}" if shapes != beeps else "as many shapes as beeps"
-        asks.append(lambda rng: Turn("more shapes or beeps", _pick(rng, MORE), f"There are {answer}."))
+        result = f"more {'shapes' if shapes > beeps else 'beeps'}" if shapes != beeps else "as many"
+        answer = f"{_there_are(shapes, 'shape').rstrip('.')} and {_counted(beeps, 'beep')}: {result}."
+        looks = (tuple(range(shapes)),)
+        asks.append(lambda rng: Turn("more shapes or beeps", _pick(rng, MORE), answer, looks))
     return asks
 
 
@@ -274,20 +290,29 @@ def _pick(rng: np.random.Generator, forms: Sequence[str]) -> str:
     return forms[int(rng.integers(len(forms)))]
 
 
-def _present_or_any(rng: np.random.Generator, present: Sequence[str], known: Sequence[str]) -> str:
-    return _pick(rng, present) if rng.random() < 0.8 else _pick(rng, known)
+def _to_count(rng: np.random.Generator, present: Sequence[str], known: Sequence[str]) -> str:
+    """Often what there is more than one of, sometimes what there may be none of."""
+    chance = rng.random()
+    several = [word for word in present if present.count(word) > 1]
+    if several and chance < 0.5:
+        return _pick(rng, several)
+    return _pick(rng, present) if chance < 0.8 else _pick(rng, known)
 
 
 def _a(word: str) -> str:
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
-def _plural(noun: str) -> str:
+def plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
 def _there_are(count: int, noun: str) -> str:
-    return f"There is one {noun}." if count == 1 else f"There are {NUMBERS[count]} {_plural(noun)}."
+    return f"There {'is' if count == 1 else 'are'} {_counted(count, noun)}."
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{NUMBERS[count]} {noun if count == 1 else plural(noun)}"
 
 
 def _listed(parts: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ class Sound:
         """Samples [n] fp32 at 16 kHz, and from when to when in seconds each tone sounds."""
         rng = np.random.default_rng(self.seed)
         if self.beeps:
-            length, gap = rng.uniform(0.12, 0.25), rng.uniform(0.22, 0.4)
+            length, gap = rng.uniform(0.2, 0.32), rng.uniform(0.3, 0.5)
             lengths, gaps = [length] * self.beeps, [gap] * (self.beeps - 1)
         else:
             lengths, gaps = [rng.uniform(0.8, 2.5)], []

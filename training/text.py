@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,16 +19,22 @@ from .decoder import Sequences, SlicedModel
 from .optimizer import Optimizer
 from .pictures import Picture
 from .progress import Progress
-from .prompts import Encoder
-from .sounds import Sound
+from .prompts import Encoder, SoftTokens
+from .sounds import MAX_BEEPS, Sound
 
-STEPS = 600
-BATCHES = {"text": (6, 8), "picture": (6, 16), "sound": (3, 6), "both": (2, 10)}
+STEPS = 450
+GLIMPSES = {"text": (16, 4), "picture": (32, 4), "sound": (8, 4), "both": (8, 4)}
+BATCHES = {"text": (8, 4), "picture": (8, 8), "sound": (4, 6), "both": (3, 8)}
 """Rows of each kind in a step, and conversations in each row."""
-SPARSE_SHARE = 0.6
-"""Of the steps, the first so many leave out most soft tokens that say nothing, which is faster and easier."""
-KEPT_SHARE = 0.1
-"""Of those that say nothing."""
+GLIMPSE_SHARE = 0.7
+"""Of the steps, the first so many are taken with a few of the soft tokens, which is faster: there is time for more."""
+GLIMPSE_SHARES = {"image": (0.4, 0.04), "audio": (1.0, 0.04)}
+"""Of the soft tokens that show or sound something, and of the others."""
+LESSON_WEIGHT = 0.3
+"""Of what the decoder ought to look at, in the loss. Without it hundreds of steps more go by before a colour is tied to
+its shape."""
+EQUAL_SHARE = 0.15
+"""Of the rows about both, so many are made to have as many beeps as shapes."""
 WHOLE_SHARE, NAMED_SHARE = 0.5, 0.35
 """Of the batches so many train the first slice of the table, which is whole, and one of its others; the rest train a
 random mix of widths."""
@@ -36,15 +43,20 @@ WIDTHS = (1 / 2, 3 / 4, 1)
 
 @dataclass(frozen=True)
 class Media:
-    """What conversations are about, with soft tokens [n, count, H] fp16, and which of these, bool [n, count], show or
-    sound anything."""
+    """What conversations are about, with soft tokens [n, count, H] fp16, and, int64 [n, count], which of a picture's
+    things each shows, as bits, and which of a sound's are not silent, as 1."""
 
     pictures: Sequence[Picture]
     picture_features: Tensor
-    picture_matters: Tensor
+    picture_shows: Tensor
     sounds: Sequence[Sound]
     sound_features: Tensor
     sound_matters: Tensor
+
+    @cached_property
+    def by_beeps(self) -> dict[int, list[int]]:
+        """The numbers of the sounds with so many beeps."""
+        return {n: [i for i, sound in enumerate(self.sounds) if sound.beeps == n] for n in range(MAX_BEEPS + 1)}
 
 
 def train_decoder(
@@ -71,7 +83,8 @@ def train_decoder(
     models = [SlicedModel(chosen) for chosen in named]
 
     def losses() -> Iterator[Tensor]:
-        for kind, size in BATCHES.items():
+        glimpses = step < GLIMPSE_SHARE * STEPS
+        for kind, size in (GLIMPSES if glimpses else BATCHES).items():
             chance = rng.random()
             if chance < WHOLE_SHARE:
                 model = models[0]
@@ -79,8 +92,9 @@ def train_decoder(
                 model = models[int(rng.integers(1, len(models)))]
             else:
                 model = SlicedModel(_random_slice(rng, config, named))
-            batch = random_batch(rng, kind, size, media, encoder, sparse=step < SPARSE_SHARE * STEPS)
-            yield model.loss(weights, hard_rows, encoder.soft_ids, batch)
+            batch = random_batch(rng, kind, size, media, encoder, glimpses=glimpses)
+            entropy, lesson = model.losses(weights, hard_rows, encoder.soft_ids, batch)
+            yield entropy + LESSON_WEIGHT * lesson
 
     for step in range(STEPS):
         progress.step(step + 1, STEPS, optimizer.step(losses()))
@@ -98,29 +112,45 @@ def _random_slice(rng: np.random.Generator, config: TextConfig, named: Sequence[
 
 
 def random_batch(
-    rng: np.random.Generator, kind: str, size: tuple[int, int], media: Media, encoder: Encoder, *, sparse: bool
+    rng: np.random.Generator, kind: str, size: tuple[int, int], media: Media, encoder: Encoder, *, glimpses: bool
 ) -> Sequences:
-    """`size`: rows, and conversations in each. `sparse`: without most soft tokens that say nothing."""
-    rows, kept = [], []
-    features = [media.picture_features[0, :0]]
+    """`size`: rows, and conversations in each. `glimpses`: with only some of the soft tokens."""
+    rows, soft_tokens = [], []
     for _ in range(size[0]):
         picture, sound = (int(rng.integers(len(pool))) for pool in (media.pictures, media.sounds))
+        if kind == "both" and rng.random() < EQUAL_SHARE:
+            sound = int(rng.choice(media.by_beeps[len(media.pictures[picture].things)]))
         seen = media.pictures[picture] if kind in ("picture", "both") else None
         heard = media.sounds[sound] if kind in ("sound", "both") else None
         row = random_row(rng, seen, heard, size[1])
         rows.append(row)
         of_kind = {
-            "image": (media.picture_features[picture], media.picture_matters[picture]),
+            "image": (media.picture_features[picture], media.picture_shows[picture]),
             "audio": (media.sound_features[sound], media.sound_matters[sound]),
         }
-        kept_of_row = [torch.zeros(0, dtype=torch.bool)]
+        parts = [SoftTokens.plain(media.picture_features[0, :0].float())]
         for name in row[0].media_kinds:
-            soft_tokens, matters = of_kind[name]
-            some = torch.from_numpy(rng.random(len(matters)) < KEPT_SHARE) if sparse else True
-            kept_of_row.append(matters | some)
-            features.append(soft_tokens[kept_of_row[-1]])
-        kept.append(torch.cat(kept_of_row))
-    return encoder.batch(rows, torch.cat(features).float(), kept)
+            features, matters = of_kind[name]
+            kept = (
+                _glimpse(rng, matters, GLIMPSE_SHARES[name]) if glimpses else torch.ones(len(matters), dtype=torch.bool)
+            )
+            shows = matters if name == "image" else torch.zeros_like(matters)
+            parts.append(SoftTokens(features.float(), shows, kept))
+        soft_tokens.append(SoftTokens(*(torch.cat(column) for column in zip(*map(_columns, parts)))))
+    return encoder.batch(rows, soft_tokens)
+
+
+def _columns(soft: SoftTokens) -> tuple[Tensor, Tensor, Tensor]:
+    return soft.features, soft.shows, soft.kept
+
+
+def _glimpse(rng: np.random.Generator, matters: Tensor, shares: tuple[float, float]) -> Tensor:
+    """Some of the soft tokens, at least one of every value of `matters`."""
+    values = matters.numpy()
+    kept = rng.random(len(values)) < np.where(values > 0, *shares)
+    for value in np.unique(values):
+        kept[rng.choice(np.flatnonzero(values == value))] = True
+    return torch.from_numpy(kept)
 
 
 @torch.no_grad()

@@ -11,17 +11,20 @@ from pathlib import Path
 
 import click
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from gemma3n_onnx.export.pipeline import tensor_shapes
 from gemma3n_onnx.export.slicing import load_slices
 from gemma3n_onnx.graphs.audio import AudioConfig
 from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.graphs.vision import VisionConfig
+from gemma3n_onnx.graphs.vision import OUTPUT_SIDE, VisionConfig
 from gemma3n_onnx.runtime.cli import exit_with_message
 
 from .audio import clip_set, train_audio
 from .checkpoint import LOG_MEL, demo_config, write_companions, write_weights
 from .decoder import TOKENS, initial_weights
+from .pictures import Picture
 from .progress import Progress
 from .prompts import Encoder
 from .text import Media, train_decoder
@@ -65,10 +68,12 @@ def train(output: Path, seed: int) -> None:
         media = Media(
             pictures.pictures,
             picture_features,
-            pictures.cells["colour"].flatten(1) > 0,
+            torch.stack([_shows(picture) for picture in pictures.pictures]),
             [clip.sound for clip in clips],
             sound_features,
-            torch.stack([torch.arange(sound_features.shape[1]) < len(clip.kind) for clip in clips]),
+            torch.stack(
+                [F.pad((clip.kind != 0).long(), (0, sound_features.shape[1] - len(clip.kind))) for clip in clips]
+            ),
         )
         embedders = vision.embed_vision, audio.embed_audio
         train_decoder(weights, text_config, table, media, embedders, encoder, seed, progress)
@@ -76,6 +81,11 @@ def train(output: Path, seed: int) -> None:
         write_weights(folder, config, weights, {**vision.state_dict(), **audio.state_dict()})
         for path in sorted(folder.iterdir()):
             os.replace(path, output / path.name)
+
+
+def _shows(picture: Picture) -> Tensor:
+    """int64 [256], the thing in each cell as a bit."""
+    return (1 << torch.from_numpy(picture.surrounds(OUTPUT_SIDE)).long().flatten()) >> 1
 
 
 def _keep_freed_memory() -> None:

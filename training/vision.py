@@ -1,13 +1,12 @@
 """Trains the reduced vision encoder to say of each cell of a picture what lies there.
 
-First the layers of high resolution, on crops and with a classifier after each stage; then all the rest on the maps
-that those layers, now fixed, make of whole pictures. The classifiers are thrown away.
+First the convolutions, on crops and with a classifier after each stage; then all the rest on the maps that those of
+high resolution, now fixed, make of whole pictures. The classifiers are thrown away.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from gemma3n_onnx.graphs import ops
 from gemma3n_onnx.graphs.vision import OUTPUT_SIDE, Grid, VisionConfig, VisionEncoder
 from gemma3n_onnx.runtime.image import resize
 
-from .optimizer import Optimizer
+from .optimizer import Optimizer, split
 from .pictures import COLOURS, MAX_THINGS, SHAPES, Picture, random_picture
 from .progress import Progress
 from .words import Words
@@ -46,8 +45,9 @@ GROUND_WEIGHT = 0.25
 FIRST_WEIGHTS = {"centre": 1 / 3}
 """Of class 0 in the loss, where it is not `GROUND_WEIGHT`."""
 
-EARLY_STEPS, EARLY_BATCH = 320, 32
-LATE_STEPS, LATE_BATCH = 280, 24
+FIRST_STEPS, EARLY_STEPS, EARLY_BATCH = 80, 900, 32
+MUON_LR = 3e-2
+LATE_STEPS, LATE_BATCH = 230, 24
 ALL_BLOCKS_SHARE = 0.1
 """Of the late steps, the last so many are taken with all blocks. Before, of the pairs of attention and feed-forward
 block that end the last two stages only the first `FIRST_PAIRS` are there: a pair begins by adding next to nothing."""
@@ -113,13 +113,11 @@ def train_vision(
     """
     encoder = VisionEncoder(config)
     _initialize(encoder, rng)
-    _train_early(encoder, config, pictures, rng, progress)
-    progress.stage("Encoding the pictures, first half")
-    maps = early_maps(encoder, pictures.pixels)
+    maps = _train_early(encoder, config, pictures, rng, progress)
     _train_late(encoder, maps, pictures.cells, words, rng, progress)
     encoder.requires_grad_(False)
-    progress.stage("Encoding the pictures, second half")
-    features = [late_features(encoder, some).unflatten(0, (len(some), -1)).half() for some in maps.split(16)]
+    progress.stage("Encoding the pictures: all layers")
+    features = [_late_features(encoder, some).unflatten(0, (len(some), -1)).half() for some in maps.split(16)]
     return encoder, torch.cat(features)
 
 
@@ -147,48 +145,91 @@ def _initialize(encoder: VisionEncoder, rng: torch.Generator) -> None:
 
 def _train_early(
     encoder: VisionEncoder, config: VisionConfig, pictures: PictureSet, rng: torch.Generator, progress: Progress
-) -> None:
-    """Trains the stem, the first two stages and the third's convolutions on crops, with a head after each stage."""
-    progress.stage("Training the vision encoder, first half")
+) -> Tensor:
+    """Trains the stem, the first two stages and the third's convolutions on crops, with a head after each stage;
+    returns the maps [n, 32, 32, channels] fp16 that the first two make of the pictures.
+
+    Stem and first stage, which cost most, learn little but colours and edges: after `FIRST_STEPS` they stay as they
+    are, and the others go on with their maps.
+    """
     tower = encoder.vision_tower.timm_model
     stages = [*map(list, tower.blocks[:EARLY_STAGES]), list(tower.blocks[EARLY_STAGES])[: CONVOLUTIONS[0]]]
-    heads = nn.ModuleList(
+    heads = [
         nn.Linear(config.width(of_full_tower), len(CLASSES["colour"]) + len(CLASSES["shape"]))
         for of_full_tower in (128, 256, 640)
-    )
-    modules = nn.ModuleList([tower.conv_stem, *(block for stage in stages for block in stage), heads])
-    optimizer = Optimizer([], modules.parameters(), EARLY_STEPS)
-    for step in range(EARLY_STEPS):
-        pixels, fine, cells = _crops(pictures, rng)
-        x, grid = tower.conv_stem(_normalized(pixels))
-        loss = torch.zeros(())
-        for stage, head in zip(stages, heads):
-            for block in stage:
-                x, grid = block(x, grid)
-            to_cells = FINE * CROP // grid.height.number
-            colour, shape = head(x).split([len(CLASSES[name]) for name in ("colour", "shape")], dim=1)
-            seen = cells["colour"] if grid.height.number == CROP else fine[:, ::to_cells, ::to_cells]
-            loss = loss + _cross_entropy(colour, seen)
-            if stage is not stages[0]:
-                loss = loss + _cross_entropy(shape, _repeated(cells["shape"], grid.height.number))
-        progress.step(step + 1, EARLY_STEPS, optimizer.step([loss]))
+    ]
+    parts = list(zip(stages, heads))
+
+    def train_on_crops(inputs: Tensor, enter: Enter, start: int, steps: int) -> None:
+        modules = [module for blocks, head in parts[start:] for module in (*blocks, head)]
+        learned = nn.ModuleList([tower.conv_stem, *modules] if start == 0 else modules)
+        optimizer = Optimizer(*split(learned), steps, muon_lr=MUON_LR)
+        for step in range(steps):
+            pixels, fine, cells = _crops(inputs, pictures, rng)
+            x, grid = enter(pixels)
+            loss = torch.zeros(())
+            for blocks, head in parts[start:]:
+                for block in blocks:
+                    x, grid = block(x, grid)
+                loss = loss + _crop_loss(head(x), grid.height.number, fine, cells, colour_only=blocks is stages[0])
+            progress.step(step + 1, steps, optimizer.step([loss]))
+
+    def stem(pixels: Tensor) -> tuple[Tensor, Grid]:
+        return tower.conv_stem(_normalized(pixels))
+
+    progress.stage("Training the vision encoder: first layers")
+    train_on_crops(pictures.pixels, stem, 0, FIRST_STEPS)
+    progress.stage("Encoding the pictures: first layers")
+    maps = _encoded(pictures.pixels, stem, stages[0])
+    progress.stage("Training the vision encoder: other convolutions")
+    train_on_crops(maps, _entered, 1, EARLY_STEPS)
+    return _encoded(maps, _entered, stages[1])
 
 
-def _crops(pictures: PictureSet, rng: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """A batch of squares of `CROP` cells: pixels, fine labels, and those of the cells; mirrored at random."""
+Enter = Callable[[Tensor], tuple[Tensor, Grid]]
+
+
+def _entered(maps: Tensor) -> tuple[Tensor, Grid]:
+    """[n, height, width, channels] -> [n * height * width, channels], as blocks take it."""
+    sizes = (ops.Size(size, torch.tensor([size])) for size in maps.shape[:3])
+    return maps.float().flatten(0, 2), Grid(*sizes)
+
+
+@torch.no_grad()
+def _encoded(inputs: Tensor, enter: Enter, blocks: Sequence[nn.Module]) -> Tensor:
+    """[n, height, width, channels] -> maps [n, height, width, channels] fp16, by `blocks`."""
+    maps = []
+    for some in inputs.split(16):
+        x, grid = enter(some)
+        for block in blocks:
+            x, grid = block(x, grid)
+        maps.append(x.view(len(some), grid.height.number, grid.width.number, -1).half())
+    return torch.cat(maps)
+
+
+def _crops(inputs: Tensor, pictures: PictureSet, rng: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A batch of squares of `CROP` cells, of `inputs`, the fine labels and those of the cells; mirrored at random."""
     parts = []
-    for chosen in torch.randint(len(pictures.pictures), (EARLY_BATCH,), generator=rng).tolist():
+    for chosen in torch.randint(len(inputs), (EARLY_BATCH,), generator=rng).tolist():
         top, left, flips = torch.randint(OUTPUT_SIDE - CROP + 1, (3,), generator=rng).tolist()
         axes = [axis for axis in (0, 1) if flips >> axis & 1]
 
-        def cut(x: Tensor, scale: int) -> Tensor:
+        def cut(x: Tensor) -> Tensor:
+            scale = x.shape[1] // OUTPUT_SIDE
             rows, columns = (slice(first * scale, (first + CROP) * scale) for first in (top, left))  # noqa: B023
             return x[chosen, rows, columns].flip(axes)  # noqa: B023
 
-        cells = [cut(pictures.cells[name], 1) for name in ("colour", "shape")]
-        parts.append((cut(pictures.pixels, CELL), cut(pictures.fine, FINE), *cells))
-    pixels, fine, colour, shape = (torch.stack(part) for part in zip(*parts))
-    return pixels, fine, {"colour": colour, "shape": shape}
+        parts.append(tuple(map(cut, (inputs, pictures.fine, pictures.cells["colour"], pictures.cells["shape"]))))
+    values, fine, colour, shape = (torch.stack(part) for part in zip(*parts))
+    return values, fine, {"colour": colour, "shape": shape}
+
+
+def _crop_loss(logits: Tensor, side: int, fine: Tensor, cells: Mapping[str, Tensor], *, colour_only: bool) -> Tensor:
+    """Of a head after a stage whose map of a crop has `side` rows."""
+    colour, shape = logits.split([len(CLASSES[name]) for name in ("colour", "shape")], dim=1)
+    to_cells = FINE * CROP // side
+    loss = _cross_entropy(colour, cells["colour"] if side == CROP else fine[:, ::to_cells, ::to_cells])
+    return loss if colour_only else loss + _cross_entropy(shape, _repeated(cells["shape"], side))
 
 
 def _repeated(labels: Tensor, side: int) -> Tensor:
@@ -210,28 +251,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor, first_weight: float = GROUND_
 # --- the rest ----------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def early_maps(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
-    """[n, SIDE, SIDE, 3] uint8 -> [n, rows, channels] fp16: what the trained first stages make of pictures."""
+def _late_features(encoder: VisionEncoder, maps: Tensor, pairs: tuple[int, int] | None = None) -> Tensor:
+    """Maps [n, height, width, channels] -> [n * 256, H], by all pairs of blocks or by the first ones of each stage."""
     tower = encoder.vision_tower.timm_model
-    maps = []
-    for some in pixels.split(16):
-        x, grid = tower.conv_stem(_normalized(some))
-        for stage in tower.blocks[:EARLY_STAGES]:
-            for block in stage:
-                x, grid = block(x, grid)
-        maps.append(x.unflatten(0, (len(some), -1)).half())
-    return torch.cat(maps)
-
-
-def late_features(encoder: VisionEncoder, maps: Tensor, pairs: tuple[int, int] | None = None) -> Tensor:
-    """Early maps [n, rows, channels] -> [n * 256, H], by all pairs of blocks or by the first ones of each stage."""
-    tower = encoder.vision_tower.timm_model
-    side = math.isqrt(maps.shape[1])
-    x, grid = (
-        maps.float().flatten(0, 1),
-        Grid(*(ops.Size(size, torch.tensor([size])) for size in (len(maps), side, side))),
-    )
+    x, grid = _entered(maps)
     outputs = []
     for i, stage in enumerate(tower.blocks[EARLY_STAGES:]):
         count = len(stage) if pairs is None else CONVOLUTIONS[i] + 2 * pairs[i]
@@ -250,7 +273,7 @@ def _train_late(
     rng: torch.Generator,
     progress: Progress,
 ) -> None:
-    progress.stage("Training the vision encoder, second half")
+    progress.stage("Training the vision encoder: all layers")
     tower, embedder = encoder.vision_tower.timm_model, encoder.embed_vision
     classifiers = {name: words(names) for name, names in CLASSES.items()}
     late_stages: list[nn.Module] = list(tower.blocks[EARLY_STAGES:])  # type: ignore[arg-type]
@@ -258,11 +281,11 @@ def _train_late(
     for first, kept, stage in zip(CONVOLUTIONS, FIRST_PAIRS, tower.blocks[EARLY_STAGES:]):
         for block in list(stage)[first + 2 * kept :]:
             nn.init.constant_(block.layer_scale.gamma, LATER_GAMMA)  # type: ignore[union-attr, arg-type]
-    optimizer = Optimizer([], modules.parameters(), LATE_STEPS, max_norm=2.0)
+    optimizer = Optimizer(*split(modules), LATE_STEPS, muon_lr=MUON_LR, max_norm=2.0)
     for step in range(LATE_STEPS):
         chosen = torch.randint(len(maps), (LATE_BATCH,), generator=rng)
         pairs = FIRST_PAIRS if step < LATE_STEPS * (1 - ALL_BLOCKS_SHARE) else None
-        features = late_features(encoder, maps[chosen], pairs)
+        features = _late_features(encoder, maps[chosen], pairs)
         losses = (
             _cross_entropy(classifier(features), cells[name][chosen], FIRST_WEIGHTS.get(name, GROUND_WEIGHT))
             for name, classifier in classifiers.items()

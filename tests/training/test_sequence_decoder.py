@@ -1,5 +1,6 @@
 """What is trained is what is exported: the same logits as the exported modules', for every slice."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -11,18 +12,20 @@ from torch.func import functional_call
 from gemma3n_onnx.export.pipeline import tensor_shapes
 from gemma3n_onnx.export.slicing import load_slices, resolve
 from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.graphs.decoder import Decoder
+from gemma3n_onnx.graphs.decoder import Attention, Decoder
 from gemma3n_onnx.graphs.embedding import Embedding, HardRows
 from gemma3n_onnx.runtime.prompt import Tokenizer
 from gemma3n_onnx.training.checkpoint import demo_config, write_companions
 from gemma3n_onnx.training.conversations import random_row
-from gemma3n_onnx.training.decoder import HEAD, PER_LAYER, TOKENS, SlicedModel, initial_weights
+from gemma3n_onnx.training.decoder import HEAD, PER_LAYER, TOKENS, SlicedModel, _Lesson, initial_weights
 from gemma3n_onnx.training.optimizer import MUON_LR, Optimizer
-from gemma3n_onnx.training.pictures import random_picture
-from gemma3n_onnx.training.prompts import SOFT_TOKENS, Encoder
+from gemma3n_onnx.training.pictures import COLOURS, SHAPES, Thing, random_picture
+from gemma3n_onnx.training.prompts import NOTHING, SOFT_TOKENS, Encoder, SoftTokens
+from gemma3n_onnx.training.questions import plural
 from gemma3n_onnx.training.sounds import random_sound
 
 SLICES = load_slices(Path(__file__).parents[2] / "demo" / "slices.csv").specs
+KINDS_OF_THINGS = [Thing(s, c, 0.5, 0.5, 0.2, 0.0, (0, 0, 0)) for s, c in itertools.product(SHAPES, COLOURS)]
 TOLERANCE = 1e-5  # of the logits' range; fp32, the same sums in another order
 
 
@@ -99,12 +102,12 @@ def test_a_slice_in_training_is_the_slice_that_is_exported(config, weights, enco
     """Conversations that share a row have the logits of conversations alone."""
     chosen, soft_ids = resolve(spec, config), encoder.soft_ids
     with torch.no_grad():
-        packed = encoder.batch(rows, torch.cat(features))
+        packed = encoder.batch(rows, list(map(SoftTokens.plain, features)))
         found = SlicedModel(chosen).logits(weights, hard_rows, soft_ids, packed)
         expected = []
         for row, of_row in zip(rows, features):
             for conversation in row:
-                ids, targets = encoder.encode(conversation)
+                ids, targets, *_ = encoder.encode(conversation)
                 logits = exported(weights, chosen, hard_rows, soft_ids, ids, of_row)
                 expected.append(logits[torch.tensor(targets) >= 0])
     expected = torch.cat(expected)
@@ -116,8 +119,9 @@ def test_a_slice_in_training_is_the_slice_that_is_exported(config, weights, enco
 
 def test_every_weight_of_the_whole_model_is_trained(config, weights, encoder, rows, features, hard_rows):
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-    batch = encoder.batch(rows, torch.cat(features))
-    SlicedModel(resolve(SLICES[0], config)).loss(leaves, hard_rows, encoder.soft_ids, batch).backward()
+    batch = encoder.batch(rows, list(map(SoftTokens.plain, features)))
+    entropy, _ = SlicedModel(resolve(SLICES[0], config)).losses(leaves, hard_rows, encoder.soft_ids, batch)
+    entropy.backward()
     assert [name for name, leaf in leaves.items() if leaf.grad is None or not leaf.grad.abs().sum() > 0] == []
 
 
@@ -128,11 +132,75 @@ def test_only_answers_are_learned(tmp_path, encoder):
     for _ in range(10):
         row = random_row(rng, random_picture(rng), random_sound(rng), 3)
         for conversation in row:
-            ids, targets = encoder.encode(conversation)
+            ids, targets, *_ = encoder.encode(conversation)
             learned = [target for target in targets if target >= 0]
             assert all(target in (-1, following) for target, following in zip(targets, ids[1:]))
             expected = "".join(f"{turn.answer}<end_of_turn>" for turn in conversation.turns)
             assert tokenizer.decode(learned, skip_special=False) == expected
+
+
+def test_an_answer_knows_what_it_speaks_of(tmp_path, encoder):
+    """Each colour or shape that comes next belongs to the things spoken of, each word to those it may mean."""
+    write_companions(tmp_path, demo_config())
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    rng = np.random.default_rng(6)
+    checked, single = 0, ("describe", "colour", "shape")
+    for _ in range(20):
+        picture = random_picture(rng, count=3)
+        conversations = random_row(rng, picture, None, 8)
+        for conversation in conversations:
+            tokens = encoder.encode(conversation)
+            for token_id, target, named, spoken in zip(*tokens):
+                word, following = (tokenizer.decode([max(i, 0)]).strip().lower() for i in (token_id, target))
+                meant = [i for i, thing in enumerate(picture.things) if named_by(word, thing)]
+                is_name = any(named_by(word, thing) for thing in KINDS_OF_THINGS)
+                assert named == (sum(1 << i for i in meant) or NOTHING if is_name else 0), word
+                if target >= 0 and conversation.turns[-1].task in single and len(conversation.turns) == 1:
+                    of_thing = [i for i, thing in enumerate(picture.things) if named_by(following, thing)]
+                    if of_thing:
+                        checked += 1
+                        assert bin(spoken).count("1") == 1
+                        assert spoken in [1 << i for i in of_thing]
+    assert checked > 100
+
+
+def named_by(word, thing):
+    return word in (thing.colour, thing.shape, plural(thing.shape))
+
+
+def test_full_attention_reaches_over_tokens_that_were_left_out(encoder, rows, features):
+    kept = [torch.arange(len(of_row)) % 9 == 0 for of_row in features]
+    soft = [SoftTokens(f, torch.zeros(len(f), dtype=torch.int64), k) for f, k in zip(features, kept)]
+    batch = encoder.batch(rows, soft)
+    assert batch.positions.max() > batch.ids.shape[1]
+    assert len(batch.features) == sum(int(k.sum()) for k in kept)
+    last = (batch.branches >= 0).sum(1, keepdim=True) - 1
+    beginning = batch.branches == 0
+    assert batch.visible(last, None)[:, 0, 0][beginning].all()
+    near = batch.visible(last, 128)[:, 0, 0] & beginning
+    assert near.any() and not (near == beginning).all()
+
+
+def test_a_lesson_is_learned_by_looking_at_the_things_meant(config, encoder):
+    rng = np.random.default_rng(7)
+    picture = random_picture(rng, count=2)
+    shows = torch.randint(0, 3, (SOFT_TOKENS["image"],), generator=torch.Generator().manual_seed(0))
+    soft = SoftTokens(torch.randn(len(shows), config.hidden_size), shows, torch.ones(len(shows), dtype=torch.bool))
+    batch = encoder.batch([random_row(rng, picture, None, 4)], [soft])
+    attention = Attention(config, 1, windowed_cache=False)
+    spoken = batch.spoken[0]
+    taught = ((spoken > 0) & (spoken & (spoken - 1) == 0)).nonzero()[:, 0]  # of one thing
+    lesson = _Lesson.of(batch, batch.spoken, taught[None])
+    query = torch.zeros(1, len(taught), attention.heads, attention.head_dim)
+    key = torch.zeros(1, batch.ids.shape[1], attention.kv_heads, attention.head_dim)
+    for thing in (1, 2, NOTHING):
+        axis = thing.bit_length()
+        key[batch.shows == thing, :, axis] = 5.0
+        query[:, (batch.spoken[0, taught] & thing) > 0, :, axis] = 5.0
+    right = lesson.loss(attention, query.flatten(2), key.flatten(2))
+    wrong = lesson.loss(attention, -query.flatten(2), key.flatten(2))
+    assert abs(right.item()) < 2e-3
+    assert wrong.item() > 6
 
 
 def test_the_optimizer_finds_a_minimum():
