@@ -36,13 +36,15 @@ ONSET_WEIGHT = 3.0
 @dataclass(frozen=True)
 class Clip:
     """`features` [T, mel bins] fp32 and `mask` [T] as the front end gives them; for each token, int64: `kind`, 0 for
-    silence, and `onset`, 1 in the first that hears a beep; -1 where it is uncertain."""
+    silence, and `onset`, 1 in the first that hears a beep; -1 where it is uncertain;
+    `count`, the number of that beep, 0 in others."""
 
     sound: Sound
     features: Tensor
     mask: Tensor
     kind: Tensor
     onset: Tensor
+    count: Tensor
 
 
 def clip_set(seed: int, count: int, log_mel: LogMelInfo) -> list[Clip]:
@@ -62,16 +64,17 @@ def _chunk(arguments: tuple[int, int, LogMelInfo]) -> list[tuple]:
         samples, spans = sound.synthesize()
         features, mask = log_mel(samples)
         tokens = -(-len(features) // 16)
-        kind, onset = np.zeros(tokens, np.int64), np.zeros(tokens, np.int64)
+        kind, onset, count = (np.zeros(tokens, np.int64) for _ in range(3))
         times = np.arange(tokens) * TOKEN_SECONDS - LATENCY_SECONDS
-        for begin, end in spans:
+        for number, (begin, end) in enumerate(spans, start=1):
             sounding = (times >= begin) & (times < end)
             kind[sounding] = 1 + KINDS.index(sound.kind)
-            onset[sounding.argmax()] = bool(sound.beeps)
-            for number in np.flatnonzero(np.abs(times - begin) < UNCERTAIN_SECONDS):
-                kind[number] = onset[number] = onset[number + 1] = -1
+            if sound.beeps:
+                onset[sounding.argmax()], count[sounding.argmax()] = 1, number
+            for i in np.flatnonzero(np.abs(times - begin) < UNCERTAIN_SECONDS):
+                kind[i] = onset[i] = onset[i + 1] = -1
             kind[np.abs(times - end) < UNCERTAIN_SECONDS] = -1
-        chunk.append((sound, features, mask, kind, onset))
+        chunk.append((sound, features, mask, kind, onset, count))
     return chunk
 
 

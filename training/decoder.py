@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gemma3n_onnx.export.slicing import Slice, TensorCut
 from gemma3n_onnx.graphs import ops
 from gemma3n_onnx.graphs.config import FULL, SLIDING, TextConfig
-from gemma3n_onnx.graphs.decoder import Attention, Decoder
+from gemma3n_onnx.graphs.decoder import Attention, Decoder, Step
 
 TOKENS, PER_LAYER, HEAD = "embed_tokens.weight", "embed_tokens_per_layer.weight", "lm_head.weight"
 
@@ -47,6 +47,11 @@ class Sequences:
     positions: Tensor
     features: Tensor
 
+    @property
+    def there(self) -> Tensor:
+        """bool [B, S]: what is not padding."""
+        return self.branches >= 0
+
     def visible(self, chosen: Tensor, window: int | None) -> Tensor:
         """chosen int64 [B, Q], indices in a row -> bool [B, 1, Q, S]: what each attends to, always itself."""
         branch, position = (x.gather(1, chosen)[:, :, None] for x in (self.branches, self.positions))
@@ -69,63 +74,56 @@ class SequenceDecoder(Decoder):
     def forward(  # type: ignore[override]
         self, inputs_embeds: Tensor, per_layer_inputs: Tensor, batch: Sequences
     ) -> tuple[Tensor, list[Tensor]]:
-        """inputs_embeds [B, S, H], per_layer_inputs [B, S, L * P] -> logits [N, V] for the N targets, row by row, and
-        the losses of `_Lesson`s."""
-        rows, length, hidden = inputs_embeds.shape
-        step = self._step(ops.size_of_axis(inputs_embeds, 0), torch.ones(rows, length), batch.positions, [])
+        """inputs_embeds [T, H], per_layer_inputs [T, L * P] of the T tokens of all rows -> logits [N, V] for the N
+        targets, row by row, and the losses of `_Lesson`s."""
         wanted = batch.targets >= 0
-        everywhere = torch.arange(length).expand(rows, -1)
-        queries = _Queries.of(wanted)
-        at_wanted = {kind: (cos[wanted], sin[wanted]) for kind, (cos, sin) in step.rope.items()}
-        windows = {FULL: None, SLIDING: self.config.sliding_window}
-        visible = {kind: batch.visible(everywhere, window) for kind, window in windows.items()}
-        visible_at_wanted = {kind: batch.visible(queries.index, window) for kind, window in windows.items()}
-
-        embeds = inputs_embeds.reshape(-1, hidden)
-        per_layer = self._per_layer_inputs(embeds, per_layer_inputs)
-        lessons = self._lessons(batch, queries)
+        everywhere, at_wanted = _Positions.of(batch.there), _Positions.of(wanted)
+        lessons = self._lessons(batch, at_wanted)
         taught: list[Tensor] = []
-        streams = self._split(embeds)
+
+        per_layer = self._per_layer_inputs(inputs_embeds, per_layer_inputs)
+        streams = self._split(inputs_embeds)
         present: list[tuple[Tensor, Tensor]] = []
+        here, (step, visible) = everywhere, self._at(everywhere, batch)
         for i, layer in enumerate(self.layers):
             predictions, normed = layer.before_attention(streams)
             own = layer.self_attn
             if i < self.config.num_kv_layers:
                 key, value = own.key_and_value(normed, step)
-                present.append((key, value))
-                query = own.query(normed, step)
-                if i in lessons:
-                    taught.append(lessons[i].loss(own, query[torch.arange(rows)[:, None], lessons[i].index], key))
-                attention = _attend(own, query, key, value, visible[own.kind]).flatten(0, 1)
-            else:
-                cos, sin = (part[None] for part in at_wanted[own.kind])
-                single = ops.Size(1, torch.tensor([1]))
-                heads = own.heads_of(own.q_proj(normed), own.q_norm.weight, single)
-                query = queries.pad(ops.rotary_embedding(heads, cos, sin, own.heads)[0])
-                donor = present[self.config.kv_source(i)]
-                if i in lessons:
-                    taught.append(lessons[i].loss(own, query, donor[0]))
-                attention = queries.unpad(_attend(own, query, *donor, visible_at_wanted[own.kind]))
+                present.append((here.pad(key[0]), here.pad(value[0])))
             if i == self.config.num_kv_layers - 1:
-                chosen = wanted.flatten()
-                predictions, normed, attention, per_layer = (
-                    x[chosen] for x in (predictions, normed, attention, per_layer)
-                )
+                predictions, normed, per_layer = (x[wanted[batch.there]] for x in (predictions, normed, per_layer))
+                here, (step, visible) = at_wanted, self._at(at_wanted, batch)
+            query = here.pad(own.query(normed, step)[0])
+            donor = present[self.config.kv_source(i)]
+            if i in lessons:
+                taught.append(lessons[i].loss(own, query if here is at_wanted else lessons[i].part_of(query), donor[0]))
+            attention = here.unpad(_attend(own, query, *donor, visible[own.kind]))
             streams = layer.after_attention(predictions, normed, attention, per_layer[:, i])
         logits = self.lm_head(self.norm(self._merge(streams)))
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)
         return logits, taught
 
-    def _lessons(self, batch: Sequences, queries: _Queries) -> dict[int, _Lesson]:
+    def _at(self, here: _Positions, batch: Sequences) -> tuple[Step, dict[str, Tensor]]:
+        """What attention needs at N positions, of a step of one row of N, and what they may see, by kind of layer."""
+        row, position = here.place[0], here.index[here.place]
+        count = len(row)
+        step = self._step(
+            ops.Size(1, torch.tensor([1])), torch.ones(1, count), batch.positions[row, position][None], []
+        )
+        windows = {FULL: None, SLIDING: self.config.sliding_window}
+        return step, {kind: batch.visible(here.index, window) for kind, window in windows.items()}
+
+    def _lessons(self, batch: Sequences, at_wanted: _Positions) -> dict[int, _Lesson]:
         """By layer, of the first three of full attention: one learns to find what a word names, two what is to be said
         of."""
         if not batch.spoken.any():
             return {}
         first, *others = [i for i, kind in enumerate(self.config.layer_types) if kind == FULL][:3]
-        lessons = dict.fromkeys(others, _Lesson.of(batch, batch.spoken, queries.index))
+        lessons = dict.fromkeys(others, _Lesson.of(batch, batch.spoken, at_wanted.index))
         if batch.named.any():
-            lessons[first] = _Lesson.of(batch, batch.named, _Queries.of(batch.named > 0).index)
+            lessons[first] = _Lesson.of(batch, batch.named, _Positions.of(batch.named > 0).index)
         return lessons
 
 
@@ -147,6 +145,10 @@ class _Lesson:
         at_index, shows = ((bits[:, :, None] >> number) & 1 > 0 for bits in (about.gather(1, index), batch.shows))
         return cls(index, batch.visible(index, None), at_index, shows)
 
+    def part_of(self, query: Tensor) -> Tensor:
+        """query [B, S, width] -> [B, Q, width]."""
+        return query[torch.arange(len(query))[:, None], self.index]
+
     def loss(self, attention: Attention, query: Tensor, key: Tensor) -> Tensor:
         """query [B, Q, N * D], key [B, S, K * D] -> mean negative logarithm of the attention to each thing."""
         group = attention.heads // attention.kv_heads
@@ -163,7 +165,7 @@ _LEAST_ATTENTION = 1e-3
 
 
 @dataclass(frozen=True)
-class _Queries:
+class _Positions:
     """N chosen positions of B rows, side by side in their rows; the shorter rows are filled up to Q.
 
     `index` [B, Q]: where in the row each is; `place`: row and number in it of each of the N.
@@ -173,7 +175,7 @@ class _Queries:
     place: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, chosen: Tensor) -> _Queries:
+    def of(cls, chosen: Tensor) -> _Positions:
         """chosen bool [B, S]."""
         row, position = chosen.nonzero(as_tuple=True)
         place = row, (chosen.cumsum(1) - 1)[row, position]
@@ -221,16 +223,15 @@ class SlicedModel:
     def _run(
         self, weights: Mapping[str, Tensor], hard_rows: Tensor, soft_ids: Tensor, batch: Sequences
     ) -> tuple[Tensor, list[Tensor]]:
-        config = self.slice.config
-        embeds = F.embedding(batch.ids, weights[TOKENS]) * math.sqrt(config.hidden_size)
+        config, ids = self.slice.config, batch.ids[batch.there]
+        embeds = F.embedding(ids, weights[TOKENS]) * math.sqrt(config.hidden_size)
         first_hard = config.vocab_size - len(hard_rows)
-        is_hard = batch.ids >= first_hard
-        embeds = torch.where(is_hard[:, :, None], hard_rows[(batch.ids - first_hard).clamp(min=0)], embeds)
-        is_soft = torch.isin(batch.ids, soft_ids)
-        embeds = embeds.index_put(is_soft.nonzero(as_tuple=True), batch.features)
+        hard = hard_rows[(ids - first_hard).clamp(min=0)]
+        embeds = torch.where((ids >= first_hard)[:, None], hard, embeds)
+        embeds = embeds.index_put((torch.isin(ids, soft_ids).nonzero()[:, 0],), batch.features)
         table = _cut(weights[PER_LAYER], self.slice.source_of(PER_LAYER))
-        has_row = batch.ids < config.vocab_size_per_layer_input
-        rows = F.embedding(torch.where(has_row, batch.ids, 0), table) * math.sqrt(config.hidden_size_per_layer_input)
+        has_row = ids < config.vocab_size_per_layer_input
+        rows = F.embedding(torch.where(has_row, ids, 0), table) * math.sqrt(config.hidden_size_per_layer_input)
         own = {
             name: weights[TOKENS] if name == HEAD else _cut(weights[cut.source], cut)
             for name in self._names

@@ -63,7 +63,7 @@ class Optimizer:
 
 def split(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Of what the module may learn the matrices, convolutions of several channels included, and the rest."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    parameters: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [p for p in parameters if p.ndim > 1 and p.shape[1] > 1]
     return matrices, [p for p in parameters if p.ndim == 1 or p.shape[1] == 1]
 

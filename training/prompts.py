@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from gemma3n_onnx.runtime.prompt import ChatTemplate, Tokenizer
 from .conversations import Conversation, messages_of
 from .decoder import Sequences
 from .pictures import COLOURS, MAX_THINGS, SHAPES, Picture
-from .questions import plural
+from .questions import NUMBERS, plural
 
 SOFT_TOKENS = {"image": 256, "audio": 188}
 NOTHING = 1 << MAX_THINGS
@@ -39,18 +39,24 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class SoftTokens:
-    """Of a row's media, in their order. features [n, H]; shows int64 [n], the things seen in each, as bits; kept bool
-    [n], whether it is there, or leaves a gap in the positions."""
+    """Of a row's media, in their order. features [n, H]; shows int64 [n], the things seen in each, as bits; counts
+    int64 [n], the number of a beep in the token that first hears it, else 0; kept bool [n], whether it is there, or
+    leaves a gap in the positions."""
 
     features: Tensor
     shows: Tensor
+    counts: Tensor
     kept: Tensor
 
     @classmethod
     def plain(cls, features: Tensor) -> SoftTokens:
         """All are there, and nobody knows what they show."""
-        count = len(features)
-        return cls(features, torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool))
+        nothing = torch.zeros(len(features), dtype=torch.int64)
+        return cls(features, nothing, nothing, nothing == 0)
+
+    @classmethod
+    def joined(cls, parts: Sequence[SoftTokens]) -> SoftTokens:
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 def _bits(things: Iterable[int]) -> int:
@@ -68,6 +74,7 @@ class Encoder:
         self._end = self._tokenizer.token_id("<end_of_turn>")
         self.soft_ids = torch.tensor([self._tokenizer.token_id(f"<{kind}_soft_token>") for kind in SOFT_TOKENS])
         self._soft = frozenset(self.soft_ids.tolist())
+        self._numbers = {number: self.word_id(word) for number, word in enumerate(NUMBERS) if number}
         self._ends_part = frozenset(
             token_id for mark in (",", ".", " and") for token_id in self._tokenizer.encode(mark, add_bos=False)
         )
@@ -117,26 +124,34 @@ class Encoder:
         return token_id
 
     def batch(self, rows: Sequence[Sequence[Conversation]], soft_tokens: Sequence[SoftTokens]) -> Sequences:
-        """A batch of rows of conversations that begin alike, up to and with their media, with `soft_tokens` of each."""
+        """A batch of rows of conversations that begin alike, up to and with their media, with `soft_tokens` of each.
+
+        The targets of beeps are the words for their numbers: who counts along can say how many there were.
+        """
         packed = [self._pack(row, soft) for row, soft in zip(rows, soft_tokens)]
         length = max(len(columns[0]) for columns in packed)
-        columns = (
+        ids, targets, named, spoken, shows, branches, positions = (
             torch.stack([F.pad(torch.tensor(column), (0, length - len(column)), value=filler) for column in of_rows])
             for of_rows, filler in zip(zip(*packed), (0, -1, 0, 0, 0, -1, 0))
         )
-        return Sequences(*columns, torch.cat([soft.features[soft.kept] for soft in soft_tokens]))
+        features = torch.cat([soft.features[soft.kept] for soft in soft_tokens])
+        return Sequences(ids, targets, named, spoken, shows, branches, positions, features)
 
     def _pack(self, row: Sequence[Conversation], soft: SoftTokens) -> list[list[int]]:
         """Ids, targets, named, spoken, shown things, branches and positions."""
         encoded = [self.encode(conversation) for conversation in row]
         first = encoded[0]
         shared = self._beginning(first.ids)
-        flags, shown = iter(soft.kept.tolist()), iter(soft.shows.tolist())
+        flags, shown, counts = (iter(column.tolist()) for column in (soft.kept, soft.shows, soft.counts))
         shows = [next(shown) if token_id in self._soft else 0 for token_id in first.ids[:shared]]
+        targets = [
+            self._numbers.get(next(counts), -1) if token_id in self._soft else -1 for token_id in first.ids[:shared]
+        ]
         if shared:
             shows[0] = NOTHING
         positions = [i for i in range(shared) if first.ids[i] not in self._soft or next(flags)]
-        columns = [[column[i] for i in positions] for column in (*first, shows)]
+        beginning = first._replace(targets=targets)
+        columns = [[column[i] for i in positions] for column in (*beginning, shows)]
         branches = [0] * len(positions)
         for number, tokens in enumerate(encoded, start=1):
             if tokens.ids[:shared] != first.ids[:shared]:

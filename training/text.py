@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,7 +28,7 @@ BATCHES = {"text": (8, 4), "picture": (8, 8), "sound": (4, 6), "both": (3, 8)}
 """Rows of each kind in a step, and conversations in each row."""
 GLIMPSE_SHARE = 0.7
 """Of the steps, the first so many are taken with a few of the soft tokens, which is faster: there is time for more."""
-GLIMPSE_SHARES = {"image": (0.4, 0.04), "audio": (1.0, 0.04)}
+PICTURE_SHARES, SOUND_SHARES, ALL = (0.4, 0.04), (1.0, 0.04), (1.0, 1.0)
 """Of the soft tokens that show or sound something, and of the others."""
 LESSON_WEIGHT = 0.3
 """Of what the decoder ought to look at, in the loss. Without it hundreds of steps more go by before a colour is tied to
@@ -44,7 +44,7 @@ WIDTHS = (1 / 2, 3 / 4, 1)
 @dataclass(frozen=True)
 class Media:
     """What conversations are about, with soft tokens [n, count, H] fp16, and, int64 [n, count], which of a picture's
-    things each shows, as bits, and which of a sound's are not silent, as 1."""
+    things each shows, as bits, which of a sound's are not silent, as 1, and which first hears a beep, as its number."""
 
     pictures: Sequence[Picture]
     picture_features: Tensor
@@ -52,6 +52,7 @@ class Media:
     sounds: Sequence[Sound]
     sound_features: Tensor
     sound_matters: Tensor
+    sound_counts: Tensor
 
     @cached_property
     def by_beeps(self) -> dict[int, list[int]]:
@@ -125,23 +126,20 @@ def random_batch(
         row = random_row(rng, seen, heard, size[1])
         rows.append(row)
         of_kind = {
-            "image": (media.picture_features[picture], media.picture_shows[picture]),
-            "audio": (media.sound_features[sound], media.sound_matters[sound]),
+            "image": replace(
+                SoftTokens.plain(media.picture_features[picture].float()),
+                shows=media.picture_shows[picture],
+                kept=_glimpse(rng, media.picture_shows[picture], PICTURE_SHARES if glimpses else ALL),
+            ),
+            "audio": replace(
+                SoftTokens.plain(media.sound_features[sound].float()),
+                counts=media.sound_counts[sound],
+                kept=_glimpse(rng, media.sound_matters[sound], SOUND_SHARES if glimpses else ALL),
+            ),
         }
-        parts = [SoftTokens.plain(media.picture_features[0, :0].float())]
-        for name in row[0].media_kinds:
-            features, matters = of_kind[name]
-            kept = (
-                _glimpse(rng, matters, GLIMPSE_SHARES[name]) if glimpses else torch.ones(len(matters), dtype=torch.bool)
-            )
-            shows = matters if name == "image" else torch.zeros_like(matters)
-            parts.append(SoftTokens(features.float(), shows, kept))
-        soft_tokens.append(SoftTokens(*(torch.cat(column) for column in zip(*map(_columns, parts)))))
+        none = SoftTokens.plain(media.picture_features[0, :0].float())
+        soft_tokens.append(SoftTokens.joined([none, *(of_kind[name] for name in row[0].media_kinds)]))
     return encoder.batch(rows, soft_tokens)
-
-
-def _columns(soft: SoftTokens) -> tuple[Tensor, Tensor, Tensor]:
-    return soft.features, soft.shows, soft.kept
 
 
 def _glimpse(rng: np.random.Generator, matters: Tensor, shares: tuple[float, float]) -> Tensor:

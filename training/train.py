@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -71,9 +72,8 @@ def train(output: Path, seed: int) -> None:
             torch.stack([_shows(picture) for picture in pictures.pictures]),
             [clip.sound for clip in clips],
             sound_features,
-            torch.stack(
-                [F.pad((clip.kind != 0).long(), (0, sound_features.shape[1] - len(clip.kind))) for clip in clips]
-            ),
+            _padded([(clip.kind != 0).long() for clip in clips], sound_features.shape[1]),
+            _padded([clip.count for clip in clips], sound_features.shape[1]),
         )
         embedders = vision.embed_vision, audio.embed_audio
         train_decoder(weights, text_config, table, media, embedders, encoder, seed, progress)
@@ -86,6 +86,10 @@ def train(output: Path, seed: int) -> None:
 def _shows(picture: Picture) -> Tensor:
     """int64 [256], the thing in each cell as a bit."""
     return (1 << torch.from_numpy(picture.surrounds(OUTPUT_SIDE)).long().flatten()) >> 1
+
+
+def _padded(rows: Sequence[Tensor], length: int) -> Tensor:
+    return torch.stack([F.pad(row, (0, length - len(row))) for row in rows])
 
 
 def _keep_freed_memory() -> None:

@@ -92,9 +92,9 @@ def test_a_convolution_learns_as_the_matrix_that_it_is():
     assert [m.shape for m in matrices] == [convolution.weight.shape]
     assert len(others) == 3
     before = convolution.weight.detach().clone()
-    optimizer = Optimizer(matrices, [], 10)
-    optimizer.step([convolution(torch.randn(2, 3, 8, 8)).square().mean()])
+    optimizer = Optimizer(matrices, others, 100)
+    optimizer.step([depthwise(convolution(torch.randn(2, 3, 8, 8))).square().mean()])
     update = np.linalg.svd((convolution.weight.detach() - before).flatten(1).numpy(), compute_uv=False)
-    # The first step of ten of a warm-up of thirty; an orthogonalized update's singular values are near 1.
+    # The first step of a warm-up of thirty; an orthogonalized update's singular values are near 1.
     assert update.max() < 1.6 * MUON_LR / 30
     assert update.min() > 0.3 * MUON_LR / 30

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,7 @@ def named_by(word, thing):
 
 def test_full_attention_reaches_over_tokens_that_were_left_out(encoder, rows, features):
     kept = [torch.arange(len(of_row)) % 9 == 0 for of_row in features]
-    soft = [SoftTokens(f, torch.zeros(len(f), dtype=torch.int64), k) for f, k in zip(features, kept)]
+    soft = [replace(SoftTokens.plain(f), kept=k) for f, k in zip(features, kept)]
     batch = encoder.batch(rows, soft)
     assert batch.positions.max() > batch.ids.shape[1]
     assert len(batch.features) == sum(int(k.sum()) for k in kept)
@@ -185,7 +186,7 @@ def test_a_lesson_is_learned_by_looking_at_the_things_meant(config, encoder):
     rng = np.random.default_rng(7)
     picture = random_picture(rng, count=2)
     shows = torch.randint(0, 3, (SOFT_TOKENS["image"],), generator=torch.Generator().manual_seed(0))
-    soft = SoftTokens(torch.randn(len(shows), config.hidden_size), shows, torch.ones(len(shows), dtype=torch.bool))
+    soft = replace(SoftTokens.plain(torch.randn(len(shows), config.hidden_size)), shows=shows)
     batch = encoder.batch([random_row(rng, picture, None, 4)], [soft])
     attention = Attention(config, 1, windowed_cache=False)
     spoken = batch.spoken[0]
