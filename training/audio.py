@@ -36,8 +36,8 @@ ONSET_WEIGHT = 3.0
 @dataclass(frozen=True)
 class Clip:
     """`features` [T, mel bins] fp32 and `mask` [T] as the front end gives them; for each token, int64: `kind`, 0 for
-    silence, and `onset`, 1 in the first that hears a beep; -1 where it is uncertain;
-    `count`, the number of that beep, 0 in others."""
+    silence, `onset`, 1 in the first that hears a beep, both -1 where it is uncertain, and `count`, the number of the
+    beep that is first heard, else 0."""
 
     sound: Sound
     features: Tensor
@@ -70,7 +70,8 @@ def _chunk(arguments: tuple[int, int, LogMelInfo]) -> list[tuple]:
             sounding = (times >= begin) & (times < end)
             kind[sounding] = 1 + KINDS.index(sound.kind)
             if sound.beeps:
-                onset[sounding.argmax()], count[sounding.argmax()] = 1, number
+                first = sounding.argmax()
+                onset[first], count[first] = 1, number
             for i in np.flatnonzero(np.abs(times - begin) < UNCERTAIN_SECONDS):
                 kind[i] = onset[i] = onset[i + 1] = -1
             kind[np.abs(times - end) < UNCERTAIN_SECONDS] = -1

@@ -29,6 +29,9 @@ HELD_OUT_SHARE = 8
 """One of so many pairs of numbers is never trained on."""
 
 
+Looks = tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True)
 class Turn:
     """`task` is the name under which answers are scored.
@@ -40,7 +43,7 @@ class Turn:
     task: str
     question: str
     answer: str
-    looks: tuple[tuple[int, ...], ...] = ()
+    looks: Looks = ()
 
 
 Ask = Callable[[np.random.Generator], Turn]
@@ -90,9 +93,6 @@ def about_picture(picture: Picture) -> list[Ask]:
             asks.append(partial(_shape, thing=thing, looks=looks))
             asks.append(partial(_where, thing=thing, name=f"{thing.colour} {thing.shape}", looks=looks))
     return asks
-
-
-Looks = tuple[tuple[int, ...], ...]
 
 
 def _one_by_one(picture: Picture) -> Looks:

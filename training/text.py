@@ -28,8 +28,8 @@ BATCHES = {"text": (8, 4), "picture": (8, 8), "sound": (4, 6), "both": (3, 8)}
 """Rows of each kind in a step, and conversations in each row."""
 GLIMPSE_SHARE = 0.7
 """Of the steps, the first so many are taken with a few of the soft tokens, which is faster: there is time for more."""
-PICTURE_SHARES, SOUND_SHARES, ALL = (0.4, 0.04), (1.0, 0.04), (1.0, 1.0)
-"""Of the soft tokens that show or sound something, and of the others."""
+PICTURE_SHARES, SOUND_SHARES = (0.4, 0.04), (1.0, 0.04)
+"""Kept of the soft tokens that show or sound something, and of the others."""
 LESSON_WEIGHT = 0.3
 """Of what the decoder ought to look at, in the loss. Without it hundreds of steps more go by before a colour is tied to
 its shape."""
@@ -125,21 +125,24 @@ def random_batch(
         heard = media.sounds[sound] if kind in ("sound", "both") else None
         row = random_row(rng, seen, heard, size[1])
         rows.append(row)
-        of_kind = {
-            "image": replace(
-                SoftTokens.plain(media.picture_features[picture].float()),
-                shows=media.picture_shows[picture],
-                kept=_glimpse(rng, media.picture_shows[picture], PICTURE_SHARES if glimpses else ALL),
-            ),
-            "audio": replace(
-                SoftTokens.plain(media.sound_features[sound].float()),
-                counts=media.sound_counts[sound],
-                kept=_glimpse(rng, media.sound_matters[sound], SOUND_SHARES if glimpses else ALL),
-            ),
-        }
         none = SoftTokens.plain(media.picture_features[0, :0].float())
-        soft_tokens.append(SoftTokens.joined([none, *(of_kind[name] for name in row[0].media_kinds)]))
+        parts = (
+            _seen(media, picture, rng, glimpses) if name == "image" else _heard(media, sound, rng, glimpses)
+            for name in row[0].media_kinds
+        )
+        soft_tokens.append(SoftTokens.joined([none, *parts]))
     return encoder.batch(rows, soft_tokens)
+
+
+def _seen(media: Media, picture: int, rng: np.random.Generator, glimpses: bool) -> SoftTokens:
+    shows = media.picture_shows[picture]
+    soft = replace(SoftTokens.plain(media.picture_features[picture].float()), shows=shows)
+    return replace(soft, kept=_glimpse(rng, shows, PICTURE_SHARES)) if glimpses else soft
+
+
+def _heard(media: Media, sound: int, rng: np.random.Generator, glimpses: bool) -> SoftTokens:
+    soft = replace(SoftTokens.plain(media.sound_features[sound].float()), counts=media.sound_counts[sound])
+    return replace(soft, kept=_glimpse(rng, media.sound_matters[sound], SOUND_SHARES)) if glimpses else soft
 
 
 def _glimpse(rng: np.random.Generator, matters: Tensor, shares: tuple[float, float]) -> Tensor:

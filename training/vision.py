@@ -25,7 +25,6 @@ from .progress import Progress
 from .words import Words
 
 SIDE = 256
-CELL = SIDE // OUTPUT_SIDE
 CROP = 8  # cells to a side
 FINE = 4  # of the finest labels so many are to a side of a cell
 CHUNK = 100
@@ -165,8 +164,8 @@ def _train_early(
         learned = nn.ModuleList([tower.conv_stem, *modules] if start == 0 else modules)
         optimizer = Optimizer(*split(learned), steps, muon_lr=MUON_LR)
         for step in range(steps):
-            pixels, fine, cells = _crops(inputs, pictures, rng)
-            x, grid = enter(pixels)
+            values, fine, cells = _crops(inputs, pictures, rng)
+            x, grid = enter(values)
             loss = torch.zeros(())
             for blocks, head in parts[start:]:
                 for block in blocks:

@@ -23,7 +23,7 @@ from gemma3n_onnx.training.optimizer import MUON_LR, Optimizer
 from gemma3n_onnx.training.pictures import COLOURS, SHAPES, Thing, random_picture
 from gemma3n_onnx.training.prompts import NOTHING, SOFT_TOKENS, Encoder, SoftTokens
 from gemma3n_onnx.training.questions import plural
-from gemma3n_onnx.training.sounds import random_sound
+from gemma3n_onnx.training.sounds import Sound, random_sound
 
 SLICES = load_slices(Path(__file__).parents[2] / "demo" / "slices.csv").specs
 KINDS_OF_THINGS = [Thing(s, c, 0.5, 0.5, 0.2, 0.0, (0, 0, 0)) for s, c in itertools.product(SHAPES, COLOURS)]
@@ -167,6 +167,19 @@ def test_an_answer_knows_what_it_speaks_of(tmp_path, encoder):
 
 def named_by(word, thing):
     return word in (thing.colour, thing.shape, plural(thing.shape))
+
+
+def test_beeps_are_counted_along(encoder):
+    sound = Sound("high", 3, 0)
+    counts = torch.zeros(SOFT_TOKENS["audio"], dtype=torch.int64)
+    counts[[4, 9, 13]] = torch.arange(1, 4)
+    soft = replace(SoftTokens.plain(torch.randn(len(counts), 8)), counts=counts, kept=torch.arange(len(counts)) < 20)
+    batch = encoder.batch([random_row(np.random.default_rng(0), None, sound, 2)], [soft])
+    at_soft = torch.isin(batch.ids, encoder.soft_ids)
+    assert at_soft.sum() == 20
+    words = [encoder.word_id(word) for word in ("one", "two", "three")]
+    expected = [-1] * 4 + [words[0]] + [-1] * 4 + [words[1]] + [-1] * 3 + [words[2]] + [-1] * 6
+    assert batch.targets[at_soft].tolist() == expected
 
 
 def test_full_attention_reaches_over_tokens_that_were_left_out(encoder, rows, features):
