@@ -34,8 +34,9 @@ WEIGHTS = {
     "how many beeps": 1.5,
     "see and hear": 3.0,
     "more shapes or beeps": 3.0,
-    "sum": 2.5,
-    "count": 1.5,
+    "sum": 4.0,
+    "count": 2.0,
+    "compare": 1.5,
 }
 """How often a task is asked; others 1."""
 CASUAL_SHARE = 0.3

@@ -16,7 +16,7 @@ from gemma3n_onnx.runtime.prompt import ChatTemplate, Tokenizer
 from .conversations import Conversation, messages_of
 from .decoder import Sequences
 from .pictures import COLOURS, MAX_THINGS, SHAPES, Picture
-from .questions import NUMBERS, plural
+from .questions import NUMBERS, Looks, plural
 
 SOFT_TOKENS = {"image": 256, "audio": 188}
 NOTHING = 1 << MAX_THINGS
@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
 
     ids: up to the last answer's end. targets: for each the one after it where that is part of an answer, else -1.
     named: the things that a word may mean by itself, as `red` every red one. spoken: those that the answer speaks of
-    next.
+    next; at the end of a part those of the next one.
     """
 
     ids: list[int]
@@ -63,6 +63,11 @@ def _bits(things: Iterable[int]) -> int:
     return sum(1 << thing for thing in things) or NOTHING
 
 
+def _to_look_at(looks: Looks, part: int, beyond: int) -> int:
+    """In a part of an answer that may speak of fewer parts' things, or of none at all."""
+    return _bits(looks[part]) if part < len(looks) else beyond if looks else 0
+
+
 class Encoder:
     """Conversations as sequences to be trained on."""
 
@@ -73,10 +78,10 @@ class Encoder:
         self._opening = self._tokenizer.encode("<start_of_turn>model\n", add_bos=False)
         self._end = self._tokenizer.token_id("<end_of_turn>")
         self.soft_ids = torch.tensor([self._tokenizer.token_id(f"<{kind}_soft_token>") for kind in SOFT_TOKENS])
-        self._soft = frozenset(self.soft_ids.tolist())
+        self._repeats = dict(zip(self.soft_ids.tolist(), SOFT_TOKENS.values()))
         self._numbers = {number: self.word_id(word) for number, word in enumerate(NUMBERS) if number}
         self._ends_part = frozenset(
-            token_id for mark in (",", ".", " and") for token_id in self._tokenizer.encode(mark, add_bos=False)
+            token_id for mark in (",", ":", ".", " and") for token_id in self._tokenizer.encode(mark, add_bos=False)
         )
         self._meaning = {
             token_id: word
@@ -88,21 +93,22 @@ class Encoder:
     def encode(self, conversation: Conversation) -> Tokens:
         answer = {"role": "assistant", "content": conversation.turns[-1].answer}
         text = self._template.render([*messages_of(conversation, conversation.media_kinds), answer], False)
-        for kind, count in SOFT_TOKENS.items():
+        for kind in SOFT_TOKENS:
             soft = f"<{kind}_soft_token>"
-            text = text.replace(soft, f"\n\n<start_of_{kind}>{soft * count}<end_of_{kind}>\n\n")
-        ids = self._tokenizer.encode(text, add_bos=True)
+            text = text.replace(soft, f"\n\n<start_of_{kind}>{soft}<end_of_{kind}>\n\n")
+        one_each = self._tokenizer.encode(text, add_bos=True)
+        ids = [token_id for one in one_each for token_id in [one] * self._repeats.get(one, 1)]
         targets, spoken = [-1] * len(ids), [0] * len(ids)
         opening, turn, part = len(self._opening), -1, None
         for i in range(len(ids) - 1):
-            if ids[max(i + 1 - opening, 0) : i + 1] == self._opening:
+            if ids[i] == self._opening[-1] and ids[max(i + 1 - opening, 0) : i + 1] == self._opening:
                 turn, part = turn + 1, 0
             elif part is not None and ids[i] in self._ends_part:
                 part += 1
             if part is not None:
                 targets[i] = ids[i + 1]
-                looks = conversation.turns[turn].looks
-                spoken[i] = _bits(looks[part]) if part < len(looks) else 0
+                ends = ids[i + 1] in self._ends_part
+                spoken[i] = _to_look_at(conversation.turns[turn].looks, part + ends, beyond=NOTHING if ends else 0)
                 part = None if ids[i + 1] == self._end else part
         length = max(i for i, target in enumerate(targets) if target >= 0) + 1
         return Tokens(ids[:length], targets[:length], self._named(conversation, ids[:length]), spoken[:length])
@@ -143,13 +149,13 @@ class Encoder:
         first = encoded[0]
         shared = self._beginning(first.ids)
         flags, shown, counts = (iter(column.tolist()) for column in (soft.kept, soft.shows, soft.counts))
-        shows = [next(shown) if token_id in self._soft else 0 for token_id in first.ids[:shared]]
+        shows = [next(shown) if token_id in self._repeats else 0 for token_id in first.ids[:shared]]
         targets = [
-            self._numbers.get(next(counts), -1) if token_id in self._soft else -1 for token_id in first.ids[:shared]
+            self._numbers.get(next(counts), -1) if token_id in self._repeats else -1 for token_id in first.ids[:shared]
         ]
         if shared:
             shows[0] = NOTHING
-        positions = [i for i in range(shared) if first.ids[i] not in self._soft or next(flags)]
+        positions = [i for i in range(shared) if first.ids[i] not in self._repeats or next(flags)]
         beginning = first._replace(targets=targets)
         columns = [[column[i] for i in positions] for column in (*beginning, shows)]
         branches = [0] * len(positions)
@@ -165,4 +171,4 @@ class Encoder:
 
     def _beginning(self, ids: Sequence[int]) -> int:
         """Tokens up to the last of the media, or none."""
-        return max((i + 1 for i, token_id in enumerate(ids) if token_id in self._soft), default=0)
+        return max((i + 1 for i, token_id in enumerate(ids) if token_id in self._repeats), default=0)

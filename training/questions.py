@@ -10,8 +10,8 @@ from functools import partial
 
 import numpy as np
 
-from .pictures import COLOURS, SHAPES, Picture, Thing, random_picture
-from .sounds import Sound, random_sound
+from .pictures import COLOURS, MAX_THINGS, SHAPES, Picture, Thing, random_picture
+from .sounds import MAX_BEEPS, Sound, random_sound
 
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 ONE_WORD = ("Answer in one word.", "Give one word as an answer.", "Reply with a single word.")
@@ -37,7 +37,7 @@ class Turn:
     """`task` is the name under which answers are scored.
 
     `looks`: which of the picture's things each part of the answer speaks of, by their numbers; parts end at commas,
-    full stops and "and".
+    colons, full stops and "and".
     """
 
     task: str
@@ -54,14 +54,19 @@ def one_word(turn: Turn) -> Turn | None:
     short = _SHORT.get(turn.task)
     if short is None or (word := short(turn.answer.rstrip(".").split())) is None:
         return None
-    return Turn("one word", turn.question, f"{word.capitalize()}.", turn.looks)
+    looks = (sum(turn.looks, ()),) if turn.looks else ()
+    return Turn("one word", turn.question, f"{word.capitalize()}.", looks)
+
+
+def _number(words: Iterable[str]) -> str:
+    return next(word for word in words if word.lower() in NUMBERS)
 
 
 _SHORT: Mapping[str, Callable[[list[str]], str | None]] = {
     "colour": lambda words: words[-1],
     "shape": lambda words: words[1],
-    "how many shapes": lambda words: words[2],
-    "how many beeps": lambda words: words[2],
+    "how many shapes": _number,
+    "how many beeps": _number,
     "is there": lambda words: words[0].rstrip(","),
     "pitch": lambda words: words[-1],
     "sum": lambda words: words[-1],
@@ -73,7 +78,11 @@ _SHORT: Mapping[str, Callable[[list[str]], str | None]] = {
 
 def describe(picture: Picture) -> str:
     """`a red circle, a blue square and a green star`, from left to right."""
-    return _listed([f"{_a(thing.colour)} {thing.shape}" for thing in picture.things])
+    return _things(picture.things)
+
+
+def _things(things: Iterable[Thing]) -> str:
+    return _listed([f"{_a(thing.colour)} {thing.shape}" for thing in things])
 
 
 def about_picture(picture: Picture) -> list[Ask]:
@@ -141,8 +150,9 @@ def _how_many(rng: np.random.Generator, picture: Picture) -> Turn:
         colour = _to_count(rng, [t.colour for t in things], list(COLOURS))
         noun, counted = f"{colour} shape", tuple(t for t in things if t.colour == colour)
     forms = ("How many {} are there?", "How many {} do you see?", "How many {} are in the picture?", "Count the {}.")
-    looks = (tuple(map(things.index, counted)),)
-    return Turn("how many shapes", _pick(rng, forms).format(plural(noun)), _there_are(len(counted), noun), looks)
+    answer = f"{_things(counted)}: {_counted(len(counted), noun)}" if counted else _counted(0, noun)
+    looks = tuple((things.index(thing),) for thing in counted) or ((),)
+    return Turn("how many shapes", _pick(rng, forms).format(plural(noun)), _sentence(answer), looks)
 
 
 def _is_there(rng: np.random.Generator, picture: Picture) -> Turn:
@@ -201,12 +211,14 @@ def about_both(picture: Picture, sound: Sound) -> list[Ask]:
     see_and_hear = f"I see {describe(picture)}. I hear {hear(sound)}."
     asks: list[Ask] = [lambda rng: Turn("see and hear", _pick(rng, BOTH), see_and_hear, _one_by_one(picture))]
     if sound.beeps:
-        shapes, beeps = len(picture.things), sound.beeps
-        result = f"more {'shapes' if shapes > beeps else 'beeps'}" if shapes != beeps else "as many"
-        answer = f"{_there_are(shapes, 'shape').rstrip('.')} and {_counted(beeps, 'beep')}: {result}."
-        looks = (tuple(range(shapes)),)
+        answer, looks = more(len(picture.things), sound.beeps), (tuple(range(len(picture.things))),)
         asks.append(lambda rng: Turn("more shapes or beeps", _pick(rng, MORE), answer, looks))
     return asks
+
+
+def more(shapes: int, beeps: int) -> str:
+    result = f"more {'shapes' if shapes > beeps else 'beeps'}" if shapes != beeps else "as many"
+    return _sentence(f"{_counted(shapes, 'shape')} and {_counted(beeps, 'beep')}: {result}")
 
 
 BOTH = ("What do you see and hear?", "Describe the picture and the sound.", "What do you see, and what do you hear?")
@@ -221,8 +233,9 @@ MORE = (
 
 
 def about_text(held_out: bool) -> list[Ask]:
-    """Sums, counting and repeating; `held_out`: with the pairs of numbers that are left out otherwise."""
-    return [partial(_sum, held_out=held_out), partial(_count, held_out=held_out), _repeat]
+    """Sums, counting, comparing and repeating; `held_out`: sums and counts of the pairs of numbers that are left out
+    otherwise."""
+    return [partial(_sum, held_out=held_out), partial(_count, held_out=held_out), _compare, _repeat]
 
 
 def _sum(rng: np.random.Generator, held_out: bool) -> Turn:
@@ -240,6 +253,13 @@ def _count(rng: np.random.Generator, held_out: bool) -> Turn:
     first, last = _pair(draw, "count", held_out)
     forms = ("Count from {} to {}.", "Please count from {} to {}.", "Can you count from {} to {}?")
     return Turn("count", _pick(rng, forms).format(first, last), f"{', '.join(map(str, range(first, last + 1)))}.")
+
+
+def _compare(rng: np.random.Generator) -> Turn:
+    shapes, beeps = int(rng.integers(1, MAX_THINGS + 1)), int(rng.integers(1, MAX_BEEPS + 1))
+    forms = ("What is more, {} or {}?", "Which are more, {} or {}?", "Compare {} and {}.")
+    question = _pick(rng, forms).format(_counted(shapes, "shape"), _counted(beeps, "beep"))
+    return Turn("compare", question, more(shapes, beeps))
 
 
 def _repeat(rng: np.random.Generator) -> Turn:

@@ -22,9 +22,9 @@ from .progress import Progress
 from .prompts import Encoder, SoftTokens
 from .sounds import MAX_BEEPS, Sound
 
-STEPS = 450
-GLIMPSES = {"text": (16, 4), "picture": (32, 4), "sound": (8, 4), "both": (8, 4)}
-BATCHES = {"text": (8, 4), "picture": (8, 8), "sound": (4, 6), "both": (3, 8)}
+STEPS = 470
+GLIMPSES = {"text": (18, 4), "picture": (22, 4), "sound": (6, 4), "both": (14, 4)}
+BATCHES = {"text": (14, 4), "picture": (6, 8), "sound": (3, 6), "both": (4, 8)}
 """Rows of each kind in a step, and conversations in each row."""
 GLIMPSE_SHARE = 0.7
 """Of the steps, the first so many are taken with a few of the soft tokens, which is faster: there is time for more."""

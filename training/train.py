@@ -32,7 +32,7 @@ from .text import Media, train_decoder
 from .vision import picture_set, train_vision
 from .words import WordClassifier
 
-PICTURES, CLIPS = 2400, 3000
+PICTURES, CLIPS = 2000, 3000
 # mallopt: never return memory to the system, nor map large blocks by themselves. A step frees gigabytes that the
 # next one asks for again, and a fresh page costs more than the arithmetic on it.
 _MALLOC_OPTIONS = {-4: 0, -1: 2**31 - 1, -2: 64 * 2**20}

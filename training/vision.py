@@ -22,6 +22,7 @@ from gemma3n_onnx.runtime.image import resize
 from .optimizer import Optimizer, split
 from .pictures import COLOURS, MAX_THINGS, SHAPES, Picture, random_picture
 from .progress import Progress
+from .questions import NUMBERS
 from .words import Words
 
 SIDE = 256
@@ -33,7 +34,7 @@ EARLY_STAGES = 2
 CLASSES: Mapping[str, Sequence[str | None]] = {
     "shape": (None, *SHAPES),
     "colour": (None, *COLOURS),
-    "rank": (None,) * (MAX_THINGS + 1),
+    "rank": (None, *NUMBERS[1 : MAX_THINGS + 1]),
     "row": (None, "top", None, "bottom"),
     "column": (None, "left", None, "right"),
     "centre": (None, None),

@@ -165,6 +165,27 @@ def test_an_answer_knows_what_it_speaks_of(tmp_path, encoder):
     assert checked > 100
 
 
+def test_at_the_end_of_a_part_the_next_one_is_looked_for(encoder):
+    """Whether "and", a comma, a colon or a full stop comes depends on whether anything is left to name."""
+    rng = np.random.default_rng(7)
+    tokenizer = encoder._tokenizer
+    seen = set()
+    for picture in (random_picture(rng, count=n) for n in (1, 2, 3, 4) * 5):
+        for conversation in random_row(rng, picture, None, 6):
+            turn, tokens = conversation.turns[-1], encoder.encode(conversation)
+            if turn.task not in ("describe", "how many shapes") or len(conversation.turns) > 1:
+                continue
+            parts = [sum(1 << thing for thing in part) or NOTHING for part in turn.looks]
+            ends = [
+                (tokenizer.decode([target]).strip(), spoken)
+                for target, spoken in zip(tokens.targets, tokens.spoken)
+                if target >= 0 and tokenizer.decode([target]).strip() in (",", "and", ":", ".")
+            ]
+            assert [spoken for _, spoken in ends] == ([*parts[1:], *[NOTHING] * 2])[: len(ends)]
+            seen |= {mark for mark, _ in ends}
+    assert seen == {",", "and", ":", "."}
+
+
 def named_by(word, thing):
     return word in (thing.colour, thing.shape, plural(thing.shape))
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -89,9 +90,40 @@ def test_descriptions():
     assert questions.hear(Sound("high", 1, 1)) == "one high beep"
 
 
+def test_counts_name_what_is_counted():
+    rng, seen = np.random.default_rng(0), set()
+    for picture in pictures(60):
+        for turn in (ask(rng) for ask in questions.about_picture(picture) * 5):
+            if turn.task != "how many shapes":
+                continue
+            listed, _, result = turn.answer.rstrip(".").rpartition(": ")
+            number = questions.NUMBERS.index(result.split()[0].lower())
+            things = [picture.things[thing] for part in turn.looks for thing in part]
+            noun = result.split()[-1].removesuffix("s").removesuffix("e")
+            assert number == len(things) == len(re.findall(r"\b[Aa]n? ", listed))
+            assert all(f"{thing.colour} {thing.shape}" in listed for thing in things)
+            assert all(thing.shape.startswith(noun) or noun == "shap" for thing in things)
+            assert questions.one_word(turn).answer == f"{questions.NUMBERS[number].capitalize()}."
+            assert questions.one_word(turn).looks == (sum(turn.looks, ()),)
+            seen.add(number)
+    assert seen == set(range(5))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "beeps", "answer"),
+    [
+        (1, 1, "One shape and one beep: as many."),
+        (3, 2, "Three shapes and two beeps: more shapes."),
+        (4, 5, "Four shapes and five beeps: more beeps."),
+    ],
+)
+def test_what_is_more(shapes, beeps, answer):
+    assert questions.more(shapes, beeps) == answer
+
+
 def test_an_exam_asks_every_task_as_often():
     tasks = conversations.exam(0, 12)
-    assert len(tasks) == 16
+    assert len(tasks) == 17
     for task, asked in tasks.items():
         assert len(asked) == 12
         assert all(len(conversation.turns) == 1 and conversation.turns[0].task == task for conversation in asked)
