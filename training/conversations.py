@@ -28,15 +28,15 @@ from .sounds import Sound, random_sound
 
 WEIGHTS = {
     "describe": 2.0,
-    "how many shapes": 2.0,
+    "how many shapes": 3.0,
     "is there": 2.0,
     "where": 1.5,
     "how many beeps": 1.5,
     "see and hear": 3.0,
     "more shapes or beeps": 3.0,
     "sum": 4.0,
-    "count": 2.0,
-    "compare": 1.5,
+    "count": 1.5,
+    "repeat": 1.5,
 }
 """How often a task is asked; others 1."""
 CASUAL_SHARE = 0.3

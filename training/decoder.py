@@ -98,7 +98,7 @@ class SequenceDecoder(Decoder):
             donor = present[self.config.kv_source(i)]
             if i in lessons:
                 taught.append(lessons[i].loss(own, query if here is at_wanted else lessons[i].part_of(query), donor[0]))
-            attention = here.unpad(_attend(own, query, *donor, visible[own.kind]))
+            attention = here.unpad(_attend(own, query, *donor, visible[own.kind], here.lengths, everywhere.lengths))
             streams = layer.after_attention(predictions, normed, attention, per_layer[:, i])
         logits = self.lm_head(self.norm(self._merge(streams)))
         if (cap := self.config.final_logit_softcapping) is not None:
@@ -174,6 +174,11 @@ class _Positions:
     index: Tensor
     place: tuple[Tensor, Tensor]
 
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [B], how many of each row."""
+        return torch.bincount(self.place[0], minlength=len(self.index))
+
     @classmethod
     def of(cls, chosen: Tensor) -> _Positions:
         """chosen bool [B, S]."""
@@ -191,11 +196,32 @@ class _Positions:
         return x[self.place]
 
 
-def _attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """query [B, Q, N * D], key and value [B, S, K * D], visible [B, 1, Q, S] -> [B, Q, N * D]."""
+def _attend(
+    attention: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    query_lengths: Tensor,
+    key_lengths: Tensor,
+) -> Tensor:
+    """query [B, Q, N * D], key and value [B, S, K * D], visible [B, 1, Q, S] -> [B, Q, N * D].
+
+    A few rows at a time, without what is padding in all of them: rows come in the order of their lengths.
+    """
     q, k, v = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in (query, key, value))
-    attended = F.scaled_dot_product_attention(q, k, v, visible, scale=1.0, enable_gqa=True)
-    return attended.transpose(1, 2).flatten(2)
+    parts = []
+    for rows in torch.arange(len(q)).split(_ROWS_AT_ONCE):
+        some, queries, keys = slice(int(rows[0]), int(rows[-1]) + 1), query_lengths[rows].max(), key_lengths[rows].max()
+        seen = visible[some, :, :queries, :keys]
+        attended = F.scaled_dot_product_attention(
+            q[some, :, :queries], k[some, :, :keys], v[some, :, :keys], seen, scale=1.0, enable_gqa=True
+        )
+        parts.append(F.pad(attended, (0, 0, 0, q.shape[2] - int(queries))))
+    return torch.cat(parts).transpose(1, 2).flatten(2)
+
+
+_ROWS_AT_ONCE = 8
 
 
 class SlicedModel:

@@ -14,7 +14,6 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 # Hue in degrees: centre and the most that it strays.
 COLOURS = {
     "red": (0, 8),
-    "orange": (28, 5),
     "yellow": (56, 6),
     "green": (118, 18),
     "cyan": (181, 7),
@@ -23,6 +22,7 @@ COLOURS = {
 }
 SIDES = (128, 1024)
 MAX_THINGS = 4
+SMALLEST = 0.2
 ZONES = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the middle", "on the right"),
@@ -30,7 +30,7 @@ ZONES = (
 )
 _EDGES = (1 / 3, 2 / 3)
 _ZONE_MARGIN = 0.05
-_ORDER_MARGIN = 0.08
+_ORDER_MARGIN = 0.1
 _SUPERSAMPLING = 4
 
 
@@ -122,7 +122,7 @@ def _places(rng: np.random.Generator, count: int, width: int, height: int) -> li
     largest = min(0.5, 0.75 / math.sqrt(count))
     places: list[tuple[float, float, float]] = []
     for _ in range(60):
-        size = rng.uniform(0.17, largest)
+        size = rng.uniform(SMALLEST, largest)
         half_x, half_y = 0.52 * size * shorter / width, 0.52 * size * shorter / height
         x, y = rng.uniform(half_x, 1 - half_x), rng.uniform(half_y, 1 - half_y)
         if any(abs(value - edge) < _ZONE_MARGIN for value in (x, y) for edge in _EDGES):
@@ -146,7 +146,7 @@ def _turn(rng: np.random.Generator, shape: str) -> float:
 
 def _rgb(rng: np.random.Generator, colour: str) -> tuple[int, int, int]:
     hue, spread = COLOURS[colour]
-    value = rng.uniform(0.78, 1.0) if colour in ("yellow", "orange", "cyan") else rng.uniform(0.6, 1.0)
+    value = rng.uniform(0.78, 1.0) if colour in ("yellow", "cyan") else rng.uniform(0.6, 1.0)
     rgb = colorsys.hsv_to_rgb((hue + rng.uniform(-spread, spread)) % 360 / 360, rng.uniform(0.75, 1.0), value)
     red, green, blue = (round(255 * channel) for channel in rgb)
     return red, green, blue

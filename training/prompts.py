@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
 
     ids: up to the last answer's end. targets: for each the one after it where that is part of an answer, else -1.
     named: the things that a word may mean by itself, as `red` every red one. spoken: those that the answer speaks of
-    next; at the end of a part those of the next one.
+    next; at the end of a part all that it still has to.
     """
 
     ids: list[int]
@@ -63,9 +63,8 @@ def _bits(things: Iterable[int]) -> int:
     return sum(1 << thing for thing in things) or NOTHING
 
 
-def _to_look_at(looks: Looks, part: int, beyond: int) -> int:
-    """In a part of an answer that may speak of fewer parts' things, or of none at all."""
-    return _bits(looks[part]) if part < len(looks) else beyond if looks else 0
+def _of_part(looks: Looks, part: int) -> int:
+    return _bits(looks[part]) if part < len(looks) else 0
 
 
 class Encoder:
@@ -108,7 +107,8 @@ class Encoder:
             if part is not None:
                 targets[i] = ids[i + 1]
                 ends = ids[i + 1] in self._ends_part
-                spoken[i] = _to_look_at(conversation.turns[turn].looks, part + ends, beyond=NOTHING if ends else 0)
+                looks = conversation.turns[turn].looks
+                spoken[i] = _bits(sum(looks[part + 1 :], ())) if ends and looks else _of_part(looks, part)
                 part = None if ids[i + 1] == self._end else part
         length = max(i for i, target in enumerate(targets) if target >= 0) + 1
         return Tokens(ids[:length], targets[:length], self._named(conversation, ids[:length]), spoken[:length])
@@ -131,11 +131,13 @@ class Encoder:
 
     def batch(self, rows: Sequence[Sequence[Conversation]], soft_tokens: Sequence[SoftTokens]) -> Sequences:
         """A batch of rows of conversations that begin alike, up to and with their media, with `soft_tokens` of each.
+        The shortest row comes first.
 
         The targets of beeps are the words for their numbers: who counts along can say how many there were.
         """
-        packed = [self._pack(row, soft) for row, soft in zip(rows, soft_tokens)]
-        length = max(len(columns[0]) for columns in packed)
+        pairs = [(self._pack(row, soft), soft) for row, soft in zip(rows, soft_tokens)]
+        packed, soft_tokens = zip(*sorted(pairs, key=lambda pair: len(pair[0][0])))
+        length = len(packed[-1][0])
         ids, targets, named, spoken, shows, branches, positions = (
             torch.stack([F.pad(torch.tensor(column), (0, length - len(column)), value=filler) for column in of_rows])
             for of_rows, filler in zip(zip(*packed), (0, -1, 0, 0, 0, -1, 0))

@@ -82,7 +82,7 @@ def describe(picture: Picture) -> str:
 
 
 def _things(things: Iterable[Thing]) -> str:
-    return _listed([f"{_a(thing.colour)} {thing.shape}" for thing in things])
+    return _listed([f"a {thing.colour} {thing.shape}" for thing in things])
 
 
 def about_picture(picture: Picture) -> list[Ask]:
@@ -163,8 +163,8 @@ def _is_there(rng: np.random.Generator, picture: Picture) -> Turn:
     answer = bool(rng.random() < 0.5)
     choices = sorted(present) if answer else (near if rng.random() < 0.8 else absent)
     colour, shape = choices[int(rng.integers(len(choices)))]
-    forms = ("Is there {} {}?", "Do you see {} {}?", "Is there {} {} in the picture?", "Can you see {} {}?")
-    question = _pick(rng, forms).format(_a(colour), shape)
+    forms = ("Is there a {} {}?", "Do you see a {} {}?", "Is there a {} {} in the picture?", "Can you see a {} {}?")
+    question = _pick(rng, forms).format(colour, shape)
     looks = tuple(i for i, thing in enumerate(picture.things) if (thing.colour, thing.shape) == (colour, shape))
     return Turn("is there", question, "Yes, there is." if answer else "No, there is not.", (looks,))
 
@@ -317,10 +317,6 @@ def _to_count(rng: np.random.Generator, present: Sequence[str], known: Sequence[
     if several and chance < 0.5:
         return _pick(rng, several)
     return _pick(rng, present) if chance < 0.8 else _pick(rng, known)
-
-
-def _a(word: str) -> str:
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def plural(noun: str) -> str:
