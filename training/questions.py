@@ -211,8 +211,9 @@ def about_both(picture: Picture, sound: Sound) -> list[Ask]:
     see_and_hear = f"I see {describe(picture)}. I hear {hear(sound)}."
     asks: list[Ask] = [lambda rng: Turn("see and hear", _pick(rng, BOTH), see_and_hear, _one_by_one(picture))]
     if sound.beeps:
-        answer, looks = more(len(picture.things), sound.beeps), (tuple(range(len(picture.things))),)
-        asks.append(lambda rng: Turn("more shapes or beeps", _pick(rng, MORE), answer, looks))
+        count = len(picture.things)
+        answer, last = more(count, sound.beeps), ((count - 1,),)  # the last one's number is how many there are
+        asks.append(lambda rng: Turn("more shapes or beeps", _pick(rng, MORE), answer, last))
     return asks
 
 

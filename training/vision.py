@@ -44,6 +44,8 @@ left; `centre` is 1 in the one cell of a thing that its centre lies in."""
 GROUND_WEIGHT = 0.25
 FIRST_WEIGHTS = {"centre": 1 / 3}
 """Of class 0 in the loss, where it is not `GROUND_WEIGHT`."""
+WEIGHTS = {"rank": 2.5}
+"""Of all the loss for what takes a look at the whole picture; others 1."""
 
 FIRST_STEPS, EARLY_STEPS, EARLY_BATCH = 80, 900, 32
 MUON_LR = 3e-2
@@ -287,7 +289,8 @@ def _train_late(
         pairs = FIRST_PAIRS if step < LATE_STEPS * (1 - ALL_BLOCKS_SHARE) else None
         features = _late_features(encoder, maps[chosen], pairs)
         losses = (
-            _cross_entropy(classifier(features), cells[name][chosen], FIRST_WEIGHTS.get(name, GROUND_WEIGHT))
+            WEIGHTS.get(name, 1.0)
+            * _cross_entropy(classifier(features), cells[name][chosen], FIRST_WEIGHTS.get(name, GROUND_WEIGHT))
             for name, classifier in classifiers.items()
         )
         progress.step(step + 1, LATE_STEPS, optimizer.step([torch.stack(list(losses)).sum()]))
