@@ -6,8 +6,9 @@ Shape legend: B rows, S positions, N targets of all rows, Q of the row with the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -174,10 +175,10 @@ class _Positions:
     index: Tensor
     place: tuple[Tensor, Tensor]
 
-    @property
-    def lengths(self) -> Tensor:
-        """int64 [B], how many of each row."""
-        return torch.bincount(self.place[0], minlength=len(self.index))
+    @cached_property
+    def lengths(self) -> list[int]:
+        """How many of each row."""
+        return torch.bincount(self.place[0], minlength=len(self.index)).tolist()
 
     @classmethod
     def of(cls, chosen: Tensor) -> _Positions:
@@ -202,8 +203,8 @@ def _attend(
     key: Tensor,
     value: Tensor,
     visible: Tensor,
-    query_lengths: Tensor,
-    key_lengths: Tensor,
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
 ) -> Tensor:
     """query [B, Q, N * D], key and value [B, S, K * D], visible [B, 1, Q, S] -> [B, Q, N * D].
 
@@ -211,13 +212,18 @@ def _attend(
     """
     q, k, v = (x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for x in (query, key, value))
     parts = []
-    for rows in torch.arange(len(q)).split(_ROWS_AT_ONCE):
-        some, queries, keys = slice(int(rows[0]), int(rows[-1]) + 1), query_lengths[rows].max(), key_lengths[rows].max()
-        seen = visible[some, :, :queries, :keys]
+    for first in range(0, len(q), _ROWS_AT_ONCE):
+        some = slice(first, first + _ROWS_AT_ONCE)
+        queries, keys = max(query_lengths[some]), max(key_lengths[some])
         attended = F.scaled_dot_product_attention(
-            q[some, :, :queries], k[some, :, :keys], v[some, :, :keys], seen, scale=1.0, enable_gqa=True
+            q[some, :, :queries],
+            k[some, :, :keys],
+            v[some, :, :keys],
+            visible[some, :, :queries, :keys],
+            scale=1.0,
+            enable_gqa=True,
         )
-        parts.append(F.pad(attended, (0, 0, 0, q.shape[2] - int(queries))))
+        parts.append(F.pad(attended, (0, 0, 0, q.shape[2] - queries)))
     return torch.cat(parts).transpose(1, 2).flatten(2)
 
 

@@ -22,7 +22,6 @@ COLOURS = {
 }
 SIDES = (128, 1024)
 MAX_THINGS = 4
-SMALLEST = 0.2
 ZONES = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the middle", "on the right"),
@@ -31,6 +30,7 @@ ZONES = (
 _EDGES = (1 / 3, 2 / 3)
 _ZONE_MARGIN = 0.05
 _ORDER_MARGIN = 0.14
+_SMALLEST_SIZE = 0.2
 _SUPERSAMPLING = 4
 
 
@@ -122,7 +122,7 @@ def _places(rng: np.random.Generator, count: int, width: int, height: int) -> li
     largest = min(0.5, 0.75 / math.sqrt(count))
     places: list[tuple[float, float, float]] = []
     for _ in range(60):
-        size = rng.uniform(SMALLEST, largest)
+        size = rng.uniform(_SMALLEST_SIZE, largest)
         half_x, half_y = 0.52 * size * shorter / width, 0.52 * size * shorter / height
         x, y = rng.uniform(half_x, 1 - half_x), rng.uniform(half_y, 1 - half_y)
         if any(abs(value - edge) < _ZONE_MARGIN for value in (x, y) for edge in _EDGES):

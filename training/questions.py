@@ -51,9 +51,9 @@ Ask = Callable[[np.random.Generator], Turn]
 
 def one_word(turn: Turn) -> Turn | None:
     """The turn as the system prompts of `ONE_WORD` want it, where its answer has a word that says it."""
-    short = _SHORT.get(turn.task)
-    if short is None or (word := short(turn.answer.rstrip(".").split())) is None:
+    if turn.task not in _SHORT:
         return None
+    word = _SHORT[turn.task](turn.answer.rstrip(".").split())
     looks = (sum(turn.looks, ()),) if turn.looks else ()
     return Turn("one word", turn.question, f"{word.capitalize()}.", looks)
 
@@ -62,7 +62,7 @@ def _number(words: Iterable[str]) -> str:
     return next(word for word in words if word.lower() in NUMBERS)
 
 
-_SHORT: Mapping[str, Callable[[list[str]], str | None]] = {
+_SHORT: Mapping[str, Callable[[list[str]], str]] = {
     "colour": lambda words: words[-1],
     "shape": lambda words: words[1],
     "how many shapes": _number,
