@@ -28,14 +28,14 @@ from .sounds import Sound, random_sound
 
 WEIGHTS = {
     "describe": 2.0,
-    "how many shapes": 4.0,
+    "how many shapes": 5.0,
     "is there": 2.5,
     "where": 1.5,
     "how many beeps": 1.5,
     "see and hear": 3.0,
     "more shapes or beeps": 3.0,
     "sum": 5.0,
-    "count": 1.5,
+    "count": 4.0,
     "repeat": 1.5,
 }
 """How often a task is asked; others 1."""

@@ -30,7 +30,7 @@ class Sequences:
     Attributes:
         ids: [B, S] int64, padded.
         targets: [B, S] int64, the next token where it is to be learned, -1 elsewhere.
-        named: [B, S] int64, the things of the picture that a word may mean by itself, as bits.
+        named: [B, S] int64, the things of the picture that a word may mean, as bits.
         spoken: [B, S] int64, those that the answer speaks of next; 0 but for targets.
         shows: [B, S] int64, those that a soft token shows.
         branches: [B, S] int64, 0 for the beginning, then the number of the continuation; -1 for padding. A position

@@ -21,7 +21,7 @@ COLOURS = {
     "purple": (283, 12),
 }
 SIDES = (128, 1024)
-MAX_THINGS = 4
+MAX_THINGS = 3
 ZONES = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the middle", "on the right"),
@@ -29,7 +29,7 @@ ZONES = (
 )
 _EDGES = (1 / 3, 2 / 3)
 _ZONE_MARGIN = 0.05
-_ORDER_MARGIN = 0.14
+_ORDER_MARGIN = 0.16
 _SMALLEST_SIZE = 0.2
 _SUPERSAMPLING = 4
 
@@ -99,7 +99,7 @@ class Picture:
 
 
 def random_picture(rng: np.random.Generator, count: int | None = None) -> Picture:
-    """A picture of `count` things (of 1 to 4 where None) that do not touch; its sides lie within `SIDES`."""
+    """A picture of `count` things (of 1 to `MAX_THINGS` where None) that do not touch; its sides lie within `SIDES`."""
     low, high = np.log(SIDES)
     width = round(float(np.exp(rng.uniform(low, high))))
     height = int(np.clip(round(width * np.exp(rng.uniform(-0.5, 0.5))), *SIDES))

@@ -27,8 +27,8 @@ class Tokens(NamedTuple):
     `NOTHING` where there is none, which the first token of all shows.
 
     ids: up to the last answer's end. targets: for each the one after it where that is part of an answer, else -1.
-    named: the things that a word may mean by itself, as `red` every red one. spoken: those that the answer speaks of
-    next; at the end of a part all that it still has to.
+    named: the things that a word may mean, as `red` every red one, and `star` after it every red star. spoken: those
+    that the answer speaks of next; at the end of a part all that it still has to.
     """
 
     ids: list[int]
@@ -118,11 +118,13 @@ class Encoder:
         if not pictures:
             return [0] * len(ids)
         things = pictures[0].things
-        bits = {
-            token_id: _bits(i for i, thing in enumerate(things) if word in (thing.colour, thing.shape))
-            for token_id, word in self._meaning.items()
-        }
-        return [bits.get(token_id, 0) for token_id in ids]
+        words = [self._meaning.get(token_id) for token_id in ids]
+        named = []
+        for before, word in zip([None, *words], words):
+            meant = {before, word} if before in COLOURS and word in SHAPES else {word}
+            fitting = (i for i, thing in enumerate(things) if meant <= {thing.colour, thing.shape})
+            named.append(_bits(fitting) if word else 0)
+        return named
 
     def word_id(self, word: str) -> int:
         """The id of a word within a sentence, which is one token."""

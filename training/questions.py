@@ -78,11 +78,11 @@ _SHORT: Mapping[str, Callable[[list[str]], str]] = {
 
 def describe(picture: Picture) -> str:
     """`a red circle, a blue square and a green star`, from left to right."""
-    return _things(picture.things)
+    return _listed([*map(_thing, picture.things)])
 
 
-def _things(things: Iterable[Thing]) -> str:
-    return _listed([f"a {thing.colour} {thing.shape}" for thing in things])
+def _thing(thing: Thing) -> str:
+    return f"a {thing.colour} {thing.shape}"
 
 
 def about_picture(picture: Picture) -> list[Ask]:
@@ -150,7 +150,8 @@ def _how_many(rng: np.random.Generator, picture: Picture) -> Turn:
         colour = _to_count(rng, [t.colour for t in things], list(COLOURS))
         noun, counted = f"{colour} shape", tuple(t for t in things if t.colour == colour)
     forms = ("How many {} are there?", "How many {} do you see?", "How many {} are in the picture?", "Count the {}.")
-    answer = f"{_things(counted)}: {_counted(len(counted), noun)}" if counted else _counted(0, noun)
+    told_off = " and ".join(map(_thing, counted))
+    answer = f"{told_off}: {_counted(len(counted), noun)}" if counted else _counted(0, noun)
     looks = tuple((things.index(thing),) for thing in counted) or ((),)
     return Turn("how many shapes", _pick(rng, forms).format(plural(noun)), _sentence(answer), looks)
 

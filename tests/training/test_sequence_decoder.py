@@ -143,20 +143,27 @@ def test_only_answers_are_learned(tmp_path, encoder):
 
 
 def test_an_answer_knows_what_it_speaks_of(tmp_path, encoder):
-    """Each colour or shape that comes next belongs to the things spoken of, each word to those it may mean."""
+    """Each colour or shape that comes next belongs to the things spoken of, each word to those that it means: `red`
+    every red one, `star` every star, `red star` red stars."""
     write_companions(tmp_path, demo_config())
     tokenizer = Tokenizer.from_folder(tmp_path)
     rng = np.random.default_rng(6)
-    checked, single = 0, ("describe", "colour", "shape")
+    checked, paired, single = 0, 0, ("describe", "colour", "shape")
     for _ in range(20):
         picture = random_picture(rng, count=3)
         conversations = random_row(rng, picture, None, 8)
         for conversation in conversations:
-            tokens = encoder.encode(conversation)
+            tokens, before = encoder.encode(conversation), ""
             for token_id, target, named, spoken in zip(*tokens):
                 word, following = (tokenizer.decode([max(i, 0)]).strip().lower() for i in (token_id, target))
-                meant = [i for i, thing in enumerate(picture.things) if named_by(word, thing)]
+                pair = before in COLOURS and word in SHAPES
+                meant = [
+                    i
+                    for i, thing in enumerate(picture.things)
+                    if named_by(word, thing) and (not pair or thing.colour == before)
+                ]
                 is_name = any(named_by(word, thing) for thing in KINDS_OF_THINGS)
+                paired, before = paired + pair, word
                 assert named == (sum(1 << i for i in meant) or NOTHING if is_name else 0), word
                 if target >= 0 and conversation.turns[-1].task in single and len(conversation.turns) == 1:
                     of_thing = [i for i, thing in enumerate(picture.things) if named_by(following, thing)]
@@ -165,6 +172,7 @@ def test_an_answer_knows_what_it_speaks_of(tmp_path, encoder):
                         assert bin(spoken).count("1") == 1
                         assert spoken in [1 << i for i in of_thing]
     assert checked > 100
+    assert paired > 100
 
 
 def test_at_the_end_of_a_part_all_that_is_left_is_looked_for(encoder):
@@ -172,7 +180,7 @@ def test_at_the_end_of_a_part_all_that_is_left_is_looked_for(encoder):
     rng = np.random.default_rng(7)
     tokenizer = encoder._tokenizer
     seen = set()
-    for picture in (random_picture(rng, count=n) for n in (1, 2, 3, 4) * 5):
+    for picture in (random_picture(rng, count=n) for n in (1, 2, 3) * 7):
         for conversation in random_row(rng, picture, None, 6):
             turn, tokens = conversation.turns[-1], encoder.encode(conversation)
             if turn.task not in ("describe", "how many shapes") or len(conversation.turns) > 1:
