@@ -23,8 +23,8 @@ from .prompts import Encoder, SoftTokens
 from .sounds import MAX_BEEPS, Sound
 
 STEPS = 500
-GLIMPSES = {"text": (32, 4), "picture": (24, 4), "sound": (6, 4), "both": (14, 4)}
-BATCHES = {"text": (28, 4), "picture": (6, 8), "sound": (3, 6), "both": (4, 8)}
+GLIMPSES = {"text": (40, 4), "picture": (20, 4), "sound": (6, 4), "both": (14, 4)}
+BATCHES = {"text": (34, 4), "picture": (6, 8), "sound": (3, 6), "both": (4, 8)}
 """Rows of each kind in a step, and conversations in each row."""
 GLIMPSE_SHARE = 0.7
 """Of the steps, the first so many are taken with a few of the soft tokens, which is faster: there is time for more."""
