@@ -118,13 +118,15 @@ class Encoder:
         if not pictures:
             return [0] * len(ids)
         things = pictures[0].things
+
+        def meant(before: str | None, word: str | None) -> int:
+            if word is None:
+                return 0
+            kind = {before, word} if before in COLOURS and word in SHAPES else {word}
+            return _bits(i for i, thing in enumerate(things) if kind <= {thing.colour, thing.shape})
+
         words = [self._meaning.get(token_id) for token_id in ids]
-        named = []
-        for before, word in zip([None, *words], words):
-            meant = {before, word} if before in COLOURS and word in SHAPES else {word}
-            fitting = (i for i, thing in enumerate(things) if meant <= {thing.colour, thing.shape})
-            named.append(_bits(fitting) if word else 0)
-        return named
+        return [meant(before, word) for before, word in zip([None, *words], words)]
 
     def word_id(self, word: str) -> int:
         """The id of a word within a sentence, which is one token."""
