@@ -30,12 +30,12 @@ WEIGHTS = {
     "describe": 2.0,
     "how many shapes": 5.0,
     "is there": 2.5,
-    "where": 1.5,
+    "where": 2.0,
     "how many beeps": 1.5,
     "see and hear": 3.0,
     "more shapes or beeps": 3.0,
-    "sum": 5.0,
-    "count": 4.0,
+    "sum": 6.0,
+    "count": 3.0,
     "repeat": 1.5,
 }
 """How often a task is asked; others 1."""

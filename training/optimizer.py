@@ -21,7 +21,8 @@ class Optimizer:
     """Steps of parameters under a learning rate that warms up, stays, and falls to 0 at `steps`.
 
     `matrices` take orthogonalized momentum, `others` Adam's steps. A convolution's weight is a matrix by its first axis
-    and all the rest. Gradients are clipped to a norm of `max_norm`.
+    and all the rest. Gradients are clipped to a norm of `max_norm`. `weight_decay` is a share of the learning rate, as
+    in AdamW, for both.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class Optimizer:
         *,
         muon_lr: float = MUON_LR,
         max_norm: float = 1.0,
+        weight_decay: float = 0.01,
     ) -> None:
         self._matrices, self._others = list(matrices), list(others)
         self._momenta = [torch.zeros_like(matrix) for matrix in self._matrices]
-        self._adam = torch.optim.AdamW(self._others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.01)
-        self._steps, self._done, self._muon_lr, self._max_norm = steps, 0, muon_lr, max_norm
+        self._adam = torch.optim.AdamW(self._others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=weight_decay)
+        self._steps, self._done = steps, 0
+        self._muon_lr, self._max_norm, self._weight_decay = muon_lr, max_norm, weight_decay
 
     def step(self, losses: Iterable[Tensor]) -> float:
         """One step down the gradient of the losses' sum, which is returned; each is worked off as it comes."""
@@ -57,6 +60,7 @@ class Optimizer:
                 if matrix.grad is not None:
                     momentum.lerp_(matrix.grad, 1 - _MOMENTUM)
                     update = _orthogonalized(matrix.grad.lerp(momentum, _MOMENTUM).flatten(1))
+                    matrix.mul_(1 - self._muon_lr * rate * self._weight_decay)
                     matrix.add_(update.view_as(matrix), alpha=-self._muon_lr * rate)
         return total
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ COLOURS = {
     "blue": (228, 12),
     "purple": (283, 12),
 }
+_KINDS = tuple(itertools.product(COLOURS, SHAPES))
 SIDES = (128, 1024)
 MAX_THINGS = 3
 ZONES = (
@@ -28,8 +30,8 @@ ZONES = (
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
 _EDGES = (1 / 3, 2 / 3)
-_ZONE_MARGIN = 0.05
-_ORDER_MARGIN = 0.16
+_ZONE_MARGIN = 0.07
+_ORDER_MARGIN = 0.2
 _SMALLEST_SIZE = 0.2
 _SUPERSAMPLING = 4
 
@@ -99,7 +101,8 @@ class Picture:
 
 
 def random_picture(rng: np.random.Generator, count: int | None = None) -> Picture:
-    """A picture of `count` things (of 1 to `MAX_THINGS` where None) that do not touch; its sides lie within `SIDES`."""
+    """A picture of `count` things (of 1 to `MAX_THINGS` where None), no two alike, that do not touch; its sides lie
+    within `SIDES`."""
     low, high = np.log(SIDES)
     width = round(float(np.exp(rng.uniform(low, high))))
     height = int(np.clip(round(width * np.exp(rng.uniform(-0.5, 0.5))), *SIDES))
@@ -109,9 +112,8 @@ def random_picture(rng: np.random.Generator, count: int | None = None) -> Pictur
         if places is not None:
             break
     things = []
-    for x, y, size in places:
-        colour = str(rng.choice(list(COLOURS)))
-        shape = str(rng.choice(SHAPES))
+    kinds = rng.choice(len(_KINDS), count, replace=False)
+    for (x, y, size), (colour, shape) in zip(places, (_KINDS[kind] for kind in kinds)):
         things.append(Thing(shape, colour, x, y, size, _turn(rng, shape), _rgb(rng, colour)))
     return Picture(width, height, tuple(sorted(things, key=lambda thing: thing.x)), int(rng.integers(1 << 31)))
 

@@ -13,7 +13,7 @@ import numpy as np
 from .pictures import COLOURS, MAX_THINGS, SHAPES, Picture, Thing, random_picture
 from .sounds import MAX_BEEPS, Sound, random_sound
 
-NUMBERS = ("no", "one", "two", "three", "four", "five")
+NUMBERS = ("no", "one", "two", "three", "four")
 ONE_WORD = ("Answer in one word.", "Give one word as an answer.", "Reply with a single word.")
 POLITE = ("You are a helpful assistant.", "You look, listen and answer.", "Be brief and correct.")
 NAMES = ("Ada", "Bruno", "Clara", "Dora", "Emil", "Frida", "Gus", "Hana", "Ivo", "Juno", "Kira", "Leo", "Mona", "Nils")
@@ -23,9 +23,9 @@ WORDS = (
     "river", "road", "salt", "sea", "shoe", "snow", "stone", "sun", "table", "tree", "wind", "window",
 )  # fmt: skip
 LARGEST_SUMMAND = 20
-LARGEST_COUNTED = 30
+LARGEST_COUNTED = 60
 LONGEST_COUNT = 6
-HELD_OUT_SHARE = 8
+HELD_OUT_SHARE = 12
 """One of so many pairs of numbers is never trained on."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 RATE_HZ = 16_000
 KINDS = ("high", "low", "rising", "falling")
-MAX_BEEPS = 5
+MAX_BEEPS = 4
 HIGH_HZ = (1100.0, 2600.0)
 LOW_HZ = (170.0, 420.0)
 SWEEP_HZ = (200.0, 2600.0)

@@ -19,7 +19,7 @@ from gemma3n_onnx.runtime.prompt import Tokenizer
 from gemma3n_onnx.training.checkpoint import demo_config, write_companions
 from gemma3n_onnx.training.conversations import random_row
 from gemma3n_onnx.training.decoder import HEAD, PER_LAYER, TOKENS, SlicedModel, _Lesson, initial_weights
-from gemma3n_onnx.training.optimizer import MUON_LR, Optimizer
+from gemma3n_onnx.training.optimizer import ADAM_LR, MUON_LR, Optimizer
 from gemma3n_onnx.training.pictures import COLOURS, MAX_THINGS, SHAPES, Thing, random_picture
 from gemma3n_onnx.training.prompts import NOTHING, SOFT_TOKENS, Encoder, SoftTokens
 from gemma3n_onnx.training.questions import plural
@@ -260,3 +260,12 @@ def test_the_optimizer_finds_a_minimum():
     ]
     assert losses[-1] < 0.02 * losses[0]
     assert (matrix - target).abs().max() < 4 * MUON_LR
+
+
+def test_weights_without_a_gradient_decay_by_their_share_of_the_rate():
+    matrix, vector = torch.ones(4, 4, requires_grad=True), torch.ones(4, requires_grad=True)
+    optimizer = Optimizer([matrix], [vector], 100, weight_decay=0.5)
+    optimizer.step([0 * matrix.sum() + 0 * vector.sum()])
+    warm_up = 1 / 30
+    assert matrix.detach().numpy() == pytest.approx(1 - warm_up * MUON_LR * 0.5, rel=1e-6)
+    assert vector.detach().numpy() == pytest.approx(1 - warm_up * ADAM_LR * 0.5, rel=1e-6)

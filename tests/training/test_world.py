@@ -114,7 +114,7 @@ def test_counts_name_what_is_counted():
     [
         (1, 1, "One shape and one beep: as many."),
         (3, 2, "Three shapes and two beeps: more shapes."),
-        (4, 5, "Four shapes and five beeps: more beeps."),
+        (3, 4, "Three shapes and four beeps: more beeps."),
     ],
 )
 def test_what_is_more(shapes, beeps, answer):
