@@ -21,7 +21,8 @@ COLOURS = {
     "blue": (228, 12),
     "purple": (283, 12),
 }
-_KINDS = tuple(itertools.product(COLOURS, SHAPES))
+THING_KINDS = tuple(itertools.product(COLOURS, SHAPES))
+"""Every (colour, shape)."""
 SIDES = (128, 1024)
 MAX_THINGS = 3
 ZONES = (
@@ -112,8 +113,8 @@ def random_picture(rng: np.random.Generator, count: int | None = None) -> Pictur
         if places is not None:
             break
     things = []
-    kinds = rng.choice(len(_KINDS), count, replace=False)
-    for (x, y, size), (colour, shape) in zip(places, (_KINDS[kind] for kind in kinds)):
+    kinds = rng.choice(len(THING_KINDS), count, replace=False)
+    for (x, y, size), (colour, shape) in zip(places, (THING_KINDS[kind] for kind in kinds)):
         things.append(Thing(shape, colour, x, y, size, _turn(rng, shape), _rgb(rng, colour)))
     return Picture(width, height, tuple(sorted(things, key=lambda thing: thing.x)), int(rng.integers(1 << 31)))
 

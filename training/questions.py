@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from .pictures import COLOURS, MAX_THINGS, SHAPES, Picture, Thing, random_picture
+from .pictures import COLOURS, MAX_THINGS, SHAPES, THING_KINDS, Picture, Thing, random_picture
 from .sounds import MAX_BEEPS, Sound, random_sound
 
 NUMBERS = ("no", "one", "two", "three", "four")
@@ -158,7 +158,7 @@ def _how_many(rng: np.random.Generator, picture: Picture) -> Turn:
 
 def _is_there(rng: np.random.Generator, picture: Picture) -> Turn:
     present = {(t.colour, t.shape) for t in picture.things}
-    absent = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in present]
+    absent = [kind for kind in THING_KINDS if kind not in present]
     # Most of what is not there shares a colour or a shape with what is, or the answer would be too easy.
     near = [pair for pair in absent if any((pair[0] == c) != (pair[1] == s) for c, s in present)]
     answer = bool(rng.random() < 0.5)
