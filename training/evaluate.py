@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from tqdm import tqdm
 
 from gemma3n_onnx.runtime.cli import exit_with_message
 from gemma3n_onnx.runtime.model import OnnxGemma3n
+from gemma3n_onnx.runtime.sampling import log_probabilities
 
 from .conversations import Conversation, exam, messages_of
 from .pictures import Picture
@@ -36,12 +39,39 @@ def answer(model: OnnxGemma3n, conversation: Conversation) -> str:
     return model.generate(messages, max_new_tokens=MAX_NEW_TOKENS).text
 
 
-def accuracy(model: OnnxGemma3n, tasks: Mapping[str, Sequence[Conversation]]) -> dict[str, float]:
-    """The share of answers of each task that are right to the letter."""
-    return {
-        task: float(np.mean([answer(model, asked) == asked.turns[-1].answer for asked in conversations]))
-        for task, conversations in tasks.items()
-    }
+def surprise(model: OnnxGemma3n, conversation: Conversation) -> float:
+    """-ln p, in nats, of the right answer with the token that ends it."""
+    prompt = model.encode(messages_of(conversation, sources_of(conversation))).encoded()
+    tokens = model.tokenizer.encode(f"{conversation.turns[-1].answer}<end_of_turn>", add_bos=False)
+    cache = model.engine.new_cache(1, len(prompt) + len(tokens))
+    logits = model.engine.prefill(cache, 0, prompt.ids, prompt.slots)
+    decoder, nats = model.engine.decoder(cache), 0.0
+    for token in tokens:
+        nats -= log_probabilities(logits, token, 0).logprob
+        logits = decoder.step(np.array([token]), np.array([True]))[0]
+    return nats
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`right`: for each task the share of answers that are right to the letter. `nats`: mean `surprise` of them all."""
+
+    right: dict[str, float]
+    nats: float
+
+
+def examine(model: OnnxGemma3n, tasks: Mapping[str, Sequence[Conversation]]) -> Scores:
+    count = sum(map(len, tasks.values()))
+    right, nats = {}, 0.0
+    with tqdm(total=count, unit="question", disable=None, leave=False) as bar:
+        for task, conversations in tasks.items():
+            answered = 0
+            for asked in conversations:
+                answered += answer(model, asked) == asked.turns[-1].answer
+                nats += surprise(model, asked)
+                bar.update()
+            right[task] = answered / len(conversations)
+    return Scores(right, nats / count)
 
 
 @click.command()
@@ -50,18 +80,19 @@ def accuracy(model: OnnxGemma3n, tasks: Mapping[str, Sequence[Conversation]]) ->
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the questions.")
 @click.option("--json", "as_json", is_flag=True)
 def command(artifacts: tuple[Path, ...], each: int, seed: int, as_json: bool) -> None:
-    """Print the share of right answers of exported demos, ARTIFACTS, for every task."""
+    """Print the share of right answers of exported demos, ARTIFACTS, for every task, and how unlikely they find a
+    right answer."""
     tasks = exam(seed, each)
-    scores: dict[str, dict[str, float]] = {}
+    scores: dict[str, Scores] = {}
     for folder in artifacts:
         model = OnnxGemma3n.from_pretrained(folder)
-        scores[f"{model.manifest.slice} {model.manifest.precision}"] = accuracy(model, tasks)
+        scores[f"{model.manifest.slice} {model.manifest.precision}"] = examine(model, tasks)
     if as_json:
-        click.echo(json.dumps(scores, indent=2))
+        click.echo(json.dumps({name: asdict(of) for name, of in scores.items()}, indent=2))
         return
-    click.echo(
-        _table([["task", *scores], *([task, *(f"{100 * of[task]:.1f}" for of in scores.values())] for task in tasks)])
-    )
+    rows = [[task, *(f"{100 * of.right[task]:.1f}" for of in scores.values())] for task in tasks]
+    nats = ["nats per right answer", *(f"{of.nats:.4f}" for of in scores.values())]
+    click.echo(_table([["task", *scores], *rows, nats]))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -23,7 +23,10 @@ WORDS = (
     "river", "road", "salt", "sea", "shoe", "snow", "stone", "sun", "table", "tree", "wind", "window",
 )  # fmt: skip
 LARGEST_SUMMAND = 20
+ONE_DIGIT_SHARE, NEAR_CARRY_SHARE = 0.15, 0.35
 LARGEST_COUNTED = 60
+TRAINED_BEYOND = 5
+"""Training has larger numbers too, or the largest would be seen less often than others."""
 LONGEST_COUNT = 6
 HELD_OUT_SHARE = 12
 """One of so many pairs of numbers is never trained on."""
@@ -241,16 +244,28 @@ def about_text(held_out: bool) -> list[Ask]:
 
 
 def _sum(rng: np.random.Generator, held_out: bool) -> Turn:
-    largest = 9 if rng.random() < 0.3 else LARGEST_SUMMAND
-    a, b = _pair(lambda: (int(rng.integers(largest + 1)), int(rng.integers(largest + 1))), "sum", held_out)
+    a, b = _pair(partial(_summands, rng, 0.0 if held_out else NEAR_CARRY_SHARE), "sum", held_out)
     forms = ("What is {} plus {}?", "How much is {} plus {}?", "{} plus {}?", "What is {} + {}?", "Add {} and {}.")
     return Turn("sum", _pick(rng, forms).format(a, b), f"{a} plus {b} is {a + b}.")
 
 
+def _summands(rng: np.random.Generator, near_carry: float) -> tuple[int, int]:
+    """`near_carry`: the share of pairs whose last digits add to 9 or 10, which is where a carry begins."""
+    kind = rng.random()
+    largest = 9 if kind < ONE_DIGIT_SHARE else LARGEST_SUMMAND
+    a, b = (int(n) for n in rng.integers(largest + 1, size=2))
+    last_digit = int(rng.integers(9, 11)) - a % 10
+    if kind > 1 - near_carry and last_digit < 10:
+        b = min(b - b % 10 + last_digit, largest)
+    return a, b
+
+
 def _count(rng: np.random.Generator, held_out: bool) -> Turn:
+    largest = LARGEST_COUNTED + (0 if held_out else TRAINED_BEYOND)
+
     def draw() -> tuple[int, int]:
-        first = int(rng.integers(0, LARGEST_COUNTED - 1))
-        return first, first + int(rng.integers(1, min(LONGEST_COUNT, LARGEST_COUNTED - first + 1)))
+        first = int(rng.integers(0, largest - 1))
+        return first, first + int(rng.integers(1, min(LONGEST_COUNT, largest - first + 1)))
 
     first, last = _pair(draw, "count", held_out)
     forms = ("Count from {} to {}.", "Please count from {} to {}.", "Can you count from {} to {}?")

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -127,6 +128,14 @@ def test_an_exam_asks_every_task_as_often():
     for task, asked in tasks.items():
         assert len(asked) == 12
         assert all(len(conversation.turns) == 1 and conversation.turns[0].task == task for conversation in asked)
+
+
+def test_every_number_of_an_exam_is_counted_as_often_in_training():
+    rng = np.random.default_rng(0)
+    _, count, *_ = questions.about_text(held_out=False)
+    seen = Counter(number for _ in range(6000) for number in count(rng).answer[:-1].split(", "))
+    often = [seen[str(number)] for number in range(questions.LONGEST_COUNT, questions.LARGEST_COUNTED + 1)]
+    assert min(often) > 0.5 * max(often)
 
 
 def test_an_exam_asks_no_numbers_that_were_taught():
