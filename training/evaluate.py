@@ -14,6 +14,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
+from gemma3n_onnx.runtime.answer import GenerationResult
 from gemma3n_onnx.runtime.cli import exit_with_message
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 from gemma3n_onnx.runtime.sampling import log_probabilities
@@ -34,9 +35,9 @@ def _source(medium: Picture | Sound) -> Any:
     return medium.draw() if isinstance(medium, Picture) else (medium.synthesize()[0], RATE_HZ)
 
 
-def answer(model: OnnxGemma3n, conversation: Conversation) -> str:
+def answer(model: OnnxGemma3n, conversation: Conversation) -> GenerationResult:
     messages = messages_of(conversation, sources_of(conversation))
-    return model.generate(messages, max_new_tokens=MAX_NEW_TOKENS).text
+    return model.generate(messages, max_new_tokens=MAX_NEW_TOKENS, logprobs=0)
 
 
 def surprise(model: OnnxGemma3n, conversation: Conversation) -> float:
@@ -67,8 +68,12 @@ def examine(model: OnnxGemma3n, tasks: Mapping[str, Sequence[Conversation]]) -> 
         for task, conversations in tasks.items():
             answered = 0
             for asked in conversations:
-                answered += answer(model, asked) == asked.turns[-1].answer
-                nats += surprise(model, asked)
+                given = answer(model, asked)
+                if given.text == asked.turns[-1].answer:
+                    answered += 1
+                    nats -= sum(token.logprob for token in given.logprobs or ())
+                else:
+                    nats += surprise(model, asked)
                 bar.update()
             right[task] = answered / len(conversations)
     return Scores(right, nats / count)
