@@ -25,8 +25,8 @@ WORDS = (
 LARGEST_SUMMAND = 20
 ONE_DIGIT_SHARE, NEAR_CARRY_SHARE = 0.15, 0.35
 LARGEST_COUNTED = 60
-TRAINED_BEYOND = 5
-"""Training has larger numbers too, or the largest would be seen less often than others."""
+TRAINED_BEYOND = 9
+"""Training has larger numbers too, to the end of their ten, or the largest would be seen less often than others."""
 LONGEST_COUNT = 6
 HELD_OUT_SHARE = 12
 """One of so many pairs of numbers is never trained on."""
@@ -244,20 +244,30 @@ def about_text(held_out: bool) -> list[Ask]:
 
 
 def _sum(rng: np.random.Generator, held_out: bool) -> Turn:
-    a, b = _pair(partial(_summands, rng, 0.0 if held_out else NEAR_CARRY_SHARE), "sum", held_out)
+    draw = partial(_plain_summands, rng) if held_out else partial(_taught_summands, rng)
+    a, b = _pair(draw, "sum", held_out)
     forms = ("What is {} plus {}?", "How much is {} plus {}?", "{} plus {}?", "What is {} + {}?", "Add {} and {}.")
-    return Turn("sum", _pick(rng, forms).format(a, b), f"{a} plus {b} is {a + b}.")
+    return Turn("sum", _pick(rng, forms).format(a, b), add(a, b))
 
 
-def _summands(rng: np.random.Generator, near_carry: float) -> tuple[int, int]:
-    """`near_carry`: the share of pairs whose last digits add to 9 or 10, which is where a carry begins."""
-    kind = rng.random()
-    largest = 9 if kind < ONE_DIGIT_SHARE else LARGEST_SUMMAND
+def add(a: int, b: int) -> str:
+    """`3 plus 4 is 7.`, and with two digits the last ones first: `8 plus 5 is 13: 18 plus 5 is 23.`"""
+    ones = f"{a % 10} plus {b % 10} is {a % 10 + b % 10}: " if max(a, b) > 9 else ""
+    return f"{ones}{a} plus {b} is {a + b}."
+
+
+def _plain_summands(rng: np.random.Generator, largest: int = LARGEST_SUMMAND) -> tuple[int, int]:
+    largest = 9 if rng.random() < ONE_DIGIT_SHARE else largest
     a, b = (int(n) for n in rng.integers(largest + 1, size=2))
-    last_digit = int(rng.integers(9, 11)) - a % 10
-    if kind > 1 - near_carry and last_digit < 10:
-        b = min(b - b % 10 + last_digit, largest)
     return a, b
+
+
+def _taught_summands(rng: np.random.Generator) -> tuple[int, int]:
+    """Larger ones too; the last digits of many add to 9 or 10, which is where a carry begins."""
+    a, b = _plain_summands(rng, LARGEST_SUMMAND + TRAINED_BEYOND)
+    last_digit = int(rng.integers(9, 11)) - a % 10
+    near_carry = rng.random() < NEAR_CARRY_SHARE and last_digit < 10
+    return (a, b - b % 10 + last_digit) if near_carry else (a, b)
 
 
 def _count(rng: np.random.Generator, held_out: bool) -> Turn:

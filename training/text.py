@@ -23,7 +23,7 @@ from .prompts import Encoder, SoftTokens
 from .sounds import MAX_BEEPS, Sound
 
 STEPS = 480
-GLIMPSES = {"text": (22, 4), "picture": (22, 4), "sound": (6, 4), "both": (15, 4)}
+GLIMPSES = {"text": (22, 4), "picture": (20, 4), "sound": (6, 4), "both": (14, 4)}
 BATCHES = {"text": (20, 4), "picture": (7, 8), "sound": (3, 6), "both": (4, 8)}
 """Rows of each kind in a step, and conversations in each row."""
 GLIMPSE_SHARE = 0.7

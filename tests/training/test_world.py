@@ -122,6 +122,20 @@ def test_what_is_more(shapes, beeps, answer):
     assert questions.more(shapes, beeps) == answer
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "answer"),
+    [
+        (3, 4, "3 plus 4 is 7."),
+        (9, 9, "9 plus 9 is 18."),
+        (18, 5, "8 plus 5 is 13: 18 plus 5 is 23."),
+        (20, 1, "0 plus 1 is 1: 20 plus 1 is 21."),
+    ],
+)
+def test_sums_begin_with_the_last_digits(a, b, answer):
+    assert questions.add(a, b) == answer
+    assert questions.one_word(questions.Turn("sum", "", answer)).answer == f"{a + b}."
+
+
 def test_an_exam_asks_every_task_as_often():
     tasks = conversations.exam(0, 12)
     assert len(tasks) == 17

@@ -1,0 +1,176 @@
+"""The demo that comes with the project answers right: every slice, through every runtime, on what it has never seen.
+
+An exported slice that runs but is wrong somewhere answers nonsense here, whatever its logits look like.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.pipeline import ExportOptions, export
+from gemma3n_onnx.export.progress import TerminalProgress
+from gemma3n_onnx.export.slicing import load_slices
+from gemma3n_onnx.runtime import MediaOptions, OnnxGemma3n
+from gemma3n_onnx.runtime.messages import items_of
+from gemma3n_onnx.training.conversations import Conversation, exam, messages_of, random_row
+from gemma3n_onnx.training.evaluate import MAX_NEW_TOKENS, answer, examine, sources_of, surprise
+from gemma3n_onnx.training.pictures import random_picture
+from gemma3n_onnx.training.prompts import Encoder
+from gemma3n_onnx.training.sounds import random_sound
+from multimodal import MultimodalOracle
+from oracle import log_softmax
+from support import run_command
+
+DEMO = Path(__file__).parents[2] / "demo"
+SLICES = [spec.name for spec in load_slices(DEMO / "slices.csv").specs]
+WHOLE = "E4B"
+EACH, EACH_OF_OTHERS = 13, 2
+SEED = 77
+SAME_NATS = 1e-3  # of fp32 log-probabilities, summed over a whole answer
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory):
+    """`demo(slice)`: the exported demo, loaded."""
+
+    @functools.cache
+    def load(name: str) -> tuple[Path, OnnxGemma3n]:
+        folder = tmp_path_factory.mktemp("demo") / name
+        export(Checkpoint.open(DEMO), folder, ExportOptions(slice=name), TerminalProgress(quiet=True))
+        return folder, OnnxGemma3n.from_pretrained(folder)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def oracle() -> MultimodalOracle:
+    return MultimodalOracle.load(DEMO)
+
+
+@pytest.fixture(scope="session")
+def questions() -> dict[str, list[Conversation]]:
+    return exam(SEED, EACH)
+
+
+def test_the_whole_model_answers_as_transformers_and_right(demo, oracle, questions):
+    """Token for token, on all questions: the tokens are transformers' choices at every step of the answer."""
+    _, model = demo(WHOLE)
+    right = dict.fromkeys(questions, 0)
+    prompts = 0
+    for task, asked in questions.items():
+        for conversation in asked:
+            ours = answer(model, conversation)
+            inputs = oracle.inputs(messages_of(conversation, sources_of(conversation)))
+            assert list(ours.prompt_token_ids) == inputs.ids
+            made = list(ours.token_ids)
+            logits = oracle.logits([*inputs.ids, *made[:-1]], inputs.media, len(made))
+            assert made == logits.argmax(-1).tolist(), conversation.turns[0].question
+            right[task] += ours.text == conversation.turns[0].answer
+            prompts += 1
+    print(f"{prompts} prompts, right of {EACH}: {right}")
+    assert prompts >= 200
+    assert min(right.values()) >= 0.75 * EACH
+    assert sum(right.values()) >= 0.95 * prompts
+
+
+def test_surprise_is_what_transformers_gives_the_right_answer(demo, oracle, questions):
+    _, model = demo(WHOLE)
+    errors = []
+    for conversation, *_ in questions.values():
+        inputs = oracle.inputs(messages_of(conversation, sources_of(conversation)))
+        ids = model.tokenizer.encode(f"{conversation.turns[0].answer}<end_of_turn>", add_bos=False)
+        chances = log_softmax(oracle.logits([*inputs.ids, *ids[:-1]], inputs.media, len(ids)))
+        errors.append(abs(surprise(model, conversation) + chances[np.arange(len(ids)), ids].sum()))
+    print(f"-ln p of {len(errors)} right answers: error {max(errors):.1e} nats (tolerance {SAME_NATS:.0e})")
+    assert max(errors) < SAME_NATS
+    scores = examine(model, {task: asked[:1] for task, asked in questions.items()})
+    assert abs(scores.nats - np.mean([surprise(model, first) for first, *_ in questions.values()])) < SAME_NATS
+
+
+@pytest.mark.parametrize("name", [name for name in SLICES if name != WHOLE])
+def test_every_slice_answers_right(demo, questions, name):
+    _, model = demo(name)
+    scores = examine(model, {task: asked[:EACH_OF_OTHERS] for task, asked in questions.items()}).right
+    mean = sum(scores.values()) / len(scores)
+    print(f"{name}: {mean:.2f}, not all right: { {t: s for t, s in scores.items() if s < 1} }")
+    assert mean >= 0.9
+
+
+def test_training_and_runtime_write_a_prompt_alike(demo):
+    _, model = demo(WHOLE)
+    encoder, rng = Encoder(DEMO), np.random.default_rng(0)
+    for _ in range(5):
+        [conversation] = random_row(rng, random_picture(rng), random_sound(rng), 1)
+        prompt = model.encode(messages_of(conversation, sources_of(conversation))).ids
+        assert encoder.encode(conversation).ids[: len(prompt)] == prompt
+
+
+def test_a_chat_goes_on_about_its_picture(demo):
+    _, model = demo(WHOLE)
+    chat = model.chat()
+    first = chat.send([{"type": "image", "image": DEMO / "picture.png"}, {"type": "text", "text": "What do you see?"}])
+    assert first.text == PICTURE
+    assert chat.send("What colour is the star?").text == "The star is yellow."
+    assert chat.send("Where is the circle?").text == "The circle is at the top left."
+    assert chat.send("How many shapes are there?").text == f"{PICTURE[:-1].replace(',', ' and')}: three shapes."
+
+
+PICTURE = "A red circle, a yellow star and a blue square."
+SOUND = "Three high beeps."
+
+
+@pytest.mark.parametrize(
+    ("question", "media", "expected"),
+    [
+        ("What is in the picture?", ["--image", "picture.png"], PICTURE),
+        ("What do you hear?", ["--audio", "sound.wav"], SOUND),
+        ("What is 3 plus 4?", [], "3 plus 4 is 7."),
+    ],
+)
+def test_the_first_commands_of_the_readme(demo, monkeypatch, question, media, expected):
+    folder, _ = demo("E2B")
+    media = [str(DEMO / part) if part.endswith(("png", "wav")) else part for part in media]
+    outcome = run_command(monkeypatch, ["gemma3n", "run", str(folder), question, *media])
+    assert (outcome.code, outcome.out.strip()) == (0, expected)
+
+
+@pytest.mark.parametrize("name", ["E4B", "E2B"])
+def test_onnxruntime_genai_answers_the_same(demo, questions, name):
+    og = pytest.importorskip("onnxruntime_genai")
+    folder, model = demo(name)
+    theirs = og.Model(str(folder))
+    for task in ("describe", "hear", "see and hear", "where", "sum", "repeat"):
+        conversation = questions[task][0]
+        messages = messages_of(conversation, sources_of(conversation))
+        expected = model.generate(messages, max_new_tokens=MAX_NEW_TOKENS)
+        assert genai_tokens(og, theirs, model, messages) == list(expected.token_ids[:-1])
+        assert expected.finish_reason == "stop"
+        assert expected.text == conversation.turns[0].answer
+
+
+def genai_tokens(og, theirs, model: OnnxGemma3n, messages: Sequence[dict]) -> list[int]:
+    """Those of the answer, without the one that ends it."""
+    prompt, items = model.encode(messages), items_of(model.read(messages, MediaOptions()))
+    inputs = og.NamedTensors()
+    inputs["input_ids"] = np.array([prompt.ids], np.int32)
+    for item in items:
+        for key, tensor in item.inputs().items():
+            inputs[key] = tensor
+        size = ("num_image_tokens", 256) if item.modality == "vision" else ("audio_sizes", 188)
+        inputs[size[0]] = np.array([size[1]], np.int64)
+    parameters = og.GeneratorParams(theirs)
+    parameters.set_search_options(max_length=len(prompt) + MAX_NEW_TOKENS + 128, do_sample=False)
+    generator = og.Generator(theirs, parameters)
+    if items:
+        generator.set_inputs(inputs)
+    else:
+        generator.append_tokens(prompt.ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
