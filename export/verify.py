@@ -9,22 +9,19 @@ from typing import Any
 import numpy as np
 
 from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.generation import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .checkpoint import Checkpoint
 from .errors import ExportError
-from .layout import tensor_shapes
-from .pipeline import choose_slice
-from .reference import StorageOf, decoder_logits, load_decoder, stored_in, unchanged
+from .pipeline import choose_slice, tensor_shapes
+from .reference import decoder_logits, load_decoder
 from .sizes import parameter_counts
 from .weights import check_tensors
 
 # Largest logit error as a share of the logit range, by the dtype that the artifact computes in, against
 # transformers in fp32 on the weights as the artifact stores them.
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
-QUANTIZED_TOLERANCE = 3e-2  # products of quantized weights take activations in int8
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Parity:
     checkpoint's own weights, so with what the storage precision costs; None where storing loses nothing."""
 
     positions: int
-    precision: str
+    storage: str
     tolerance: float
     graph: Errors
     original: Errors | None
@@ -84,18 +81,19 @@ def verify(
     check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
     continued = [_our_logits(model, list(prompt), new_tokens) for prompt in prompts]
     ours = np.concatenate([logits for _, logits in continued])
+    storage = manifest.token_embeddings.dtype
 
-    def compare(storage_of: StorageOf) -> Errors:
-        decoder = load_decoder(checkpoint, chosen, storage_of)
+    def compare(stored_as: str | None) -> Errors:
+        decoder = load_decoder(checkpoint, chosen, stored_as)
         theirs = [decoder_logits(decoder, ids, len(logits)) for ids, logits in continued]
         return _errors(ours, np.concatenate(theirs))
 
     return Parity(
         positions=len(ours),
-        precision=manifest.precision,
-        tolerance=QUANTIZED_TOLERANCE if manifest.quantization else TOLERANCE[manifest.compute_dtype],
-        graph=compare(stored_in(manifest)),
-        original=None if _keeps_all(checkpoint, manifest) else compare(unchanged),
+        storage=storage,
+        tolerance=TOLERANCE[manifest.compute_dtype],
+        graph=compare(storage),
+        original=None if _keeps_all(checkpoint, storage) else compare(None),
     )
 
 
@@ -108,7 +106,7 @@ def random_prompts(model: OnnxGemma3n, rng: np.random.Generator, count: int, len
 
 def describe(parity: Parity) -> str:
     lines = [f"{parity.positions} positions against transformers (eager, fp32)"]
-    of_weights = "the weights" if parity.original is None else f"the weights as stored in {parity.precision}"
+    of_weights = "the weights" if parity.original is None else f"the weights rounded to {parity.storage}"
     for title, errors in ((of_weights, parity.graph), ("the original weights", parity.original)):
         if errors is not None:
             lines += [
@@ -142,11 +140,8 @@ def _check_same_architecture(model: OnnxGemma3n, config: TextConfig) -> None:
         )
 
 
-def _keeps_all(checkpoint: Checkpoint, manifest: Manifest) -> bool:
-    """Whether every value of the checkpoint is stored as it is."""
-    if manifest.quantization:
-        return False
-    storage = manifest.storage
+def _keeps_all(checkpoint: Checkpoint, storage: str) -> bool:
+    """Whether every value of the checkpoint can be stored as it is."""
     dtypes = {checkpoint.spec(name).dtype for name in checkpoint.text_names()}
     return storage == "fp32" or (storage == "bf16" and dtypes == {"BF16"}) or (storage == "fp16" and dtypes == {"F16"})
 
@@ -167,7 +162,7 @@ def _our_logits(model: OnnxGemma3n, prompt: list[int], new_tokens: int) -> tuple
 
 def _errors(ours: np.ndarray, theirs: np.ndarray) -> Errors:
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
-    kl = kl_divergence(theirs, ours)
+    kl = _kl(theirs, ours)
     return Errors(
         max_error=float(np.abs(ours - theirs).max()),
         logit_range=float(theirs.max() - theirs.min()),
@@ -177,8 +172,8 @@ def _errors(ours: np.ndarray, theirs: np.ndarray) -> Errors:
     )
 
 
-def kl_divergence(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
-    """KL(p || q) in nats for each row of logits [n, V]."""
+def _kl(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
+    """KL(p || q) in nats for each row."""
     p, q = (x - x.max(-1, keepdims=True) for x in (p_logits, q_logits))
     p -= np.log(np.exp(p).sum(-1, keepdims=True))
     q -= np.log(np.exp(q).sum(-1, keepdims=True))
