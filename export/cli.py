@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,16 @@ import click
 from gemma3n_onnx.runtime.cli import exit_with_message
 from gemma3n_onnx.runtime.generation import peak_memory_bytes
 
-from .precision import PRECISIONS, TARGETS
+from .precision import PRECISIONS, TABLE_BITS, TARGETS, QuantizationOptions
+from .scheme import BLOCKS, METHODS
 
 if TYPE_CHECKING:
     from .pipeline import ExportSummary
+
+
+def _known(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
 
 _PATH = click.Path(path_type=Path)
 _model = click.option(
@@ -51,6 +58,10 @@ _force = click.option("--force", is_flag=True, help="Replace the output if it ex
 @_slice
 @_table
 @click.option("--precision", default="fp32", show_default=True, help=f"{', '.join(PRECISIONS)}.")
+@click.option("--block-size", type=int, help=f"Values that share a scale, in a quantized precision: {_known(BLOCKS)}.")
+@click.option("--quantizer", help=f"How projections are quantized: {_known(METHODS)}.")
+@click.option("--embedding-bits", type=int, help=f"Of token embeddings and output head: {_known(TABLE_BITS)}.")
+@click.option("--ple-bits", type=int, help=f"Of per-layer embeddings: {_known(TABLE_BITS)}.")
 @click.option("--target", default="cpu", show_default=True, help=f"{' or '.join(TARGETS)}.")
 @click.option(
     "--logits",
@@ -61,6 +72,8 @@ _force = click.option("--force", is_flag=True, help="Replace the output if it ex
 )
 @click.option("--modalities", help="Comma-separated: text,vision,audio; by default all that the checkpoint has.")
 @click.option("--output", type=_PATH, help="The folder to write; by default named after model and slice.")
+@click.option("--report", type=_PATH, help="A JSON file to write: what quantizing each tensor costs, by itself.")
+@click.option("--report-prompts", type=_PATH, help="Prompts to measure that on, one a line, instead of ours.")
 @_force
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 @click.version_option(package_name="gemma3n-onnx")
@@ -70,10 +83,16 @@ def export_command(
     slice_name: str | None,
     table: Path | None,
     precision: str,
+    block_size: int | None,
+    quantizer: str | None,
+    embedding_bits: int | None,
+    ple_bits: int | None,
     target: str,
     logits: str,
     modalities: str | None,
     output: Path | None,
+    report: Path | None,
+    report_prompts: Path | None,
     force: bool,
     quiet: bool,
 ) -> None:
@@ -81,19 +100,27 @@ def export_command(
     from .checkpoint import Checkpoint
     from .pipeline import ExportOptions, check_options, export
     from .progress import TerminalProgress
+    from .report import check_report, describe_report, measure, write_report
     from .writer import check_output
 
     chosen = None if modalities is None else _split(modalities)
-    options = ExportOptions(slice_name, table, precision, target, logits, chosen, force)  # type: ignore[arg-type]
+    quantization = QuantizationOptions(block_size, quantizer, embedding_bits, ple_bits)
+    options = ExportOptions(slice_name, table, precision, quantization, target, logits, chosen, force)  # type: ignore[arg-type]
     check_options(options)
+    lines = None if report is None else check_report(report, report_prompts, options)
     if output is not None:
         check_output(output, force=force)  # before a download
     checkpoint = Checkpoint.open(model, revision)
     target_folder = output or Path(_folder_name(checkpoint.name, slice_name or "whole", precision, target))
     with TerminalProgress(quiet) as progress:
         summary = export(checkpoint, target_folder, options, progress)
+        found = None if lines is None else measure(checkpoint, options, summary, lines, progress)
     if not quiet:
         click.echo(describe_export(summary))
+    if report is not None and found is not None:
+        write_report(report, found)
+        if not quiet:
+            click.echo(describe_report(found))
 
 
 def _split(modalities: str) -> tuple[str, ...]:

@@ -12,10 +12,11 @@ from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.runtime.artifact import GraphInfo, Manifest
 
 GENAI_CONFIG = "genai_config.json"
+NO_PACKING = "session.disable_prepacking"
 # As the runtime's own CPU profile: weights stay mapped, narrow ones are widened once, at load.
 _SESSION_OPTIONS = {
     "log_id": "onnxruntime-genai",
-    "session.disable_prepacking": "1",
+    NO_PACKING: "1",
     "optimization.constant_folding_max_output_size_in_bytes": str(1 << 40),
 }
 _KEY, _VALUE = "past_key_values.%d.key", "past_key_values.%d.value"
@@ -62,10 +63,15 @@ def genai_config(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
     }
 
 
+def _decoder_options(manifest: Manifest) -> dict[str, str]:
+    """Quantized products are fast with packed weights only."""
+    return {key: value for key, value in _SESSION_OPTIONS.items() if key != NO_PACKING or not manifest.quantization}
+
+
 def _decoder(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
     decoder: dict[str, Any] = {
         "filename": manifest.decoder.file,
-        "session_options": _SESSION_OPTIONS,
+        "session_options": _decoder_options(manifest),
         "head_size": config.head_dim,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_heads,
@@ -119,16 +125,19 @@ def _speech(manifest: Manifest) -> dict[str, Any]:
 
 
 def _pipeline(manifest: Manifest) -> list[dict[str, Any]]:
-    stages = {"embeddings": manifest.embedding, "transformer": manifest.decoder}
+    stages = {
+        "embeddings": (manifest.embedding, _SESSION_OPTIONS),
+        "transformer": (manifest.decoder, _decoder_options(manifest)),
+    }
     return [
         {
             name: {
                 "filename": graph.file,
-                "session_options": _SESSION_OPTIONS,
+                "session_options": options,
                 "inputs": [tensor.name for tensor in graph.inputs],
                 "outputs": [tensor.name for tensor in graph.outputs],
             }
-            for name, graph in stages.items()
+            for name, (graph, options) in stages.items()
         }
     ]
 

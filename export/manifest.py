@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,8 +19,11 @@ from . import processor
 from .checkpoint import Checkpoint
 from .encoders import Encoder
 from .errors import CheckpointError
+from .layout import PER_LAYER, TOKENS
 from .precision import Precision
+from .scheme import PerRow
 from .sizes import parameter_counts
+from .weights import AnyPlacement, QuantizedPlacement, RowsPlacement
 
 PRODUCER = f"gemma3n-onnx {version('gemma3n-onnx')}"
 
@@ -56,12 +60,16 @@ def token_ids(checkpoint: Checkpoint) -> TokenIds:
 
 @dataclass(frozen=True)
 class Exported:
-    """The parts of an export. `encoders` are those that it includes; `graphs` has theirs, "decoder" and "embedding"."""
+    """The parts of an export. `placements` are the decoder's and the tables'; `encoders` those that it includes;
+    `graphs` has theirs, "decoder" and "embedding"."""
 
     checkpoint: Checkpoint
     slice_name: str
+    mmlu: float | None
     config: TextConfig
     precision: Precision
+    placements: Mapping[str, AnyPlacement]
+    encoder_weights: Mapping[str, AnyPlacement]
     target: str
     logits: Logits
     tokens: TokenIds
@@ -69,15 +77,12 @@ class Exported:
     front_ends: processor.FrontEnds
     encoders: Mapping[str, Encoder]
     graphs: Mapping[str, artifact.GraphInfo]
-    token_table: str
-    per_layer_table: str
 
 
 def manifest_of(parts: Exported) -> artifact.Manifest:
     """The manifest, its `files` left to fill in."""
-    config, precision, storage = parts.config, parts.precision, parts.precision.storage
+    config, precision = parts.config, parts.precision
     counts = parameter_counts(config)
-    per_layer = config.num_layers * config.hidden_size_per_layer_input
     hard_rows = parts.hard_rows or HardRows(config.vocab_size, 0)
     return artifact.Manifest(
         format=artifact.FORMAT,
@@ -86,7 +91,13 @@ def manifest_of(parts: Exported) -> artifact.Manifest:
         source=parts.checkpoint.name,
         slice=parts.slice_name,
         precision=precision.name,
+        storage=precision.storage,
         compute_dtype=precision.compute,
+        quantization={
+            name: info
+            for name, place in {**parts.placements, **parts.encoder_weights}.items()
+            if (info := _block_info(place)) is not None
+        },
         target=parts.target,
         logits=parts.logits,
         modalities=("text", *parts.encoders),
@@ -107,21 +118,50 @@ def manifest_of(parts: Exported) -> artifact.Manifest:
         decoder=parts.graphs["decoder"],
         embedding=parts.graphs["embedding"],
         caches=_cache_infos(config, parts.logits, precision),
-        token_embeddings=artifact.TableInfo(
-            parts.token_table,
-            storage,
-            config.vocab_size + hard_rows.count,
-            config.hidden_size,
-            config.hidden_size**0.5,
-        ),
-        per_layer_embeddings=artifact.TableInfo(
-            parts.per_layer_table, storage, config.vocab_size_per_layer_input, per_layer, 1.0
-        ),
+        step_bytes=_step_bytes(parts),
+        mmlu=parts.mmlu,
+        token_embeddings=_table_info(parts.placements[TOKENS], config.hidden_size**0.5),
+        per_layer_embeddings=_table_info(parts.placements[PER_LAYER], 1.0),
         first_hard_token_id=hard_rows.first_id,
         vision=_vision_info(parts),
         audio=_audio_info(parts),
         files={},
     )
+
+
+def _block_info(place: AnyPlacement) -> artifact.BlockInfo | None:
+    match place:
+        case QuantizedPlacement(scheme=scheme):
+            return artifact.BlockInfo(scheme.bits, scheme.block, scheme.method)
+        case RowsPlacement():
+            return artifact.BlockInfo(PerRow.bits, None, PerRow.method)
+        case _:
+            return None
+
+
+def _step_bytes(parts: Exported) -> int:
+    """What is read of all that the decoder holds: the head, which is the token table's first rows, and its own."""
+    head = parts.placements[TOKENS].first_rows(parts.config.vocab_size)
+    own = (place for name, place in parts.placements.items() if name not in (TOKENS, PER_LAYER))
+    return sum(_in_memory(place, parts.precision.compute) for place in (head, *own))
+
+
+def _in_memory(place: AnyPlacement, compute: str) -> int:
+    """Bytes of a tensor once it is loaded: what is stored narrow is widened, scales too."""
+    wide = artifact.BYTES_PER_VALUE[compute]
+    if not isinstance(place, QuantizedPlacement):
+        return math.prod(place.shape) * wide
+    zeros = 0 if place.zeros is None else place.zeros.nbytes
+    return place.codes.nbytes + math.prod(place.scales.shape) * wide + zeros
+
+
+def _table_info(place: AnyPlacement, scale: float) -> artifact.TableInfo:
+    if isinstance(place, QuantizedPlacement):
+        dtype, block, scales_offset = f"int{place.scheme.bits}", place.scheme.block, place.scales.offset
+    else:
+        dtype, block, scales_offset = place.dtype, None, None
+    rows, width = place.shape
+    return artifact.TableInfo(place.file, dtype, rows, width, scale, block, scales_offset)
 
 
 def _vision_info(parts: Exported) -> artifact.VisionInfo | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
@@ -16,6 +17,7 @@ import onnx_ir as ir
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Logits
 from gemma3n_onnx.graphs.embedding import HardRows
+from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 from gemma3n_onnx.runtime import artifact
 from gemma3n_onnx.runtime.artifact import Manifest
 
@@ -32,12 +34,13 @@ from .encoders import (
 )
 from .errors import ExportOptionError
 from .genai import GENAI_CONFIG, genai_config
+from .layout import PER_LAYER_TABLE, TOKENS, tensor_shapes, text_placements
 from .manifest import Exported, TokenIds, graph_info, manifest_of, token_ids
-from .precision import Precision, precision_for
+from .precision import Precision, QuantizationOptions, precision_for
 from .processor import FrontEnds, read_front_ends
 from .weights import (
+    AnyPlacement,
     Blocks,
-    Placement,
     WeightStream,
     attach,
     check_tensors,
@@ -48,9 +51,8 @@ from .weights import (
 )
 from .writer import file_info, staged, write_json
 
-DECODER, DECODER_DATA, EMBEDDING = "decoder.onnx", "decoder.onnx.data", "embedding.onnx"
-TOKEN_TABLE, PER_LAYER_TABLE = "token_embeddings.bin", "per_layer_embeddings.bin"
-TOKENS, PER_LAYER, HARD_ROWS = "embed_tokens.weight", "embed_tokens_per_layer.weight", "hard token rows"
+DECODER, EMBEDDING = "decoder.onnx", "embedding.onnx"
+HEAD = "lm_head.weight"
 LOGITS: tuple[str, ...] = get_args(Logits)
 MODALITIES = ("text", *ENCODER_MODULES)
 
@@ -68,6 +70,8 @@ class ExportOptions:
     slice: str | None = None
     matformer_config: Path | None = None
     precision: str = "fp32"
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
+    """Parts of a quantized precision's recipe that are to be different."""
     target: str = "cpu"
     logits: Logits = "last"
     modalities: tuple[str, ...] | None = None
@@ -90,10 +94,10 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     """
     started = time.monotonic()
     check_options(options)
-    precision = precision_for(options.precision, options.target)
+    precision = precision_for(options.precision, options.target, options.quantization)
     chosen = choose_slice(checkpoint, options.slice, options.matformer_config)
     source = _read_source(checkpoint, chosen, options.modalities)
-    placements = _text_placements(chosen.config, precision.storage, source.hard_rows)
+    placements = text_placements(chosen.config, precision, source.hard_rows)
 
     with staged(output, force=options.force, needed_bytes=_needed_bytes(placements, source, precision)) as folder:
         graphs = _trace_graphs(chosen.config, source, precision, options.logits, placements, progress)
@@ -107,8 +111,11 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
             Exported(
                 checkpoint=checkpoint,
                 slice_name=chosen.name,
+                mmlu=chosen.mmlu,
                 config=chosen.config,
                 precision=precision,
+                placements=placements,
+                encoder_weights=_encoder_weights(graphs),
                 target=options.target,
                 logits=options.logits,
                 tokens=source.tokens,
@@ -116,8 +123,6 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
                 front_ends=source.front_ends,
                 encoders=source.encoders,
                 graphs={name: graph_info(graph.file, graph.model) for name, graph in graphs.items()},
-                token_table=TOKEN_TABLE,
-                per_layer_table=PER_LAYER_TABLE,
             )
         )
         write_json(folder / GENAI_CONFIG, genai_config(manifest, chosen.config))
@@ -161,7 +166,7 @@ class _Graph:
 
     file: str
     model: ir.Model
-    weights: Mapping[str, Placement]
+    weights: Mapping[str, AnyPlacement]
 
 
 def check_options(options: ExportOptions) -> None:
@@ -171,7 +176,7 @@ def check_options(options: ExportOptions) -> None:
         ExportOptionError: an unknown value, or a CSV without a slice.
         SliceError: the CSV breaks a rule, or the slice is not in it.
     """
-    precision_for(options.precision, options.target)
+    precision_for(options.precision, options.target, options.quantization)
     if options.logits not in LOGITS:
         raise ExportOptionError(f"Unknown logits {options.logits!r}; choose {' or '.join(LOGITS)}.")
     if unknown := sorted(set(options.modalities or ()) - set(MODALITIES)):
@@ -189,61 +194,38 @@ def choose_slice(checkpoint: Checkpoint, name: str | None, table: Path | None) -
     return slicing.resolve(spec, checkpoint.text_config)
 
 
-def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a text decoder, tables included; the tied head is no tensor of its own."""
-    shapes = trace.parameter_shapes(config)
-    shapes["embed_tokens.weight"] = shapes.pop("lm_head.weight")
-    width = config.num_layers * config.hidden_size_per_layer_input
-    shapes["embed_tokens_per_layer.weight"] = (config.vocab_size_per_layer_input, width)
-    return shapes
-
-
-def _text_placements(config: TextConfig, storage: str, special_rows: HardRows | None) -> dict[str, Placement]:
-    """Every weight of the decoder and the tables; the hard rows follow the token table without a gap."""
-    shapes = tensor_shapes(config)
-    tokens = {TOKENS: shapes.pop(TOKENS)}
-    if special_rows is not None:
-        tokens[HARD_ROWS] = (special_rows.count, config.hidden_size)
-    per_layer = {PER_LAYER: shapes.pop(PER_LAYER)}
-    return {
-        **lay_out(DECODER_DATA, shapes, storage),
-        **lay_out(TOKEN_TABLE, tokens, storage, aligned=False),
-        **lay_out(PER_LAYER_TABLE, per_layer, storage),
-    }
-
-
 def _trace_graphs(
     config: TextConfig,
     source: _Source,
     precision: Precision,
     logits: Logits,
-    placements: Mapping[str, Placement],
+    placements: Mapping[str, AnyPlacement],
     progress: Progress,
 ) -> dict[str, _Graph]:
     progress.stage("Tracing the decoder")
     decoder = trace.trace_decoder(config, logits, precision.compute)
     soft_ids = {FEATURES[m]: soft.token_id for m, soft in source.front_ends.soft_tokens.items()}
-    embedding = trace.trace_embedding(config, precision.storage, precision.compute, source.hard_rows, soft_ids)
-    table = placements[TOKENS]
-    rows = config.vocab_size + (source.hard_rows.count if source.hard_rows else 0)
-    whole_table = dataclasses.replace(table, shape=(rows, config.hidden_size))
+    rows_dtype = precision.storage if precision.tokens is None else "fp16"
+    embedding = trace.trace_embedding(config, rows_dtype, precision.compute, source.hard_rows, soft_ids)
+    head = placements[TOKENS].first_rows(config.vocab_size)
     graphs = {
-        "decoder": _Graph(DECODER, decoder, {**placements, "lm_head.weight": table}),
-        "embedding": _Graph(EMBEDDING, embedding, {**placements, TOKENS: whole_table}),
+        "decoder": _Graph(DECODER, decoder, {**placements, HEAD: head}),
+        "embedding": _Graph(EMBEDDING, embedding, placements),
     }
     for modality, encoder in source.encoders.items():
         progress.stage(f"Tracing the {modality} encoder")
         model = encoder.trace()
-        weights = lay_out(encoder.data_file, weight_shapes(model), precision.storage)
+        storage_of = partial(precision.of_encoder, products=products(model))
+        weights = lay_out(encoder.data_file, weight_shapes(model), storage_of)
         graphs[modality] = _Graph(encoder.file, model, weights)
     return graphs
 
 
-def _encoder_weights(graphs: Mapping[str, _Graph]) -> dict[str, Placement]:
+def _encoder_weights(graphs: Mapping[str, _Graph]) -> dict[str, AnyPlacement]:
     return {name: place for key in FEATURES if key in graphs for name, place in graphs[key].weights.items()}
 
 
-def _needed_bytes(placements: Mapping[str, Placement], source: _Source, precision: Precision) -> int:
+def _needed_bytes(placements: Mapping[str, AnyPlacement], source: _Source, precision: Precision) -> int:
     encoders = (math.prod(shape) for encoder in source.encoders.values() for shape in encoder.shapes.values())
     text = sum(place.nbytes for place in placements.values())
     return text + sum(encoders) * artifact.BYTES_PER_VALUE[precision.storage] + _SMALL_FILES_BYTES
@@ -254,16 +236,17 @@ def _write_weights(
     checkpoint: Checkpoint,
     chosen: slicing.Slice,
     source: _Source,
-    placements: Mapping[str, Placement],
+    placements: Mapping[str, AnyPlacement],
     progress: Progress,
 ) -> dict[str, artifact.FileInfo]:
-    by_file: dict[str, dict[str, Placement]] = {}
+    by_file: dict[str, dict[str, AnyPlacement]] = {}
     for name, place in placements.items():
         by_file.setdefault(place.file, {})[name] = place
 
     def blocks(name: str) -> Blocks:
-        if name == HARD_ROWS and source.hard_tokens is not None:
-            return hard_row_values(checkpoint, source.hard_tokens)
+        if name == TOKENS and source.hard_tokens is not None:
+            text_rows = cut_blocks(checkpoint, chosen.source_of(name))
+            return chain(text_rows, hard_row_values(checkpoint, source.hard_tokens))
         if name.startswith(tuple(f"{module}." for modules in ENCODER_MODULES.values() for module in modules)):
             return raw_blocks(checkpoint, checkpoint.encoder_raw_name(name))
         return cut_blocks(checkpoint, chosen.source_of(name))

@@ -1,21 +1,82 @@
-"""Which precision is stored, computed in, and may run where."""
+"""Which precision is stored, computed in, and may run where; the recipes of the quantized ones."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from .errors import ExportOptionError
+from .scheme import PerRow, Scheme, Storage
 
 TARGETS = ("cpu", "cuda")
+TABLE_BITS = (4, 8)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """`storage` is the dtype of the weights on disk, `compute` that of the graph's arithmetic."""
+    """`storage` is the dtype of the weights on disk that `weights`, `tokens` and `per_layer` do not quantize, `compute`
+    that of the graphs' arithmetic.
+
+    `weights` quantizes the decoder's projections, but those of `exceptions`, by the ends of their names without
+    ".weight"; `tokens` the token embeddings, which are the output head too; `per_layer` the per-layer embeddings;
+    `encoders` the products of the encoders.
+    """
 
     name: str
     storage: str
     compute: str
+    weights: Scheme | None = None
+    exceptions: Mapping[str, Scheme] = field(default_factory=dict)
+    tokens: Scheme | None = None
+    per_layer: Scheme | None = None
+    encoders: PerRow | None = None
+
+    def of_encoder(self, name: str, products: Collection[str]) -> Storage:
+        """How a tensor of an encoder is stored; `products` are those that are weights of products only."""
+        return self.storage if self.encoders is None or name not in products else self.encoders
+
+    def of_weight(self, name: str, shape: tuple[int, ...]) -> Storage:
+        """How a tensor of the decoder is stored. AltUp's few coefficients and what has no blocks stay as they are."""
+        if self.weights is None or len(shape) != 2 or ".altup." in name:
+            return self.storage
+        module = name.removesuffix(".weight")
+        scheme = next((s for end, s in self.exceptions.items() if module.endswith(end)), self.weights)
+        return scheme.fitting(shape[1]) or self.storage
+
+    def of_table(self, scheme: Scheme | None, width: int) -> Storage:
+        """How a table with rows of `width` is stored, `scheme` being `tokens` or `per_layer`.
+
+        Raises:
+            ExportOptionError: no block fits into its rows.
+        """
+        if scheme is None:
+            return self.storage
+        if (fitting := scheme.fitting(width)) is None:
+            raise ExportOptionError(
+                f"Rows of {width} values cannot be quantized in blocks of {scheme.block}; choose --precision bf16."
+            )
+        return fitting
+
+
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """What replaces a part of a recipe; None leaves it."""
+
+    block: int | None = None
+    method: str | None = None
+    embedding_bits: int | None = None
+    ple_bits: int | None = None
+
+    @property
+    def given(self) -> dict[str, int | str]:
+        """By the names of the command line's options."""
+        values = {
+            "--block-size": self.block,
+            "--quantizer": self.method,
+            "--embedding-bits": self.embedding_bits,
+            "--ple-bits": self.ple_bits,
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
 
 # ONNX Runtime 1.31: the CPU provider has no bf16 arithmetic and on x86 none in fp16 that is faster than fp32,
@@ -24,14 +85,33 @@ _SUPPORTED = {
     ("fp32", "cpu"): Precision("fp32", storage="fp32", compute="fp32"),
     ("fp16", "cpu"): Precision("fp16", storage="fp16", compute="fp32"),
     ("bf16", "cpu"): Precision("bf16", storage="bf16", compute="fp32"),
+    ("int8", "cpu"): Precision(
+        "int8",
+        storage="fp32",
+        compute="fp32",
+        weights=Scheme(8, 128),
+        tokens=Scheme(8, 128),
+        per_layer=Scheme(8, 128),
+        encoders=PerRow(),
+    ),
+    ("int4", "cpu"): Precision(
+        "int4",
+        storage="fp32",
+        compute="fp32",
+        weights=Scheme(4, 32, "search"),
+        tokens=Scheme(4, 32, "search"),
+        per_layer=Scheme(4, 32),
+        encoders=PerRow(),
+    ),
     ("fp16", "cuda"): Precision("fp16", storage="fp16", compute="fp16"),
     ("bf16", "cuda"): Precision("bf16", storage="bf16", compute="bf16"),
 }
 PRECISIONS = tuple(dict.fromkeys(name for name, _ in _SUPPORTED))
 
 
-def precision_for(name: str, target: str) -> Precision:
-    """Raises ExportOptionError, with the precisions that the target runs, for any other combination."""
+def precision_for(name: str, target: str, options: QuantizationOptions | None = None) -> Precision:
+    """Raises ExportOptionError, with the precisions that the target runs, for any other combination, and for options
+    that fit no quantized precision."""
     if target not in TARGETS:
         raise ExportOptionError(f"Unknown target {target!r}; choose {' or '.join(TARGETS)}.")
     if name not in PRECISIONS:
@@ -39,4 +119,27 @@ def precision_for(name: str, target: str) -> Precision:
     if (found := _SUPPORTED.get((name, target))) is None:
         usable = ", ".join(p for p, t in _SUPPORTED if t == target)
         raise ExportOptionError(f"Precision {name} does not run on target {target}; choose one of {usable}.")
-    return found
+    return found if options is None else _with_options(found, options)
+
+
+def _with_options(precision: Precision, options: QuantizationOptions) -> Precision:
+    if not options.given:
+        return precision
+    weights, tokens, per_layer = precision.weights, precision.tokens, precision.per_layer
+    if weights is None or tokens is None or per_layer is None:
+        quantized = ", ".join(dict.fromkeys(p.name for p in _SUPPORTED.values() if p.weights))
+        raise ExportOptionError(
+            f"{next(iter(options.given))} is for a quantized --precision ({quantized}), not for {precision.name}."
+        )
+    for option, bits in (("--embedding-bits", options.embedding_bits), ("--ple-bits", options.ple_bits)):
+        if bits is not None and bits not in TABLE_BITS:
+            raise ExportOptionError(f"{option} is {bits}; choose one of {', '.join(map(str, TABLE_BITS))}.")
+    block = options.block or weights.block
+    method = options.method or weights.method
+    return replace(
+        precision,
+        weights=replace(weights, block=block, method=method),
+        exceptions={end: replace(s, block=block, method=method) for end, s in precision.exceptions.items()},
+        tokens=replace(tokens, block=options.block or tokens.block, bits=options.embedding_bits or tokens.bits),
+        per_layer=replace(per_layer, block=options.block or per_layer.block, bits=options.ple_bits or per_layer.bits),
+    )

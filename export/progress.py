@@ -21,11 +21,24 @@ class TerminalProgress:
             print(f"{title} ...", file=sys.stderr)
 
     def bytes_total(self, total: int) -> None:
+        self._close()
         self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=self._title, disable=not self._shown)
 
     def bytes_done(self, count: int) -> None:
         if self._bar is not None:
             self._bar.update(count)
+
+    def steps(self, done: int, total: int) -> None:
+        """Steps of the stage, of which there are `total`."""
+        if self._bar is None or self._bar.total != total:
+            self._close()
+            self._bar = tqdm(total=total, desc=self._title, disable=not self._shown)
+        self._bar.update(done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
 
     def __enter__(self) -> TerminalProgress:
         return self
@@ -33,5 +46,4 @@ class TerminalProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._close()

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gemma3n_onnx.runtime.artifact import Manifest
+
 from .checkpoint import ENCODER_MODULES, Checkpoint
 from .encoders import find_hard_tokens
 from .errors import ExportError
+from .layout import PER_LAYER, TOKENS
+from .scheme import PerRow, Scheme, Storage
 from .slicing import Slice, TensorCut
-from .weights import as_torch, read_cut, rounded
+from .weights import as_stored, as_torch, read_cut
 
 Encode = Callable[..., np.ndarray]
+StorageOf = Callable[[str], Storage]
+"""How a tensor is stored, by its name in the checkpoint: the decoder's and the tables' below its prefix, the encoders'
+below `model.`."""
+
+
+def unchanged(name: str) -> Storage:
+    return "fp32"
+
+
+def stored_in(manifest: Manifest) -> StorageOf:
+    schemes = {
+        name: PerRow() if info.block is None else Scheme(info.bits, info.block, info.method)
+        for name, info in manifest.quantization.items()
+    }
+    return lambda name: schemes.get(name, manifest.storage)
 
 
 def _from_transformers(*names: str) -> list[Any]:
@@ -41,8 +60,8 @@ def _first_line(error: Exception) -> str:
     return str(cause).strip().splitlines()[0].rstrip(".")
 
 
-def load_decoder(checkpoint: Checkpoint, chosen: Slice, stored_as: str | None = None) -> nn.Module:
-    """transformers' Gemma 3n text model in fp32, holding the slice's weights, rounded to `stored_as`.
+def load_decoder(checkpoint: Checkpoint, chosen: Slice, storage_of: StorageOf = unchanged) -> nn.Module:
+    """transformers' Gemma 3n text model in fp32, holding the slice's weights as `storage_of` says they are stored.
 
     The PLE table stays in the checkpoint's file and is read by rows, so that a full-size model fits.
     """
@@ -51,18 +70,18 @@ def load_decoder(checkpoint: Checkpoint, chosen: Slice, stored_as: str | None = 
     config = text_config(**raw.get("text_config", raw))
     with torch.device("meta"):
         reference = causal_lm._from_config(config, attn_implementation="eager").eval()
-    reference.model.embed_tokens_per_layer = _RowsFromCheckpoint(checkpoint, chosen, stored_as)
+    reference.model.embed_tokens_per_layer = _RowsFromCheckpoint(checkpoint, chosen, storage_of(PER_LAYER))
     state: dict[str, Tensor] = {}
     for name, parameter in reference.model.named_parameters():
         values = read_cut(checkpoint, chosen.source_of(name))
         if values.shape != parameter.shape:
             raise ExportError(f"Tensor {name} has shape {list(values.shape)}, not {list(parameter.shape)}.")
-        state[name] = rounded(values.float(), stored_as)
+        state[name] = as_stored(values.float(), storage_of(name))
     reference.model.load_state_dict(state, strict=True, assign=True)
     reference.lm_head.weight = reference.model.embed_tokens.weight
     _materialize_buffers(reference, config)
     if (hard_tokens := find_hard_tokens(checkpoint)) is not None:
-        rows = load_hard_rows(checkpoint, stored_as)
+        rows = load_hard_rows(checkpoint, storage_of(TOKENS))
         reference.model.embed_tokens = _WithHardRows(reference.model.embed_tokens, hard_tokens.rows.first_id, rows)
     return reference
 
@@ -72,29 +91,34 @@ class _WithHardRows(nn.Module):
 
     def __init__(self, embed_tokens: nn.Module, first_id: int, rows: Tensor) -> None:
         super().__init__()
-        self._embed_tokens, self._first_id, self._rows = embed_tokens, first_id, rows
+        self._embed_tokens, self._first_id, self.rows = embed_tokens, first_id, rows
 
     def forward(self, ids: Tensor) -> Tensor:
-        hard = self._rows[(ids - self._first_id).clamp(min=0)]
+        hard = self.rows[(ids - self._first_id).clamp(min=0)]
         return torch.where((ids >= self._first_id)[..., None], hard, self._embed_tokens(ids))
 
 
 class _RowsFromCheckpoint(nn.Module):
     """Stands in for `embed_tokens_per_layer`: scaled rows of ids, read from the file."""
 
-    def __init__(self, checkpoint: Checkpoint, chosen: Slice, stored_as: str | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, chosen: Slice, storage: Storage) -> None:
         super().__init__()
-        self._checkpoint, self._stored_as = checkpoint, stored_as
-        self._cut = chosen.source_of("embed_tokens_per_layer.weight")
+        self._checkpoint, self.storage = checkpoint, storage
+        self._cut = chosen.source_of(PER_LAYER)
         self._scale = chosen.config.hidden_size_per_layer_input**0.5
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = [
-            read_cut(self._checkpoint, TensorCut(self._cut.source, ((i, i + 1),), self._cut.columns))
-            for i in ids.reshape(-1).tolist()
-        ]
-        scaled = torch.cat(rows).float() * self._scale
-        return rounded(scaled, self._stored_as).reshape(*ids.shape, -1)
+        return as_stored(self._rows(ids.reshape(-1).tolist()), self.storage).reshape(*ids.shape, -1)
+
+    def sampled_error(self, storage: Storage, count: int = 64) -> float:
+        """The norm of what storing changes in some rows, as a share of their norm."""
+        table_rows = self._checkpoint.spec(self._cut.source).shape[0]
+        rows = self._rows(range(0, table_rows, max(table_rows // count, 1)))
+        return float((as_stored(rows, storage) - rows).norm() / rows.norm())
+
+    def _rows(self, ids: Iterable[int]) -> Tensor:
+        rows = [read_cut(self._checkpoint, TensorCut(self._cut.source, ((i, i + 1),), self._cut.columns)) for i in ids]
+        return torch.cat(rows).float() * self._scale
 
 
 def _materialize_buffers(reference: nn.Module, config: Any) -> None:
@@ -124,16 +148,17 @@ def decoder_logits(decoder: nn.Module, ids: list[int], last: int) -> np.ndarray:
         return decoder(torch.tensor([ids]), use_cache=False, logits_to_keep=last).logits[0].numpy()
 
 
-def load_encoder(checkpoint: Checkpoint, modality: str, stored_as: str | None = None) -> Encode:
-    """transformers' encoder and embedder in fp32, on the weights rounded to `stored_as`: inputs to [count, H].
+def load_encoder(checkpoint: Checkpoint, modality: str, storage_of: StorageOf = unchanged) -> Encode:
+    """transformers' encoder and embedder in fp32, on the weights as `storage_of` says they are stored: inputs to
+    [count, H].
 
     Raises:
         ExportError: it cannot be built.
     """
     config = _full_config(checkpoint)
     section = getattr(config, f"{modality}_config")
-    tower = _load(checkpoint, ENCODER_MODULES[modality][0], _build_tower(section, modality), stored_as)
-    embedder = _load_embedder(checkpoint, config, modality, stored_as)
+    tower = _load(checkpoint, ENCODER_MODULES[modality][0], _build_tower(section, modality), storage_of)
+    embedder = _load_embedder(checkpoint, config, modality, storage_of)
 
     @torch.no_grad()
     def see(pixel_values: np.ndarray) -> np.ndarray:
@@ -152,7 +177,7 @@ def load_encoder(checkpoint: Checkpoint, modality: str, stored_as: str | None = 
     return see if modality == "vision" else hear
 
 
-def load_hard_rows(checkpoint: Checkpoint, stored_as: str | None = None) -> torch.Tensor:
+def load_hard_rows(checkpoint: Checkpoint, storage: Storage = "fp32") -> torch.Tensor:
     """The embeddings [n, H] of all ids that the embedders have rows for, as transformers computes them."""
     config = _full_config(checkpoint)
     rows = []
@@ -160,9 +185,9 @@ def load_hard_rows(checkpoint: Checkpoint, stored_as: str | None = None) -> torc
         section = getattr(config, f"{modality}_config")
         ids = torch.arange(section.vocab_size)[None] + section.vocab_offset
         with torch.no_grad():
-            rows.append(_load_embedder(checkpoint, config, modality, None)(input_ids=ids)[0])
+            rows.append(_load_embedder(checkpoint, config, modality, unchanged)(input_ids=ids)[0])
     scale = checkpoint.text_config.hidden_size**0.5
-    return rounded(torch.cat(rows) / scale, stored_as) * scale
+    return as_stored(torch.cat(rows) / scale, storage) * scale
 
 
 def _full_config(checkpoint: Checkpoint) -> Any:
@@ -181,18 +206,19 @@ def _build_tower(section: Any, modality: str) -> nn.Module:
         ) from error
 
 
-def _load_embedder(checkpoint: Checkpoint, config: Any, modality: str, stored_as: str | None) -> nn.Module:
+def _load_embedder(checkpoint: Checkpoint, config: Any, modality: str, storage_of: StorageOf) -> nn.Module:
     (embedder_class,) = _from_transformers("Gemma3nMultimodalEmbedder")
     embedder = embedder_class(getattr(config, f"{modality}_config"), config.text_config)
-    return _load(checkpoint, ENCODER_MODULES[modality][1], embedder, stored_as)
+    return _load(checkpoint, ENCODER_MODULES[modality][1], embedder, storage_of)
 
 
-def _load(checkpoint: Checkpoint, name: str, module: nn.Module, stored_as: str | None) -> nn.Module:
-    """The module in fp32, with all its weights from the checkpoint, rounded to `stored_as`."""
+def _load(checkpoint: Checkpoint, name: str, module: nn.Module, storage_of: StorageOf) -> nn.Module:
+    """The module in fp32, with all its weights from the checkpoint, as `storage_of` says they are stored."""
     weights = {
         key: as_torch(checkpoint.raw_read(checkpoint.encoder_raw_name(f"{name}.{key}"))).float()
         for key in module.state_dict()
     }
     module = module.float().eval()
-    module.load_state_dict({k: rounded(value, stored_as) for k, value in weights.items()}, strict=True, assign=True)
+    stored = {key: as_stored(value, storage_of(f"{name}.{key}")) for key, value in weights.items()}
+    module.load_state_dict(stored, strict=True, assign=True)
     return module

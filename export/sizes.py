@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma3n_onnx.export.errors import ExportOptionError, SliceError
+from gemma3n_onnx.export.errors import SliceError
+from gemma3n_onnx.export.layout import text_placements
+from gemma3n_onnx.export.precision import precision_for
 from gemma3n_onnx.export.slicing import SliceSpec, load_slices, resolve
 from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
 
-BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "bf16": 2}
+STORED = ("fp32", "fp16", "int8", "int4")
+"""The precisions whose sizes a table shows; bf16 takes what fp16 takes."""
 
 VISION_TOWER_PARAMETERS = {"mobilenetv5_300m_enc": 294_126_912}
 """By timm architecture, as timm 1.0.17 and later build it."""
@@ -174,17 +177,15 @@ def published_total(config: TextConfig, hf_config: Mapping[str, Any]) -> int:
 
 
 def disk_bytes(config: TextConfig, precision: str) -> int:
-    """Bytes of an exported decoder and its two tables, without the encoders.
+    """Bytes of the weights of an exported decoder and its two tables, without encoders and multimodal rows.
 
     The output head is the token table: both graphs read the one file.
 
     Raises:
-        ExportOptionError: the precision is not fp32, fp16 or bf16.
+        ExportOptionError: there is no such precision.
     """
-    if precision not in BYTES_PER_PARAMETER:
-        raise ExportOptionError(f"Precision {precision!r} is unknown; known are {', '.join(BYTES_PER_PARAMETER)}.")
-    counts = parameter_counts(config)
-    return (counts.text - counts.unused_kv) * BYTES_PER_PARAMETER[precision]
+    places = text_placements(config, precision_for(precision, "cpu"), None)
+    return sum(place.nbytes for place in places.values())
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def slices_table(
                 _total(sliced, hf_config),
                 spec.effective_params_b,
                 spec.mmlu,
-                {precision: disk_bytes(sliced, precision) for precision in BYTES_PER_PARAMETER},
+                {precision: disk_bytes(sliced, precision) for precision in STORED},
             )
         )
     return rows
@@ -247,7 +248,7 @@ def render_table(rows: Iterable[SliceRow]) -> str:
     """Aligned columns, one line a slice; parameters in billions and disk in 10^9 bytes, of small models in millions."""
     rows = list(rows)
     unit, of_bytes, scale = ("M", "MB", 1e6) if max(row.text for row in rows) < SMALL_MODEL else ("B", "GB", 1e9)
-    disk = tuple(f"{precision} {of_bytes}" for precision in BYTES_PER_PARAMETER)
+    disk = tuple(f"{precision} {of_bytes}" for precision in STORED)
     lines = [
         ("name", "layers", f"effective {unit}", f"published {unit}", f"text {unit}", f"total {unit}", "MMLU %", *disk)
     ]
@@ -261,7 +262,7 @@ def render_table(rows: Iterable[SliceRow]) -> str:
                 f"{row.text / scale:.2f}",
                 "-" if row.total is None else f"{row.total / scale:.2f}",
                 "-" if row.mmlu is None else f"{row.mmlu:.1f}",
-                *(f"{row.disk_bytes[precision] / scale:.1f}" for precision in BYTES_PER_PARAMETER),
+                *(f"{row.disk_bytes[precision] / scale:.1f}" for precision in STORED),
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines)]

@@ -301,6 +301,8 @@ class Slice:
     """The decoder that is left."""
     keep: tuple[int, ...]
     """The checkpoint's number of each layer that is left."""
+    mmlu: float | None = None
+    """As published for this slice, in percent."""
 
     @property
     def skipped(self) -> tuple[int, ...]:
@@ -366,9 +368,9 @@ def dropped(names: Iterable[str], slice_: Slice) -> set[str]:
     return unused
 
 
-def whole(config: TextConfig, name: str = "whole") -> Slice:
+def whole(config: TextConfig, name: str = "whole", mmlu: float | None = None) -> Slice:
     """The checkpoint as it is."""
-    return Slice(name, config, config, tuple(range(config.num_layers)))
+    return Slice(name, config, config, tuple(range(config.num_layers)), mmlu)
 
 
 def resolve(spec: SliceSpec, config: TextConfig) -> Slice:
@@ -385,8 +387,9 @@ def resolve(spec: SliceSpec, config: TextConfig) -> Slice:
         SliceError: the checkpoint has too few layers or channels for the slice, or the slice breaks a rule.
     """
     narrow = spec.reference and config.hidden_size != REFERENCE_HIDDEN
+    mmlu = None if narrow else spec.mmlu
     if _is_already(spec, config, narrow):
-        return whole(config, spec.name)
+        return whole(config, spec.name, mmlu)
     layers = len(spec.widths) + len(spec.skipped)
     if layers != config.num_layers:
         raise SliceError(
@@ -407,7 +410,7 @@ def resolve(spec: SliceSpec, config: TextConfig) -> Slice:
         activation_sparsity=tuple(config.activation_sparsity[i] for i in keep),
         num_kv_shared_layers=sum(i >= config.num_kv_layers for i in keep),
     )
-    return Slice(spec.name, config, sliced, keep)
+    return Slice(spec.name, config, sliced, keep, mmlu)
 
 
 def _is_already(spec: SliceSpec, config: TextConfig, narrow: bool) -> bool:

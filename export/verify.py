@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 
 from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.generation import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .checkpoint import Checkpoint
 from .errors import ExportError
-from .pipeline import choose_slice, tensor_shapes
-from .reference import decoder_logits, load_decoder
+from .layout import tensor_shapes
+from .pipeline import choose_slice
+from .reference import StorageOf, decoder_logits, load_decoder, stored_in, unchanged
 from .sizes import parameter_counts
 from .weights import check_tensors
 
 # Largest logit error as a share of the logit range, by the dtype that the artifact computes in, against
 # transformers in fp32 on the weights as the artifact stores them.
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
+QUANTIZED_TOLERANCE = 3e-2  # products of quantized weights take activations in int8
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Parity:
     checkpoint's own weights, so with what the storage precision costs; None where storing loses nothing."""
 
     positions: int
-    storage: str
+    precision: str
     tolerance: float
     graph: Errors
     original: Errors | None
@@ -81,19 +84,18 @@ def verify(
     check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
     continued = [_our_logits(model, list(prompt), new_tokens) for prompt in prompts]
     ours = np.concatenate([logits for _, logits in continued])
-    storage = manifest.token_embeddings.dtype
 
-    def compare(stored_as: str | None) -> Errors:
-        decoder = load_decoder(checkpoint, chosen, stored_as)
+    def compare(storage_of: StorageOf) -> Errors:
+        decoder = load_decoder(checkpoint, chosen, storage_of)
         theirs = [decoder_logits(decoder, ids, len(logits)) for ids, logits in continued]
         return _errors(ours, np.concatenate(theirs))
 
     return Parity(
         positions=len(ours),
-        storage=storage,
-        tolerance=TOLERANCE[manifest.compute_dtype],
-        graph=compare(storage),
-        original=None if _keeps_all(checkpoint, storage) else compare(None),
+        precision=manifest.precision,
+        tolerance=QUANTIZED_TOLERANCE if manifest.quantization else TOLERANCE[manifest.compute_dtype],
+        graph=compare(stored_in(manifest)),
+        original=None if _keeps_all(checkpoint, manifest) else compare(unchanged),
     )
 
 
@@ -106,7 +108,7 @@ def random_prompts(model: OnnxGemma3n, rng: np.random.Generator, count: int, len
 
 def describe(parity: Parity) -> str:
     lines = [f"{parity.positions} positions against transformers (eager, fp32)"]
-    of_weights = "the weights" if parity.original is None else f"the weights rounded to {parity.storage}"
+    of_weights = "the weights" if parity.original is None else f"the weights as stored in {parity.precision}"
     for title, errors in ((of_weights, parity.graph), ("the original weights", parity.original)):
         if errors is not None:
             lines += [
@@ -140,8 +142,11 @@ def _check_same_architecture(model: OnnxGemma3n, config: TextConfig) -> None:
         )
 
 
-def _keeps_all(checkpoint: Checkpoint, storage: str) -> bool:
-    """Whether every value of the checkpoint can be stored as it is."""
+def _keeps_all(checkpoint: Checkpoint, manifest: Manifest) -> bool:
+    """Whether every value of the checkpoint is stored as it is."""
+    if manifest.quantization:
+        return False
+    storage = manifest.storage
     dtypes = {checkpoint.spec(name).dtype for name in checkpoint.text_names()}
     return storage == "fp32" or (storage == "bf16" and dtypes == {"BF16"}) or (storage == "fp16" and dtypes == {"F16"})
 
@@ -162,7 +167,7 @@ def _our_logits(model: OnnxGemma3n, prompt: list[int], new_tokens: int) -> tuple
 
 def _errors(ours: np.ndarray, theirs: np.ndarray) -> Errors:
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
-    kl = _kl(theirs, ours)
+    kl = kl_divergence(theirs, ours)
     return Errors(
         max_error=float(np.abs(ours - theirs).max()),
         logit_range=float(theirs.max() - theirs.min()),
@@ -172,8 +177,8 @@ def _errors(ours: np.ndarray, theirs: np.ndarray) -> Errors:
     )
 
 
-def _kl(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
-    """KL(p || q) in nats for each row."""
+def kl_divergence(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
+    """KL(p || q) in nats for each row of logits [n, V]."""
     p, q = (x - x.max(-1, keepdims=True) for x in (p_logits, q_logits))
     p -= np.log(np.exp(p).sum(-1, keepdims=True))
     q -= np.log(np.exp(q).sum(-1, keepdims=True))

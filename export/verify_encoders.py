@@ -12,10 +12,11 @@ from gemma3n_onnx.runtime.audio import LogMel
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .checkpoint import Checkpoint
-from .reference import load_encoder
+from .reference import load_encoder, stored_in
 
 # Largest error of a feature as a share of the features' range; encoders compute in fp32 whatever they are stored in.
 TOLERANCE = 1e-4
+QUANTIZED_TOLERANCE = 5e-2  # products take activations in int8
 CLIP_SECONDS = (1.0, 5.3, 30.0)
 
 
@@ -25,7 +26,7 @@ class EncoderParity:
 
     modality: str
     errors: Mapping[str, float]
-    tolerance: float = TOLERANCE
+    tolerance: float
 
     @property
     def passed(self) -> bool:
@@ -40,13 +41,13 @@ def verify_encoder(
     Raises:
         ExportError: transformers cannot build the encoder, for instance because timm is not installed.
     """
-    encode = load_encoder(checkpoint, modality, model.manifest.token_embeddings.dtype)
+    encode = load_encoder(checkpoint, modality, stored_in(model.manifest))
     errors = {}
     for name, inputs in _inputs(model, modality, rng).items():
         ours = model.encoders.features(modality, inputs)
         theirs = encode(*inputs.values())
         errors[name] = float(np.abs(ours - theirs).max() / np.ptp(theirs))
-    return EncoderParity(modality, errors)
+    return EncoderParity(modality, errors, QUANTIZED_TOLERANCE if model.manifest.quantization else TOLERANCE)
 
 
 def describe(parity: EncoderParity) -> str:

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from gemma3n_onnx.graphs.passes.quantize_blocks import BlockWeights, QuantizeBlocks
+from gemma3n_onnx.graphs.passes.quantize_dynamic import ChannelWeights, QuantizeDynamic
 from gemma3n_onnx.graphs.passes.store_narrow import StoreNarrow
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, FileInfo
 
 from . import slicing
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ExportError
+from .quantize import dequantize, quantize, quantize_rows
+from .scheme import PerRow, Scheme, Storage
 from .slicing import Slice, TensorCut
 from .trace import DTYPES
 from .writer import ALIGNMENT, HashedFile
 
 BLOCK_BYTES = 32 << 20
 
-IR_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+IR_DTYPES = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+    "uint8": ir.DataType.UINT8,
+    "int8": ir.DataType.INT8,
+}
 
 
 @dataclass(frozen=True)
@@ -36,21 +47,122 @@ class Placement:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * BYTES_PER_VALUE[self.dtype]
+        return math.prod(self.shape) * BYTES_PER_VALUE[self.dtype]
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+    def first_rows(self, count: int) -> Placement:
+        return replace(self, shape=(count, *self.shape[1:]))
+
+
+@dataclass(frozen=True)
+class QuantizedPlacement:
+    """Where a matrix [N, K] lies that `scheme` quantizes: codes [N, K / block, block * bits / 8] uint8, scales
+    [N, K / block] fp16, and zero points where the scheme has them, one after another."""
+
+    scheme: Scheme
+    shape: tuple[int, ...]
+    codes: Placement
+    scales: Placement
+    zeros: Placement | None
+
+    @classmethod
+    def at(cls, file: str, offset: int, shape: tuple[int, ...], scheme: Scheme) -> QuantizedPlacement:
+        rows, columns = shape
+        groups, bits = columns // scheme.block, scheme.bits
+        codes = Placement(file, offset, "uint8", (rows, groups, scheme.block * bits // 8))
+        scales = Placement(file, codes.end, "fp16", (rows, groups))
+        zeros = Placement(file, scales.end, "uint8", (rows, -(-groups * bits // 8))) if scheme.has_zeros else None
+        return cls(scheme, shape, codes, scales, zeros)
+
+    @property
+    def file(self) -> str:
+        return self.codes.file
+
+    @property
+    def offset(self) -> int:
+        return self.codes.offset
+
+    @property
+    def parts(self) -> dict[str, Placement]:
+        parts = {"codes": self.codes, "scales": self.scales}
+        return parts if self.zeros is None else parts | {"zeros": self.zeros}
+
+    @property
+    def end(self) -> int:
+        return (self.zeros or self.scales).end
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.offset
+
+    def first_rows(self, count: int) -> QuantizedPlacement:
+        codes, scales, zeros = (
+            None if part is None else replace(part, shape=(count, *part.shape[1:]))
+            for part in (self.codes, self.scales, self.zeros)
+        )
+        assert codes is not None and scales is not None
+        return QuantizedPlacement(self.scheme, (count, *self.shape[1:]), codes, scales, zeros)
+
+
+@dataclass(frozen=True)
+class RowsPlacement:
+    """Where a matrix [N, K] lies that is quantized by rows: codes [K, N] int8, then scales [N] fp32."""
+
+    shape: tuple[int, ...]
+    codes: Placement
+    scales: Placement
+
+    @classmethod
+    def at(cls, file: str, offset: int, shape: tuple[int, ...]) -> RowsPlacement:
+        rows, columns = shape
+        codes = Placement(file, offset, "int8", (columns, rows))
+        aligned = -(-codes.end // 4) * 4
+        return cls(shape, codes, Placement(file, aligned, "fp32", (rows,)))
+
+    @property
+    def file(self) -> str:
+        return self.codes.file
+
+    @property
+    def offset(self) -> int:
+        return self.codes.offset
+
+    @property
+    def end(self) -> int:
+        return self.scales.end
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.offset
+
+
+AnyPlacement = Placement | QuantizedPlacement | RowsPlacement
 
 
 def lay_out(
-    file: str, shapes: Mapping[str, tuple[int, ...]], dtype: str, *, aligned: bool = True
-) -> dict[str, Placement]:
-    """Puts tensors one after another; `aligned`, those of a page or more begin on a page."""
-    placements, offset = {}, 0
+    file: str, shapes: Mapping[str, tuple[int, ...]], storage: Callable[[str], Storage]
+) -> dict[str, AnyPlacement]:
+    """Puts tensors one after another, those of a page or more at the beginning of one."""
+    placements: dict[str, AnyPlacement] = {}
+    offset = 0
     for name, shape in shapes.items():
-        placement = Placement(file, 0, dtype, shape)
-        alignment = _alignment(placement.nbytes) if aligned else 1
+        placement = _place(file, 0, shape, storage(name))
+        alignment = ALIGNMENT if placement.nbytes >= ALIGNMENT else 64
         offset = -(-offset // alignment) * alignment
-        placements[name] = Placement(file, offset, dtype, shape)
+        placements[name] = _place(file, offset, shape, storage(name))
         offset += placement.nbytes
     return placements
+
+
+def _place(file: str, offset: int, shape: tuple[int, ...], storage: Storage) -> AnyPlacement:
+    if isinstance(storage, Scheme):
+        return QuantizedPlacement.at(file, offset, shape, storage)
+    if isinstance(storage, PerRow):
+        return RowsPlacement.at(file, offset, shape)
+    return Placement(file, offset, storage, shape)
 
 
 def weight_shapes(model: ir.Model) -> dict[str, tuple[int, ...]]:
@@ -59,30 +171,51 @@ def weight_shapes(model: ir.Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape.numpy()) for name, value in weights.items() if value.shape is not None}
 
 
-def attach(model: ir.Model, placements: Mapping[str, Placement]) -> None:
-    """Points the graph's weights at their places, widening those that are stored narrower than they are used.
+def attach(model: ir.Model, placements: Mapping[str, AnyPlacement]) -> None:
+    """Points the graph's weights at their places: those that are stored narrower than they are used are widened, the
+    quantized ones read by operators that take them so.
 
     A name without a place is a defect of the exporter.
     """
     initializers = model.graph.initializers
-    narrow = {n for n in weight_shapes(model) if initializers[n].dtype != IR_DTYPES[placements[n].dtype]}
-    for dtype in {placements[name].dtype for name in narrow}:
-        StoreNarrow({n for n in narrow if placements[n].dtype == dtype}, IR_DTYPES[dtype])(model)
-    for name, value in model.graph.initializers.items():
-        if value.const_value is None:
-            place = placements[name]
-            assert value.shape is not None
-            if tuple(value.shape.numpy()) != place.shape:
-                raise ExportError(f"The graph wants {name} as {value.shape}, the checkpoint gives {place.shape}.")
-            value.const_value = ir.ExternalTensor(
-                place.file,
-                place.offset,
-                place.nbytes,
-                IR_DTYPES[place.dtype],
-                shape=ir.Shape(place.shape),
-                name=name,
-                base_dir="",
-            )
+    places = {name: placements[name] for name in weight_shapes(model)}
+    for name, place in places.items():
+        shape = initializers[name].shape
+        assert shape is not None
+        if tuple(shape.numpy()) != place.shape:
+            raise ExportError(f"The graph wants {name} as {shape}, the checkpoint gives {place.shape}.")
+    quantized = {name: place for name, place in places.items() if isinstance(place, QuantizedPlacement)}
+    QuantizeBlocks({name: _block_weights(name, place) for name, place in quantized.items()})(model)
+    by_rows = {name: place for name, place in places.items() if isinstance(place, RowsPlacement)}
+    QuantizeDynamic({name: _channel_weights(name, place) for name, place in by_rows.items()})(model)
+    plain = {name: place for name, place in places.items() if isinstance(place, Placement)}
+    narrow = {name for name, place in plain.items() if initializers[name].dtype != IR_DTYPES[place.dtype]}
+    for dtype in {plain[name].dtype for name in narrow}:
+        StoreNarrow({name for name in narrow if plain[name].dtype == dtype}, IR_DTYPES[dtype])(model)
+    for name, place in plain.items():
+        initializers[name].const_value = _external(name, place)
+
+
+def _block_weights(name: str, place: QuantizedPlacement) -> BlockWeights:
+    parts = {part: _external(f"{name}.{part}", at) for part, at in place.parts.items()}
+    scheme = place.scheme
+    return BlockWeights(scheme.bits, scheme.block, parts["codes"], parts["scales"], parts.get("zeros"))
+
+
+def _channel_weights(name: str, place: RowsPlacement) -> ChannelWeights:
+    return ChannelWeights(_external(f"{name}.codes", place.codes), _external(f"{name}.scales", place.scales))
+
+
+def _external(name: str, place: Placement) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        place.file,
+        place.offset,
+        place.nbytes,
+        IR_DTYPES[place.dtype],
+        shape=ir.Shape(place.shape),
+        name=name,
+        base_dir="",
+    )
 
 
 def check_tensors(checkpoint: Checkpoint, chosen: Slice, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -127,7 +260,7 @@ class WeightStream:
     def write_file(
         self,
         name: str,
-        placements: Mapping[str, Placement],
+        placements: Mapping[str, AnyPlacement],
         blocks: Callable[[str], Blocks],
         scale: float = 1.0,
     ) -> FileInfo:
@@ -140,12 +273,43 @@ class WeightStream:
         with HashedFile(self.folder / name) as file:
             for tensor, place in placements.items():
                 file.pad_to(place.offset)
-                for block in blocks(tensor):
-                    data = _cast(tensor, block, place.dtype, scale)
-                    file.write(data.reshape(-1).view(np.uint8).data)
-                    self.progress(data.nbytes)
-                assert file.size == place.offset + place.nbytes
+                if isinstance(place, QuantizedPlacement):
+                    self._write_quantized(file, tensor, place, blocks(tensor), scale)
+                elif isinstance(place, RowsPlacement):
+                    self._write_rows(file, tensor, place, blocks(tensor), scale)
+                else:
+                    for block in blocks(tensor):
+                        self._write(file, _cast(tensor, block, place.dtype, scale))
+                assert file.size == place.end
         return file.info()
+
+    def _write_quantized(
+        self, file: HashedFile, name: str, place: QuantizedPlacement, blocks: Blocks, scale: float
+    ) -> None:
+        scales, zeros = [], []
+        for block in blocks:
+            values = torch.from_numpy(_cast(name, block, "fp32", scale))
+            made = quantize(values, place.scheme)
+            if not torch.isfinite(made.scales).all():
+                raise ExportError(f"Tensor {name} has values too large to be quantized; choose --precision bf16.")
+            self._write(file, made.codes.numpy())
+            scales.append(made.scales.numpy())
+            if made.zeros is not None:
+                zeros.append(made.zeros.numpy())
+        for part in (*scales, *zeros):
+            self._write(file, part)
+
+    def _write_rows(self, file: HashedFile, name: str, place: RowsPlacement, blocks: Blocks, scale: float) -> None:
+        """Transposed, so with the whole matrix in memory."""
+        rows = [_cast(name, block, "fp32", scale) for block in blocks]
+        codes, scales = quantize_rows(torch.from_numpy(np.concatenate(rows).reshape(place.shape)))
+        self._write(file, codes.numpy())
+        file.pad_to(place.scales.offset)
+        self._write(file, scales.numpy())
+
+    def _write(self, file: HashedFile, data: np.ndarray) -> None:
+        file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+        self.progress(data.nbytes)
 
 
 def raw_blocks(checkpoint: Checkpoint, raw_name: str) -> Blocks:
@@ -190,9 +354,15 @@ def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:
     return target.view(torch.uint16).numpy() if dtype == "bf16" else target.numpy()
 
 
-def rounded(values: torch.Tensor, dtype: str | None) -> torch.Tensor:
-    """fp32 values as they are after being stored in `dtype`; as they were for None."""
-    return values if dtype is None else values.to(DTYPES[dtype]).float()
+def as_stored(values: torch.Tensor, storage: Storage) -> torch.Tensor:
+    """fp32 values as they are after being stored."""
+    if isinstance(storage, PerRow):
+        codes, scales = quantize_rows(values.flatten(1))
+        return (codes.T * scales[:, None]).view_as(values)
+    if isinstance(storage, Scheme):
+        some = values.split(_rows_of_a_block(tuple(values.shape)))
+        return torch.cat([dequantize(quantize(rows, storage), storage) for rows in some])
+    return values.to(DTYPES[storage]).float()
 
 
 def as_torch(values: np.ndarray) -> torch.Tensor:
@@ -200,7 +370,3 @@ def as_torch(values: np.ndarray) -> torch.Tensor:
     if contiguous.dtype.name == "bfloat16":
         return torch.from_numpy(contiguous.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(contiguous)
-
-
-def _alignment(nbytes: int) -> int:
-    return ALIGNMENT if nbytes >= ALIGNMENT else 64

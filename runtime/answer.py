@@ -11,6 +11,7 @@ from .errors import OptionError
 from .generation import Generation, Timings
 from .kv_cache import KVCache
 from .media import MediaOptions
+from .prefix_cache import PrefixCache
 from .prompt import IncrementalDetokenizer, StopMatcher, Tokenizer
 from .sampling import GenerationOptions, TokenLogprob
 from .slots import PromptTokens
@@ -43,10 +44,11 @@ class Answer:
         options: GenerationOptions,
         cache: KVCache | None = None,
         cached_ids: Sequence[int] = (),
+        kept_prompts: PrefixCache | None = None,
     ) -> None:
         self._prompts = [[*cached_ids, *prompt.ids] for prompt in prompts]
         self._options = options
-        self._generation = Generation(engine, prompts, options, cache, cached_ids)
+        self._generation = Generation(engine, prompts, options, cache, cached_ids, kept_prompts)
         self._rows = [_Row(tokenizer, options) for _ in prompts]
         self._pieces = self._run()
 

@@ -20,11 +20,12 @@ from typing import Any
 from .errors import ArtifactError, ArtifactNotFoundError
 
 FORMAT = "gemma3n-onnx"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "2.0"
 MANIFEST = "manifest.json"
 
-TABLE_DTYPES = ("fp32", "fp16", "bf16")
-BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "int32": 4, "bool": 1}
+FLOAT_DTYPES = ("fp32", "fp16", "bf16")
+QUANTIZED_BITS = {"int4": 4, "int8": 8}
+BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,39 @@ class CacheInfo:
 
 @dataclass(frozen=True)
 class TableInfo:
-    """A raw row-major file of `rows` x `width` values. A row read is multiplied by `scale`."""
+    """A raw row-major file of `rows` x `width` values. A row read is multiplied by `scale`.
+
+    Of `int4` and `int8` the file holds codes from 0 on, the first of two in the low bits, and from `scales_offset`
+    bytes on a scale in fp16 for every `block` values of a row; a value is its scale times code minus 8 or 128.
+    """
 
     file: str
     dtype: str
     rows: int
     width: int
     scale: float
+    block: int | None
+    scales_offset: int | None
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the values alone."""
+        bits = QUANTIZED_BITS.get(self.dtype)
+        return self.width * BYTES_PER_VALUE[self.dtype] if bits is None else self.width * bits // 8
+
+    @property
+    def scale_row_bytes(self) -> int:
+        return 0 if self.block is None else self.width // self.block * BYTES_PER_VALUE["fp16"]
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """How a matrix is quantized: `block` values of a row, or all of them where it is None, share a scale, and a zero
+    point in some methods."""
+
+    bits: int
+    block: int | None
+    method: str
 
 
 @dataclass(frozen=True)
@@ -138,7 +165,12 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`token_embeddings` has `vocab_size` rows, then those of the ids from `first_hard_token_id` on, if any."""
+    """`token_embeddings` has `vocab_size` rows, then those of the ids from `first_hard_token_id` on, if any.
+
+    `quantization` names the matrices of decoder and tables that are quantized; the others are stored as `storage`.
+    `step_bytes`: of weights that a decode step reads, as they are in memory. `mmlu`: the published figure of the slice,
+    in percent.
+    """
 
     format: str
     format_version: str
@@ -146,7 +178,9 @@ class Manifest:
     source: str
     slice: str
     precision: str
+    storage: str
     compute_dtype: str
+    quantization: Mapping[str, BlockInfo]
     target: str
     logits: str
     modalities: tuple[str, ...]
@@ -160,6 +194,8 @@ class Manifest:
     decoder: GraphInfo
     embedding: GraphInfo
     caches: tuple[CacheInfo, ...]
+    step_bytes: int
+    mmlu: float | None
     token_embeddings: TableInfo
     per_layer_embeddings: TableInfo
     first_hard_token_id: int
@@ -267,10 +303,16 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
         require(graph.file in manifest.files, f"the graph {graph.file!r} is not among the files")
     for table in (manifest.token_embeddings, manifest.per_layer_embeddings):
         require(table.file in manifest.files, f"the table {table.file!r} is not among the files")
-        require(table.dtype in TABLE_DTYPES, f"the table {table.file} has the unknown dtype {table.dtype!r}")
+        known = (*FLOAT_DTYPES, *QUANTIZED_BITS)
+        require(table.dtype in known, f"the table {table.file} has the unknown dtype {table.dtype!r}")
         require(table.rows > 0 and table.width > 0, f"the table {table.file} is {table.rows} x {table.width}")
         require(math.isfinite(table.scale), f"the table {table.file} has the scale {table.scale}")
-        needed, found = table.rows * table.width * BYTES_PER_VALUE[table.dtype], manifest.files[table.file].bytes
+        needed, found = table.rows * table.row_bytes, manifest.files[table.file].bytes
+        if table.dtype in QUANTIZED_BITS:
+            block = table.block or 0
+            require(block > 0 and table.width % block == 0, f"the table {table.file} has blocks of {table.block}")
+            require(table.scales_offset == needed, f"the scales of {table.file} begin at {table.scales_offset}")
+            needed += table.rows * table.scale_row_bytes
         require(
             needed == found,
             f"the table {table.file} of {table.rows} x {table.width} {table.dtype} values takes {needed:,} bytes "
@@ -293,7 +335,7 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
         require(0 <= soft.token_id < manifest.vocab_size, f"the soft token {soft.token_id} is not a token")
         require(soft.count > 0 and bool(soft.token), f"there are {soft.count} {name} soft tokens")
     for cache in manifest.caches:
-        require(cache.dtype in TABLE_DTYPES, f"the cache of layer {cache.layer} has the unknown dtype {cache.dtype!r}")
+        require(cache.dtype in FLOAT_DTYPES, f"the cache of layer {cache.layer} has the unknown dtype {cache.dtype!r}")
         sizes = (cache.kv_heads, cache.head_dim, 1 if cache.window is None else cache.window)
         require(min(sizes) > 0, f"the cache of layer {cache.layer} has a size that is not positive")
 

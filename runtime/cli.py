@@ -162,6 +162,40 @@ def run(
 
 
 @cli.command()
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--prompt-tokens", default=1024, show_default=True)
+@click.option("--new-tokens", default=256, show_default=True)
+@click.option("--context", default=4096, show_default=True, help="Tokens that the KV caches have room for.")
+@click.option("--runs", default=3, show_default=True, help="Medians are taken of so many.")
+@click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--threads", type=int, help="Threads of ONNX Runtime.")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="A PNG of speed, memory and MMLU to write.")
+def bench(
+    artifacts: tuple[Path, ...],
+    prompt_tokens: int,
+    new_tokens: int,
+    context: int,
+    runs: int,
+    provider: str,
+    threads: int | None,
+    as_json: bool,
+    plot_file: Path | None,
+) -> None:
+    """Measure speed and memory of the folders ARTIFACTS, each in a process of its own."""
+    from .bench import Sizes, measure_apart, plot, table
+
+    sizes = Sizes(prompt_tokens, new_tokens, context)
+    show = sys.stderr.isatty()
+    with click.progressbar(artifacts, label="Measuring", file=sys.stderr, hidden=not show) as bar:
+        figures = [measure_apart(folder, sizes, runs, provider, threads) for folder in bar]
+    if plot_file is not None:
+        plot(figures, plot_file)
+    everything = [asdict(of) | {"decode_limit": of.decode_limit} for of in figures]
+    click.echo(json.dumps(everything, indent=2) if as_json else table(figures))
+
+
+@cli.command()
 @_artifact
 @click.option("--verify", is_flag=True, help="Read every file and compare its checksum.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")

@@ -20,7 +20,7 @@ class Encoders:
 
     def __init__(self, folder: Path, manifest: Manifest, profile: Profile, threads: int | None = None) -> None:
         self._folder, self._profile, self._threads = folder, profile, threads
-        self._infos = manifest.encoders
+        self._infos, self._quantized = manifest.encoders, bool(manifest.quantization)
         self._width = manifest.token_embeddings.width
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
@@ -61,7 +61,9 @@ class Encoders:
     def _session(self, modality: str, info: VisionInfo | AudioInfo) -> Session:
         with self._lock:
             if modality not in self._sessions:
-                session = Session(self._folder / info.graph.file, self._profile, self._threads)
+                session = Session(
+                    self._folder / info.graph.file, self._profile, self._threads, quantized=self._quantized
+                )
                 _check_signature(session, info)
                 self._sessions[modality] = session
             return self._sessions[modality]

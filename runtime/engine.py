@@ -6,7 +6,7 @@ Shape legend: B rows of the batch, S tokens of one run, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,22 +38,33 @@ class Engine:
         self.manifest, self.profile, self.prefill_chunk = manifest, profile, prefill_chunk
         self._tokens = Table(folder, manifest.token_embeddings, manifest.compute_dtype)
         self._per_layer = Table(folder, manifest.per_layer_embeddings, manifest.compute_dtype)
-        self._session = Session(folder / manifest.decoder.file, profile, threads)
+        quantized = bool(manifest.quantization)
+        self._session = Session(folder / manifest.decoder.file, profile, threads, quantized=quantized)
         _check_graph(self._session, manifest)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         return KVCache(self.manifest.caches, self.profile, rows, capacity)
 
-    def prefill(self, cache: KVCache, row: int, ids: Sequence[int], slots: Sequence[Slot] = ()) -> np.ndarray:
+    def prefill(
+        self,
+        cache: KVCache,
+        row: int,
+        ids: Sequence[int],
+        slots: Sequence[Slot] = (),
+        after_chunk: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
         """Appends `ids` to one row, in chunks of bounded memory; logits [V] fp32 after the last.
 
         The features of `slots`, whose positions count from the first of `ids`, stand in for embeddings.
+        `after_chunk` is told how many tokens the row then has.
         """
         self._require_logits("last")
         binding = self._bind(cache, row, 1)
         logits = self._output(binding, 1, 1)
         for chunk, embeds in self._chunks(ids, slots):
             self._run(binding, chunk, embeds, cache.lengths[row : row + 1])
+            if after_chunk is not None:
+                after_chunk(int(cache.lengths[row]))
         return logits[0, 0]
 
     def evaluate(self, ids: Sequence[int], slots: Sequence[Slot] = ()) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from .engine import Engine
 from .errors import ContextLengthError
 from .kv_cache import KVCache
+from .prefix_cache import PrefixCache
 from .sampling import GenerationOptions, Sampler, TokenCounts, TokenLogprob, log_probabilities, rng_for
 from .slots import PromptTokens
 
@@ -30,10 +31,12 @@ class GeneratedToken:
 class Timings:
     """Seconds and tokens of one generation; a batch shares them. Rates count the tokens of all rows.
 
-    `encoder_seconds` are those of images and clips; the first use of an encoder loads it.
+    `encoder_seconds` are those of images and clips; the first use of an encoder loads it. `cached_tokens` of the prompt
+    were taken from an earlier one and not run.
     """
 
     encoder_seconds: float
+    cached_tokens: int
     prefill_tokens: int
     prefill_seconds: float
     decode_tokens: int
@@ -53,7 +56,8 @@ class Timings:
 class Generation:
     """Iterate for tokens in the order in which they are made; `stop(row)` ends a row early.
 
-    With a `cache` of one row, `prompts[0]` is what follows the tokens that the cache already holds.
+    With a `cache` of one row, `prompts[0]` is what follows the tokens that the cache already holds. Without it, a
+    single prompt may begin as one of `kept_prompts` does, and becomes one of them.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Generation:
         options: GenerationOptions,
         cache: KVCache | None = None,
         cached_ids: Sequence[int] = (),
+        kept_prompts: PrefixCache | None = None,
     ) -> None:
         longest = len(cached_ids) + max(map(len, prompts))
         check_context(engine.manifest.max_context, longest, options.max_new_tokens)
@@ -72,7 +77,8 @@ class Generation:
         self._running = np.ones(len(prompts), dtype=bool)
         self._sampler = Sampler(options)
         self._encoder_seconds = self._prefill_seconds = self._decode_seconds = self._first_token = 0.0
-        self._decode_tokens = 0
+        self._decode_tokens = self._cached_tokens = 0
+        self._kept_prompts = kept_prompts if cache is None and len(prompts) == 1 else None
 
     def stop(self, row: int) -> None:
         self._running[row] = False
@@ -105,11 +111,19 @@ class Generation:
 
     def _prefill(self, row: int, prompt: PromptTokens) -> np.ndarray:
         started = time.perf_counter()
+        kept = self._kept_prompts and self._kept_prompts.begin(prompt.keys(), self._cache)
+        if kept:
+            self._cached_tokens = int(self._cache.lengths[row])
+            prompt = prompt.after(self._cached_tokens)
+        copied = time.perf_counter()
         prompt = prompt.encoded()
         encoded = time.perf_counter()
-        logits = self._engine.prefill(self._cache, row, prompt.ids, prompt.slots)
-        self._encoder_seconds += encoded - started
-        self._prefill_seconds += time.perf_counter() - encoded
+        after_chunk = kept.remember if kept else None
+        logits = self._engine.prefill(self._cache, row, prompt.ids, prompt.slots, after_chunk)
+        if self._kept_prompts and kept:
+            self._kept_prompts.keep(kept)
+        self._encoder_seconds += encoded - copied
+        self._prefill_seconds += time.perf_counter() - encoded + copied - started
         return logits
 
     def _choose(self, row: int, logits: np.ndarray, rng: np.random.Generator, made: int) -> GeneratedToken:
@@ -128,7 +142,8 @@ class Generation:
     def timings(self) -> Timings:
         return Timings(
             encoder_seconds=self._encoder_seconds,
-            prefill_tokens=sum(map(len, self._prompts)),
+            cached_tokens=self._cached_tokens,
+            prefill_tokens=sum(map(len, self._prompts)) - self._cached_tokens,
             prefill_seconds=self._prefill_seconds,
             decode_tokens=self._decode_tokens,
             decode_seconds=self._decode_seconds,

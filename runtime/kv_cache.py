@@ -47,6 +47,26 @@ class KVCache:
             binding.device_buffer(info.past_key, info.present_key, layer.key, first_row, rows)
             binding.device_buffer(info.past_value, info.present_value, layer.value, first_row, rows)
 
+    def copy_windows(self) -> list[np.ndarray]:
+        """What the windowed caches hold, keys and values layer by layer."""
+        return [buffer.array().copy() for layer in self._windowed for buffer in (layer.key, layer.value)]
+
+    def fill_from(self, other: KVCache, tokens: int, windows: list[np.ndarray]) -> None:
+        """Makes the one row hold the first `tokens` of the one of `other`; `windows`: its `copy_windows()` when it held
+        just those."""
+        for ours, theirs in zip(self.layers, other.layers):
+            if ours.info.window is None:
+                ours.key.array()[:, :, :tokens] = theirs.key.array()[:, :, :tokens]
+                ours.value.array()[:, :, :tokens] = theirs.value.array()[:, :, :tokens]
+        buffers = (buffer for layer in self._windowed for buffer in (layer.key, layer.value))
+        for buffer, values in zip(buffers, windows, strict=True):
+            buffer.array()[:] = values
+        self.lengths[:] = tokens
+
+    @property
+    def _windowed(self) -> list[LayerCache]:
+        return [layer for layer in self.layers if layer.info.window is not None]
+
     def truncate(self, row: int, length: int) -> bool:
         """Forgets the tokens of `row` after the first `length`; False (and no change) where windowed
         caches have already dropped positions that the shorter sequence needs."""

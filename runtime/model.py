@@ -13,11 +13,12 @@ from .artifact import Manifest, load_manifest
 from .chat import Chat
 from .encoders import Encoders
 from .engine import PREFILL_CHUNK, Engine
-from .errors import ArtifactError, PromptError
+from .errors import ArtifactError, OptionError, PromptError
 from .fetch import FetchPolicy
 from .media import MediaOptions, MediaReader
 from .messages import MessageReader, items_of
 from .placeholders import Placeholders
+from .prefix_cache import PrefixCache
 from .prompt import ChatTemplate, Tokenizer, encode_plain
 from .session import choose_profile
 from .slots import PromptTokens
@@ -42,9 +43,11 @@ class OnnxGemma3n:
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         fetch: FetchPolicy,
+        kept_prompts: int,
     ) -> None:
         self.manifest, self.engine, self.encoders = manifest, engine, encoders
         self.tokenizer, self.template = tokenizer, template
+        self._kept_prompts = PrefixCache(kept_prompts) if kept_prompts else None
         self._placeholders = Placeholders(manifest)
         self._messages = MessageReader(MediaReader(manifest, fetch), self._placeholders.tokens)
 
@@ -57,6 +60,7 @@ class OnnxGemma3n:
         threads: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         fetch: FetchPolicy | None = None,
+        kept_prompts: int = 1,
     ) -> OnnxGemma3n:
         """Loads an exported folder.
 
@@ -65,6 +69,8 @@ class OnnxGemma3n:
             threads: of ONNX Runtime; None for one for each physical core.
             prefill_chunk: tokens of a prompt that are run at once; less takes less memory.
             fetch: what media may be read from disk and network, and how much of them.
+            kept_prompts: so many prompts keep their KV caches when they are answered, and what a later one begins
+                with alike is not run again; on the CPU only. Their memory goes with `release`.
 
         Raises:
             ArtifactError: the folder is missing, incomplete, damaged or of another version.
@@ -83,7 +89,10 @@ class OnnxGemma3n:
         template = _load_template(folder)
         engine = Engine(folder, manifest, profile, threads=threads, prefill_chunk=prefill_chunk)
         encoders = Encoders(folder, manifest, profile, threads)
-        return cls(manifest, engine, encoders, tokenizer, template, fetch or FetchPolicy())
+        if not isinstance(kept_prompts, int) or isinstance(kept_prompts, bool) or kept_prompts < 0:
+            raise OptionError(f"kept_prompts is {kept_prompts!r}; give a number of prompts, or 0 for none.")
+        keeps = kept_prompts if profile.device == "cpu" else 0
+        return cls(manifest, engine, encoders, tokenizer, template, fetch or FetchPolicy(), keeps)
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """The answer to a prompt, or a list of them to a batch of prompts of any lengths.
@@ -104,7 +113,7 @@ class OnnxGemma3n:
         chosen, media = read_options(options)
         batched = _is_batch(prompt)
         encoded = [self.encode(p, media) for p in (prompt if batched else [prompt])]
-        answer = Answer(self.engine, self.tokenizer, encoded, chosen)
+        answer = Answer(self.engine, self.tokenizer, encoded, chosen, kept_prompts=self._kept_prompts)
         for _ in answer:
             pass
         return answer.results() if batched else answer.results()[0]
@@ -117,15 +126,19 @@ class OnnxGemma3n:
         if _is_batch(prompt):
             raise PromptError("stream takes one prompt; use generate for a batch.")
         chosen, media = read_options(options)
-        return Answer(self.engine, self.tokenizer, [self.encode(prompt, media)], chosen)
+        prompts = [self.encode(prompt, media)]
+        return Answer(self.engine, self.tokenizer, prompts, chosen, kept_prompts=self._kept_prompts)
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation whose KV cache is kept from turn to turn."""
         return Chat(self, system)
 
     def release(self, encoder: str | None = None) -> None:
-        """Frees the memory of the "vision" or the "audio" encoder, or of both; they load again when needed."""
+        """Frees the memory of the "vision" or the "audio" encoder, or of both and of the kept prompts; encoders load
+        again when needed."""
         self.encoders.release(encoder)
+        if encoder is None and self._kept_prompts:
+            self._kept_prompts.clear()
 
     def encode(self, prompt: Any, media: MediaOptions | None = None) -> PromptTokens:
         """Token ids of a prompt in any of its forms, and where its images and clips stand among them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from .errors import ArtifactError, OptionError, ProviderError, RuntimeMissingErr
 
 MINIMUM_VERSION = (1, 31)
 SILENT = 4  # log severity "fatal": what is less comes as an exception, and is told once
+
+NO_PACKING = "session.disable_prepacking"
 
 _ONNX_TYPES = {"fp32": 1, "int64": 7, "fp16": 10, "bf16": 16}
 
@@ -46,7 +49,7 @@ PROFILES = {
         window_slack=0.25,
         session_entries={
             # Float weights stay in the mapped file; packing would copy each of them into private memory.
-            "session.disable_prepacking": "1",
+            NO_PACKING: "1",
             # Narrow weights are widened once, at load. The default limit leaves a large head to every step.
             "optimization.constant_folding_max_output_size_in_bytes": str(1 << 40),
         },
@@ -106,6 +109,14 @@ class Buffer:
                 f"({_first_line(error)}); use a smaller batch, a shorter prompt or fewer max_new_tokens."
             ) from error
 
+    def array(self) -> np.ndarray:
+        """The memory itself, of a buffer on the CPU; bf16 as uint16."""
+        types = {"fp32": ctypes.c_float, "int64": ctypes.c_int64}
+        memory = types.get(self.dtype, ctypes.c_uint16)
+        count = math.prod(self.shape)
+        whole = (memory * count).from_address(self._value.data_ptr())
+        return np.frombuffer(whole, dtype=np.dtype(memory)).reshape(self.shape)
+
     def address(self, row: int) -> int:
         return self._value.data_ptr() + row * (self.nbytes // self.shape[0])
 
@@ -113,7 +124,8 @@ class Buffer:
 class Session:
     """One graph, loaded."""
 
-    def __init__(self, path: Path, profile: Profile, threads: int | None = None) -> None:
+    def __init__(self, path: Path, profile: Profile, threads: int | None = None, *, quantized: bool = False) -> None:
+        """`quantized`: the graph's products read quantized weights, which are fast in packed form only."""
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = SILENT
@@ -122,7 +134,10 @@ class Session:
             if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
                 raise OptionError(f"threads is {threads!r}; give a positive number of threads.")
             options.intra_op_num_threads = threads
-        for key, value in profile.session_entries.items():
+        entries = dict(profile.session_entries)
+        if quantized:
+            entries.pop(NO_PACKING, None)
+        for key, value in entries.items():
             options.add_session_config_entry(key, value)
         providers = [(profile.provider, dict(profile.provider_options))]
         try:

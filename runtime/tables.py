@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .artifact import TableInfo
+from .artifact import QUANTIZED_BITS, TableInfo
 from .errors import ArtifactError
 
 _STORED = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
@@ -32,13 +32,24 @@ class Table:
         Raises:
             ArtifactError: the file has become shorter than its manifest says.
         """
-        stored = np.empty((len(ids), self.info.width), dtype=_STORED[self.info.dtype])
-        row_bytes = stored.strides[0]
-        for row, table_row in zip(stored, ids.tolist()):
-            self._read_into(row.data.cast("B"), table_row * row_bytes)
+        info = self.info
+        values = self._read(ids, 0, info.row_bytes)
+        if info.block is not None and info.scales_offset is not None:
+            scales = self._read(ids, info.scales_offset, info.scale_row_bytes).view(np.float16)
+            rows = dequantize(values, scales, info.block, QUANTIZED_BITS[info.dtype])
+            rows *= np.float32(info.scale)
+            return to_compute_dtype(rows, self._compute)
+        stored = values.view(_STORED[info.dtype])
         if self._compute == "fp16":
-            return stored.astype(np.float16, copy=False) * np.float16(self.info.scale)
-        return to_compute_dtype(_widen(stored, self.info.dtype) * np.float32(self.info.scale), self._compute)
+            return stored.astype(np.float16, copy=False) * np.float16(info.scale)
+        return to_compute_dtype(_widen(stored, info.dtype) * np.float32(info.scale), self._compute)
+
+    def _read(self, ids: np.ndarray, offset: int, row_bytes: int) -> np.ndarray:
+        """uint8 [n, row_bytes], from the rows of that length that begin at `offset`."""
+        read = np.empty((len(ids), row_bytes), dtype=np.uint8)
+        for row, table_row in zip(read, ids.tolist()):
+            self._read_into(row.data, offset + table_row * row_bytes)
+        return read
 
     def _read_into(self, row: memoryview, offset: int) -> None:
         if hasattr(os, "preadv"):
@@ -49,6 +60,14 @@ class Table:
                 count = self._file.readinto(row) or 0
         if count != len(row):
             raise ArtifactError(f"{self.info.file} is shorter than its manifest says; copy or export it again.")
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray, block: int, bits: int) -> np.ndarray:
+    """codes [n, width * bits / 8] uint8, scales [n, width / block] fp16 -> fp32 [n, width]."""
+    if bits == 4:
+        codes = np.stack((codes & 0xF, codes >> 4), axis=-1).reshape(len(codes), -1)
+    centred = codes.astype(np.float32) - np.float32(1 << (bits - 1))
+    return (centred.reshape(len(codes), -1, block) * scales.astype(np.float32)[:, :, None]).reshape(len(codes), -1)
 
 
 def _widen(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -405,7 +405,9 @@ def test_disk_bytes_leave_out_unused_kv():
     wanted = 2 * (4_456_156_768 - 10 * (2 * 512 * 2048 + 256))
     assert disk_bytes(E2B.config, "fp16") == disk_bytes(E2B.config, "bf16") == wanted
     assert disk_bytes(E2B.config, "fp32") == 2 * wanted
-    with pytest.raises(ExportOptionError, match="'fp8' is unknown"):
+    for precision, bits in (("int8", 8 + 16 / 128), ("int4", 4 + 16 / 32)):
+        assert disk_bytes(E2B.config, precision) == pytest.approx(wanted / 16 * bits, rel=0.01)
+    with pytest.raises(ExportOptionError, match="Unknown precision 'fp8'"):
         disk_bytes(E2B.config, "fp8")
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
+from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.reference import decoder_logits, load_decoder, stored_in
+from gemma3n_onnx.export.slicing import whole
 from gemma3n_onnx.export.trace import DTYPES
+from gemma3n_onnx.export.verify import QUANTIZED_TOLERANCE
+from gemma3n_onnx.export.verify_encoders import describe, verify_encoder
 from gemma3n_onnx.runtime import OnnxGemma3n
+from gemma3n_onnx.runtime.engine import Engine
 from gemma3n_onnx.runtime.session import PROFILES, Session
 from gemma3n_onnx.runtime.tables import Table
 from oracle import (
@@ -48,6 +58,33 @@ def test_narrow_storage_equals_transformers_on_rounded_weights(tiny_checkpoint, 
     assert ours.tokens == theirs.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantized_equals_transformers_on_dequantized_weights(
+    shallow_checkpoint, exported, shallow_oracle, tmp_path, precision
+):
+    """To the bound of fp32 without, and to verify's with the int8 activations that its products take."""
+    folder = exported(shallow_checkpoint, precision=precision)
+    model = OnnxGemma3n.from_pretrained(folder)
+    checkpoint = Checkpoint.open(shallow_checkpoint)
+    ours = generate_greedily(model, random_prompt(LONG, seed=8), STEPS)
+    compare(f"{precision} against fp32", ours.logits, oracle_logits(shallow_oracle, ours.oracle_ids, STEPS))
+    decoder = load_decoder(checkpoint, whole(checkpoint.text_config), stored_in(model.manifest))
+    theirs = decoder_logits(decoder, ours.oracle_ids, STEPS)
+    assert_close(f"{precision}, int8 activations", ours.logits, theirs, QUANTIZED_TOLERANCE)
+
+    exact = shutil.copytree(folder, tmp_path / "exact")
+    graph = ir.load(exact / "decoder.onnx")
+    for node in graph.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    ir.save(graph, exact / "decoder.onnx")
+    engine = Engine(exact, model.manifest, PROFILES["cpu"])
+    ours = generate_greedily(SimpleNamespace(engine=engine), random_prompt(LONG, seed=8), STEPS)
+    theirs = decoder_logits(decoder, ours.oracle_ids, STEPS)
+    assert_close(f"{precision}, fp32 activations", ours.logits, theirs, TOLERANCE)
+    assert ours.tokens == theirs.argmax(-1).tolist()
+
+
 def test_fp16_arithmetic_stays_within_its_bound(shallow_checkpoint, exported, shallow_oracle):
     """The graph for CUDA, on the CPU.
 
@@ -65,6 +102,30 @@ def test_fp16_arithmetic_stays_within_its_bound(shallow_checkpoint, exported, sh
     assert error <= 4e-3
     assert kl <= 7e-4
     assert agreement >= 0.95
+
+
+@pytest.mark.parametrize("modality", ["vision", "audio"])
+def test_int8_encoders_equal_transformers_on_dequantized_weights(shallow_multimodal_checkpoint, exported, modality):
+    model = OnnxGemma3n.from_pretrained(exported(shallow_multimodal_checkpoint, precision="int8"))
+    checkpoint = Checkpoint.open(shallow_multimodal_checkpoint)
+    parity = verify_encoder(model, checkpoint, modality, np.random.default_rng(0))
+    print(describe(parity))
+    assert parity.passed
+    assert min(parity.errors.values()) > 1e-4, "nothing was computed in int8"
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_embedding_graph_of_quantized_tables_rounds_their_rows_to_fp16(shallow_checkpoint, exported, precision):
+    folder = exported(shallow_checkpoint, precision=precision)
+    manifest = OnnxGemma3n.from_pretrained(folder).manifest
+    ids = np.array([[0, 1, 2, 5, manifest.per_layer_embeddings.rows - 1]])
+    graph = Session(folder / manifest.embedding.file, PROFILES["cpu"]).run({"input_ids": ids})
+    for name, info in {
+        "inputs_embeds": manifest.token_embeddings,
+        "per_layer_inputs": manifest.per_layer_embeddings,
+    }.items():
+        ours = Table(folder, info, manifest.compute_dtype).rows(ids.reshape(-1)).reshape(*ids.shape, -1)
+        np.testing.assert_allclose(graph[name], ours, rtol=2**-10, atol=1e-6)
 
 
 @pytest.mark.parametrize(("precision", "target"), [("fp32", "cpu"), ("fp16", "cpu"), ("bf16", "cpu"), ("fp16", "cuda")])

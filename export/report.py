@@ -1,0 +1,88 @@
+"""`gemma3n-export --report`: the sensitivity of a decoder to the quantization of each of its tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gemma3n_onnx.runtime.errors import PromptError
+from gemma3n_onnx.runtime.prompt import ChatTemplate, Tokenizer
+
+from .checkpoint import Checkpoint
+from .errors import ExportOptionError
+from .pipeline import ExportOptions, ExportSummary, choose_slice
+from .precision import precision_for
+from .progress import TerminalProgress
+from .reference import stored_in
+from .sensitivity import Report, sensitivities
+
+PROMPTS = (
+    "What is 12 plus 7?",
+    "Count from 3 to 8.",
+    "Repeat: river stone lamp window",
+    "Why is the sky blue, and why does it turn red in the evening?",
+    "Write a function in Python that returns the n-th Fibonacci number.",
+    "Translate into French: The train leaves at seven, and nobody has a ticket.",
+    "The old lighthouse keeper wrote down the weather every night, even when there was nothing to see but fog.",
+    "List three differences between a fjord and a canyon.",
+)
+_SHOWN = 10
+
+
+def check_report(report: Path, prompts: Path | None, options: ExportOptions) -> tuple[str, ...]:
+    """What is measured on, before anything is done.
+
+    Raises:
+        ExportOptionError: the precision quantizes nothing, the report's folder is not there, or the prompts cannot be
+            read.
+    """
+    if precision_for(options.precision, options.target).weights is None:
+        raise ExportOptionError(f"--report is for a quantized --precision, and {options.precision} is none.")
+    if not report.parent.is_dir() or report.is_dir():
+        raise ExportOptionError(f"{report} cannot be written; give a file in a folder that exists.")
+    if prompts is None:
+        return PROMPTS
+    try:
+        lines = tuple(line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportOptionError(f"{prompts} cannot be read as text ({error}); give a file of prompts.") from error
+    if not lines:
+        raise ExportOptionError(f"{prompts} holds no prompt; give one a line.")
+    return lines
+
+
+def measure(
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    summary: ExportSummary,
+    lines: tuple[str, ...],
+    progress: TerminalProgress,
+) -> Report:
+    """Raises ExportError where transformers cannot build the decoder, PromptError where a prompt has no tokens."""
+    progress.stage("Measuring what each tensor costs")
+    chosen = choose_slice(checkpoint, options.slice, options.matformer_config)
+    tokenizer = Tokenizer.from_folder(summary.folder)
+    template = checkpoint.chat_template()
+    asked = lines
+    if template is not None:
+        chat = ChatTemplate(template, {"bos_token": "<bos>", "eos_token": "<eos>"})
+        asked = tuple(chat.render([{"role": "user", "content": line}]) for line in lines)
+    prompts = [tokenizer.encode(text, add_bos=True) for text in asked]
+    if not all(prompts):
+        raise PromptError("A prompt of the report has no tokens; give text.")
+    storage_of = stored_in(summary.manifest)
+    return sensitivities(checkpoint, chosen, options.precision, storage_of, prompts, progress.steps)
+
+
+def write_report(path: Path, report: Report) -> None:
+    path.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def describe_report(report: Report) -> str:
+    lines = [
+        f"KL of all tensors together, over {report.positions} positions: {report.kl_all:.2e} nats; of single ones:"
+    ]
+    lines += [f"  {tensor.kl:.2e}  error {tensor.error:.2%}  {tensor.name}" for tensor in report.tensors[:_SHOWN]]
+    if (left := len(report.tensors) - _SHOWN) > 0:
+        lines.append(f"  and {left} more, which cost less")
+    return "\n".join(lines)

@@ -1,0 +1,74 @@
+"""How matrices are quantized: `export.quantize` does it.
+
+Methods, and where their maths is from:
+    rtn: the largest magnitude becomes the lowest code, all is rounded to nearest (as Q4_0 of llama.cpp).
+    search: rtn, with the scale that makes the squared error least among a few, then refitted to its codes.
+    k-quant: zero points; scale and minimum fitted to the codes by least squares for a few scales, errors weighed by
+        magnitude (llama.cpp, "k-quants", pull request 1684).
+    hqq: zero points; half-quadratic splitting with an l_p norm, p = 0.7 (Badri and Shaji, "Half-Quadratic
+        Quantization of Large Machine Learning Models", 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .errors import ExportOptionError
+
+BITS = (2, 4, 8)
+BLOCKS = (16, 32, 64, 128, 256)
+METHODS = ("rtn", "search", "k-quant", "hqq")
+_ASYMMETRIC = ("k-quant", "hqq")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Raises ExportOptionError for bits, a block or a method that there is not."""
+
+    bits: int
+    block: int
+    method: str = "rtn"
+
+    def __post_init__(self) -> None:
+        for name, known in (("bits", BITS), ("block", BLOCKS), ("method", METHODS)):
+            if getattr(self, name) not in known:
+                raise ExportOptionError(
+                    f"Quantization with {name} {getattr(self, name)} is unknown; choose one of "
+                    f"{', '.join(map(str, known))}."
+                )
+
+    @property
+    def has_zeros(self) -> bool:
+        return self.method in _ASYMMETRIC
+
+    @property
+    def middle(self) -> int:
+        return 1 << (self.bits - 1)
+
+    @property
+    def largest(self) -> int:
+        return (1 << self.bits) - 1
+
+    def fitting(self, columns: int) -> Scheme | None:
+        """With the largest block up to its own that divides `columns`; None where there is none."""
+        block = next((size for size in reversed(BLOCKS) if size <= self.block and columns % size == 0), None)
+        return None if block is None else replace(self, block=block)
+
+    def __str__(self) -> str:
+        return f"int{self.bits} in blocks of {self.block}, {self.method}"
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """Codes of 8 bits with a sign, one scale for each row of a matrix, rounded to nearest; stored transposed. For
+    products whose other operand is quantized when it comes."""
+
+    method = "rows"
+    bits = 8
+
+    def __str__(self) -> str:
+        return "int8 by rows"
+
+
+Storage = str | Scheme | PerRow
+"""How a tensor is stored: a dtype, or quantized."""

@@ -1,0 +1,121 @@
+"""What quantization costs, tensor by tensor: the error of each, and what it alone does to the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .checkpoint import Checkpoint
+from .layout import PER_LAYER, TOKENS
+from .reference import StorageOf, decoder_logits, load_decoder, load_hard_rows
+from .scheme import Scheme
+from .slicing import Slice
+from .verify import kl_divergence
+from .weights import as_stored
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of one tensor: `error`, the norm of what storing changes as a share of its norm; `kl`, mean KL divergence in nats
+    of the logits where it alone is stored so, from those of the original weights."""
+
+    name: str
+    scheme: str
+    error: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """`tensors`, those that cost most first; `kl_all` where all of them are stored so at once."""
+
+    slice: str
+    precision: str
+    positions: int
+    kl_all: float
+    tensors: tuple[Sensitivity, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sensitivities(
+    checkpoint: Checkpoint,
+    chosen: Slice,
+    precision: str,
+    storage_of: StorageOf,
+    prompts: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None],
+) -> Report:
+    """Runs transformers' decoder in fp32 once for each tensor that `storage_of` quantizes; `progress(done, of)`.
+
+    It takes the memory of the whole decoder in fp32 (E2B: 10 GB) but the per-layer embeddings, which are read by rows.
+
+    Raises:
+        ExportError: transformers cannot build the decoder.
+    """
+    decoder = load_decoder(checkpoint, chosen)
+    names = [*(name for name, _ in decoder.model.named_parameters()), PER_LAYER]
+    schemes = {name: scheme for name in names if isinstance(scheme := storage_of(name), Scheme)}
+    run = lambda: _logits(decoder, prompts)  # noqa: E731
+    original = run()
+    found = []
+    for done, (name, scheme) in enumerate(schemes.items()):
+        progress(done, len(schemes) + 1)
+        with _stored(checkpoint, decoder, name, scheme) as error:
+            found.append(Sensitivity(name, str(scheme), error, _mean_kl(original, run())))
+    progress(len(schemes), len(schemes) + 1)
+    whole = _logits(load_decoder(checkpoint, chosen, storage_of), prompts)
+    progress(len(schemes) + 1, len(schemes) + 1)
+    return Report(
+        slice=chosen.name,
+        precision=precision,
+        positions=len(original),
+        kl_all=_mean_kl(original, whole),
+        tensors=tuple(sorted(found, key=lambda tensor: -tensor.kl)),
+    )
+
+
+def _logits(decoder: nn.Module, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.concatenate([decoder_logits(decoder, list(ids), len(ids)) for ids in prompts])
+
+
+def _mean_kl(original: np.ndarray, found: np.ndarray) -> float:
+    return float(kl_divergence(original, found).mean())
+
+
+@contextmanager
+def _stored(checkpoint: Checkpoint, decoder: nn.Module, name: str, scheme: Scheme) -> Iterator[float]:
+    """Has one tensor be as it is stored, meanwhile; gives its error."""
+    if name == PER_LAYER:
+        table: Any = decoder.model.embed_tokens_per_layer
+        before, table.storage = table.storage, scheme
+        try:
+            yield table.sampled_error(scheme)
+        finally:
+            table.storage = before
+        return
+    parameter = _parameter(decoder, name)
+    original = parameter.data
+    parameter.data = as_stored(original, scheme)
+    embeddings: Any = decoder.model.embed_tokens
+    hard = getattr(embeddings, "rows", None) if name == TOKENS else None
+    if hard is not None:
+        embeddings.rows = load_hard_rows(checkpoint, scheme)
+    try:
+        yield float((parameter.data - original).norm() / original.norm())
+    finally:
+        parameter.data = original
+        if hard is not None:
+            embeddings.rows = hard
+
+
+def _parameter(decoder: nn.Module, name: str) -> nn.Parameter:
+    if name == TOKENS:
+        return decoder.lm_head.weight  # type: ignore[union-attr, return-value]
+    return decoder.model.get_parameter(name)  # type: ignore[union-attr, operator]

@@ -1,0 +1,254 @@
+"""Speed and memory of an artifact, beside the limit that the machine's memory sets.
+
+The columns are those of the LiteRT community's model cards. A decode step reads every weight of the decoder and what
+attention sees of the KV caches; no step can take less time than reading that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .artifact import BYTES_PER_VALUE, Manifest, load_manifest
+from .errors import Gemma3nError, OptionError
+from .generation import check_context, peak_memory_bytes
+from .model import OnnxGemma3n
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """`context`: tokens that the KV caches have room for."""
+
+    prompt_tokens: int
+    new_tokens: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Medians of the runs. `private_bytes` has no mapped files in it; `gpu_bytes` is None on the CPU.
+
+    `read_bytes` are those of weights and KV caches that a decode step reads, at the middle of the answer; `bandwidth`
+    is the machine's, in bytes a second, read by as many threads.
+    """
+
+    slice: str
+    precision: str
+    provider: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    context: int
+    load_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    time_to_first_token: float
+    model_bytes: int
+    peak_bytes: int | None
+    private_bytes: int | None
+    gpu_bytes: int | None
+    read_bytes: int
+    bandwidth: float
+    mmlu: float | None
+
+    @property
+    def decode_limit(self) -> float:
+        """Tokens a second that the memory's bandwidth allows."""
+        return self.bandwidth / self.read_bytes
+
+
+def measure(folder: Path, sizes: Sizes, runs: int, provider: str, threads: int | None) -> Figures:
+    """Loads the artifact, warms it up with one short run and takes `runs` others.
+
+    Raises:
+        OptionError: a size or a number of runs out of range. ContextLengthError: sizes beyond the artifact's context.
+    """
+    _check(load_manifest(folder), sizes, runs)
+    before = _private_bytes()
+    started = time.perf_counter()
+    model = OnnxGemma3n.from_pretrained(folder, provider, threads=threads, kept_prompts=0)
+    loaded = time.perf_counter() - started
+    manifest, engine = model.manifest, model.engine
+    used = threads or os.cpu_count() or 1
+    rng = np.random.default_rng(0)
+    prompt = [manifest.bos_token_id, *rng.integers(4, manifest.per_layer_embeddings.rows, sizes.prompt_tokens - 1)]
+    prompt = [int(token) for token in prompt]
+
+    cache = engine.new_cache(1, sizes.context)
+    prefill, decode = [], []
+    engine.prefill(cache, 0, prompt[:8])
+    for _ in range(runs):
+        cache.truncate(0, 0)
+        started = time.perf_counter()
+        logits = engine.prefill(cache, 0, prompt)
+        prefill.append(time.perf_counter() - started)
+        decoder = engine.decoder(cache)
+        token = np.array([logits.argmax()])
+        started = time.perf_counter()
+        for _ in range(sizes.new_tokens):
+            token = decoder.step(token, np.array([True])).argmax(-1)
+        decode.append(time.perf_counter() - started)
+    private, after = _private_bytes(), peak_memory_bytes()
+    return Figures(
+        slice=manifest.slice,
+        precision=manifest.precision,
+        provider=engine.profile.name,
+        threads=used,
+        **asdict(sizes),
+        load_seconds=loaded,
+        prefill_tokens_per_second=sizes.prompt_tokens / statistics.median(prefill),
+        decode_tokens_per_second=sizes.new_tokens / statistics.median(decode),
+        time_to_first_token=statistics.median(prefill),
+        model_bytes=sum(info.bytes for info in manifest.files.values()),
+        peak_bytes=after,
+        private_bytes=None if private is None or before is None else private - before,
+        gpu_bytes=None if engine.profile.device == "cpu" else _gpu_bytes(),
+        read_bytes=read_bytes(manifest, sizes.prompt_tokens + sizes.new_tokens // 2),
+        bandwidth=read_bandwidth(used),
+        mmlu=manifest.mmlu,
+    )
+
+
+def measure_apart(folder: Path, sizes: Sizes, runs: int, provider: str, threads: int | None) -> Figures:
+    """`measure` in a process of its own, so that its memory is the artifact's alone."""
+    _check(load_manifest(folder), sizes, runs)
+    arguments = json.dumps([str(folder), asdict(sizes), runs, provider, threads])
+    code = f"from {__name__} import _child; _child()"
+    done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        told = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise Gemma3nError(f"{folder} could not be measured: {told.removesuffix('.')}.")
+    return Figures(**json.loads(done.stdout))
+
+
+def _child() -> None:
+    folder, sizes, *rest = json.loads(sys.argv[1])
+    try:
+        figures = measure(Path(folder), Sizes(**sizes), *rest)
+    except Gemma3nError as error:
+        sys.exit(str(error))
+    print(json.dumps(asdict(figures)))
+
+
+def _check(manifest: Manifest, sizes: Sizes, runs: int) -> None:
+    for name, value in (*asdict(sizes).items(), ("runs", runs)):
+        if value < 1:
+            raise OptionError(f"{name} is {value}; give a positive number.")
+    check_context(min(sizes.context, manifest.max_context), sizes.prompt_tokens, sizes.new_tokens)
+    check_context(manifest.max_context, sizes.context, 0)
+
+
+def read_bytes(manifest: Manifest, tokens: int) -> int:
+    """Bytes of weights, and of KV caches with `tokens` in them, that one decode step reads."""
+    rows = sum(
+        2 * c.kv_heads * c.head_dim * BYTES_PER_VALUE[c.dtype] * min(tokens, c.window or tokens)
+        for c in manifest.caches
+    )
+    return manifest.step_bytes + rows
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second at which `threads` together read memory that is in no cache."""
+    parts = [np.ones(1 << 26, dtype=np.float32) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        best = min(_seconds(lambda: list(pool.map(np.max, parts))) for _ in range(5))
+    return sum(part.nbytes for part in parts) / best
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _private_bytes() -> int | None:
+    """Resident memory of this process that is no mapped file; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None)
+
+
+def _gpu_bytes() -> int | None:
+    """Memory in use on the first GPU, by any process; None where nvidia-smi is not there."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return int(told.split()[0]) << 20
+
+
+def table(figures: Sequence[Figures]) -> str:
+    """Aligned columns, a line for each."""
+    head = (
+        "slice", "precision", "threads", "in", "out", "prefill tok/s", "decode tok/s", "limit tok/s", "of limit",
+        "first token s", "load s", "model MB", "peak MB", "private MB", "GPU MB",
+    )  # fmt: skip
+    rows = [head, *map(_row, figures)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    )
+
+
+def _row(of: Figures) -> tuple[str, ...]:
+    return (
+        of.slice,
+        of.precision,
+        str(of.threads),
+        str(of.prompt_tokens),
+        str(of.new_tokens),
+        f"{of.prefill_tokens_per_second:.1f}",
+        f"{of.decode_tokens_per_second:.1f}",
+        f"{of.decode_limit:.1f}",
+        f"{of.decode_tokens_per_second / of.decode_limit:.0%}",
+        f"{of.time_to_first_token:.2f}",
+        f"{of.load_seconds:.2f}",
+        *(
+            "-" if n is None else f"{n / 1e6:.0f}"
+            for n in (of.model_bytes, of.peak_bytes, of.private_bytes, of.gpu_bytes)
+        ),
+    )
+
+
+def plot(figures: Sequence[Figures], path: Path) -> None:
+    """A PNG of speed, memory and published MMLU over the slices.
+
+    Raises:
+        OptionError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise OptionError('--plot needs matplotlib; install it with: pip install "gemma3n-onnx[bench]".') from error
+    names = [f"{of.slice}\n{of.precision}" for of in figures]
+    panels: list[tuple[str, list[float]]] = [
+        ("decode, tokens/s", [of.decode_tokens_per_second for of in figures]),
+        ("prefill, tokens/s", [of.prefill_tokens_per_second for of in figures]),
+        ("private memory, GB", [(of.private_bytes or 0) / 1e9 for of in figures]),
+    ]
+    if any(of.mmlu for of in figures):
+        panels.append(("MMLU, % (published)", [of.mmlu or float("nan") for of in figures]))
+    figure = Figure(figsize=(max(6.0, 0.7 * len(figures)), 2.4 * len(panels)), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels):
+        axes.bar(range(len(values)), values, color="#3b6ea5")
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xticks(range(len(names)), names, rotation=60, fontsize=7)
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written ({error.strerror}); give another file for --plot.") from error

@@ -1,0 +1,84 @@
+"""KV caches of earlier prompts, so that what a new prompt begins with alike is not run again.
+
+Full-length caches are appended to, so any beginning of them is that of a shorter prompt. Windowed caches drop what
+leaves the window: they are copied at some positions on the way, the ends of prefill chunks, which lie the further
+apart the further they are from the prompt's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .kv_cache import KVCache
+
+
+@dataclass
+class KeptPrompt:
+    """`keys` of a prompt's tokens, the `cache` that it was run into, and copies of its windowed caches by the number of
+    tokens that they had seen."""
+
+    keys: list[Hashable]
+    cache: KVCache
+    windows: dict[int, list[np.ndarray]] = field(default_factory=dict)
+
+    def remember(self, tokens: int) -> None:
+        """To be called when the first `tokens` are in the cache, in rising order."""
+        self.windows[tokens] = self.cache.copy_windows()
+        for position in _superfluous(sorted(self.windows)):
+            del self.windows[position]
+
+    def usable(self, keys: Sequence[Hashable]) -> int:
+        """The largest remembered position up to which `keys` are the same."""
+        shared = 0
+        for ours, theirs in zip(self.keys, keys):
+            if ours != theirs:
+                break
+            shared += 1
+        return max((position for position in self.windows if position <= shared), default=0)
+
+
+class PrefixCache:
+    """The last `limit` prompts that were run, at least one, the newest last."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: list[KeptPrompt] = []
+
+    def begin(self, keys: list[Hashable], cache: KVCache) -> KeptPrompt:
+        """A prompt that is going to be run into `cache`, of one row, which is filled with the longest beginning of it
+        that is kept. At least one token is left to be run."""
+        best = max(self._kept, key=lambda kept: kept.usable(keys[:-1]), default=None)
+        if best is None or not (tokens := best.usable(keys[:-1])):
+            return KeptPrompt(keys, cache)
+        cache.fill_from(best.cache, tokens, best.windows[tokens])
+        return KeptPrompt(keys, cache, {at: windows for at, windows in best.windows.items() if at <= tokens})
+
+    def keep(self, prompt: KeptPrompt) -> None:
+        """To be called when the prompt has been run. It takes the places of those that it begins with."""
+        rest = [kept for kept in self._kept if prompt.keys[: len(kept.keys)] != kept.keys]
+        self._kept = [*rest, prompt][-self.limit :]
+
+    def clear(self) -> None:
+        self._kept = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            kept.cache.nbytes + sum(part.nbytes for parts in kept.windows.values() for part in parts)
+            for kept in self._kept
+        )
+
+
+def _superfluous(positions: Sequence[int]) -> list[int]:
+    """Of rising positions those that can go: the distances to the last one at least double from each to the next."""
+    last, distance = positions[-1], 0
+    gone = []
+    for position in reversed(positions[:-1]):
+        if last - position < 2 * distance:
+            gone.append(position)
+        else:
+            distance = last - position
+    return gone
