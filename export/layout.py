@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.embedding import HardRows
 
 from . import trace
 from .precision import Precision
-from .weights import AnyPlacement, lay_out
+from .weights import AnyPlacement, RowsPlacement, TablePlacement, lay_out
 
 TOKENS, PER_LAYER = "embed_tokens.weight", "embed_tokens_per_layer.weight"
 DECODER_DATA = "decoder.onnx.data"
@@ -36,3 +38,10 @@ def text_placements(config: TextConfig, precision: Precision, hard_rows: HardRow
         **lay_out(TOKEN_TABLE, tokens, lambda _: tokens_storage),
         **lay_out(PER_LAYER_TABLE, per_layer, lambda _: per_layer_storage),
     }
+
+
+def table_of(placements: Mapping[str, AnyPlacement], name: str) -> TablePlacement:
+    """The place of a table, which is never quantized by rows."""
+    place = placements[name]
+    assert not isinstance(place, RowsPlacement)
+    return place

@@ -19,11 +19,11 @@ from . import processor
 from .checkpoint import Checkpoint
 from .encoders import Encoder
 from .errors import CheckpointError
-from .layout import PER_LAYER, TOKENS
+from .layout import PER_LAYER, TOKENS, table_of
 from .precision import Precision
 from .scheme import PerRow
 from .sizes import parameter_counts
-from .weights import AnyPlacement, QuantizedPlacement, RowsPlacement
+from .weights import AnyPlacement, QuantizedPlacement, RowsPlacement, TablePlacement
 
 PRODUCER = f"gemma3n-onnx {version('gemma3n-onnx')}"
 
@@ -120,8 +120,8 @@ def manifest_of(parts: Exported) -> artifact.Manifest:
         caches=_cache_infos(config, parts.logits, precision),
         step_bytes=_step_bytes(parts),
         mmlu=parts.mmlu,
-        token_embeddings=_table_info(parts.placements[TOKENS], config.hidden_size**0.5),
-        per_layer_embeddings=_table_info(parts.placements[PER_LAYER], 1.0),
+        token_embeddings=_table_info(table_of(parts.placements, TOKENS), config.hidden_size**0.5),
+        per_layer_embeddings=_table_info(table_of(parts.placements, PER_LAYER), 1.0),
         first_hard_token_id=hard_rows.first_id,
         vision=_vision_info(parts),
         audio=_audio_info(parts),
@@ -141,7 +141,7 @@ def _block_info(place: AnyPlacement) -> artifact.BlockInfo | None:
 
 def _step_bytes(parts: Exported) -> int:
     """What is read of all that the decoder holds: the head, which is the token table's first rows, and its own."""
-    head = parts.placements[TOKENS].first_rows(parts.config.vocab_size)
+    head = table_of(parts.placements, TOKENS).first_rows(parts.config.vocab_size)
     own = (place for name, place in parts.placements.items() if name not in (TOKENS, PER_LAYER))
     return sum(_in_memory(place, parts.precision.compute) for place in (head, *own))
 
@@ -155,7 +155,7 @@ def _in_memory(place: AnyPlacement, compute: str) -> int:
     return place.codes.nbytes + math.prod(place.scales.shape) * wide + zeros
 
 
-def _table_info(place: AnyPlacement, scale: float) -> artifact.TableInfo:
+def _table_info(place: TablePlacement, scale: float) -> artifact.TableInfo:
     if isinstance(place, QuantizedPlacement):
         dtype, block, scales_offset = f"int{place.scheme.bits}", place.scheme.block, place.scales.offset
     else:

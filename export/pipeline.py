@@ -34,7 +34,7 @@ from .encoders import (
 )
 from .errors import ExportOptionError
 from .genai import GENAI_CONFIG, genai_config
-from .layout import PER_LAYER_TABLE, TOKENS, tensor_shapes, text_placements
+from .layout import PER_LAYER_TABLE, TOKENS, table_of, tensor_shapes, text_placements
 from .manifest import Exported, TokenIds, graph_info, manifest_of, token_ids
 from .precision import Precision, QuantizationOptions, precision_for
 from .processor import FrontEnds, read_front_ends
@@ -207,7 +207,7 @@ def _trace_graphs(
     soft_ids = {FEATURES[m]: soft.token_id for m, soft in source.front_ends.soft_tokens.items()}
     rows_dtype = precision.storage if precision.tokens is None else "fp16"
     embedding = trace.trace_embedding(config, rows_dtype, precision.compute, source.hard_rows, soft_ids)
-    head = placements[TOKENS].first_rows(config.vocab_size)
+    head = table_of(placements, TOKENS).first_rows(config.vocab_size)
     graphs = {
         "decoder": _Graph(DECODER, decoder, {**placements, HEAD: head}),
         "embedding": _Graph(EMBEDDING, embedding, placements),

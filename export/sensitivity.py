@@ -59,7 +59,7 @@ def sensitivities(
     Raises:
         ExportError: transformers cannot build the decoder.
     """
-    decoder = load_decoder(checkpoint, chosen)
+    decoder: Any = load_decoder(checkpoint, chosen)
     names = [*(name for name, _ in decoder.model.named_parameters()), PER_LAYER]
     schemes = {name: scheme for name in names if isinstance(scheme := storage_of(name), Scheme)}
     run = lambda: _logits(decoder, prompts)  # noqa: E731
@@ -90,7 +90,7 @@ def _mean_kl(original: np.ndarray, found: np.ndarray) -> float:
 
 
 @contextmanager
-def _stored(checkpoint: Checkpoint, decoder: nn.Module, name: str, scheme: Scheme) -> Iterator[float]:
+def _stored(checkpoint: Checkpoint, decoder: Any, name: str, scheme: Scheme) -> Iterator[float]:
     """Has one tensor be as it is stored, meanwhile; gives its error."""
     if name == PER_LAYER:
         table: Any = decoder.model.embed_tokens_per_layer
@@ -115,7 +115,7 @@ def _stored(checkpoint: Checkpoint, decoder: nn.Module, name: str, scheme: Schem
             embeddings.rows = hard
 
 
-def _parameter(decoder: nn.Module, name: str) -> nn.Parameter:
+def _parameter(decoder: Any, name: str) -> nn.Parameter:
     if name == TOKENS:
-        return decoder.lm_head.weight  # type: ignore[union-attr, return-value]
-    return decoder.model.get_parameter(name)  # type: ignore[union-attr, operator]
+        return decoder.lm_head.weight
+    return decoder.model.get_parameter(name)

@@ -139,7 +139,8 @@ class RowsPlacement:
         return self.end - self.offset
 
 
-AnyPlacement = Placement | QuantizedPlacement | RowsPlacement
+TablePlacement = Placement | QuantizedPlacement
+AnyPlacement = TablePlacement | RowsPlacement
 
 
 def lay_out(

@@ -2,7 +2,7 @@
 
 Full-length caches are appended to, so any beginning of them is that of a shorter prompt. Windowed caches drop what
 leaves the window: they are copied at some positions on the way, the ends of prefill chunks, which lie the further
-apart the further they are from the prompt's end.
+apart the further they are from both ends of the prompt.
 """
 
 from __future__ import annotations
@@ -73,12 +73,16 @@ class PrefixCache:
 
 
 def _superfluous(positions: Sequence[int]) -> list[int]:
-    """Of rising positions those that can go: the distances to the last one at least double from each to the next."""
-    last, distance = positions[-1], 0
-    gone = []
+    """Of rising positions those that can go. The others lie the closer the nearer they are to the end, where a
+    conversation goes on, or to the beginning, which other prompts may share: their distances at least double."""
+    last, from_end, from_start = positions[-1], 0, 0
+    needed = {last}
     for position in reversed(positions[:-1]):
-        if last - position < 2 * distance:
-            gone.append(position)
-        else:
-            distance = last - position
-    return gone
+        if last - position >= 2 * from_end:
+            from_end = last - position
+            needed.add(position)
+    for position in positions:
+        if position >= 2 * from_start:
+            from_start = position
+            needed.add(position)
+    return [position for position in positions if position not in needed]

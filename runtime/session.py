@@ -111,7 +111,7 @@ class Buffer:
 
     def array(self) -> np.ndarray:
         """The memory itself, of a buffer on the CPU; bf16 as uint16."""
-        types = {"fp32": ctypes.c_float, "int64": ctypes.c_int64}
+        types: dict[str, Any] = {"fp32": ctypes.c_float, "int64": ctypes.c_int64}
         memory = types.get(self.dtype, ctypes.c_uint16)
         count = math.prod(self.shape)
         whole = (memory * count).from_address(self._value.data_ptr())

@@ -57,7 +57,7 @@ def _replace(graph: ir.Graph, node: ir.Node, whole: ir.Value, weights: BlockWeig
         case other:
             raise AssertionError(f"{whole.name} is used by {other}, which takes no quantized weights")
     old, made = node.outputs[0], new.outputs[0]
-    made.name, made.dtype, made.shape = old.name, old.dtype, old.shape
+    made.name, made.type, made.shape = old.name, old.type, old.shape
     graph.insert_before(node, new)
     old.replace_all_uses_with(made, replace_graph_outputs=True)
     graph.remove(node, safe=True)
@@ -92,7 +92,8 @@ def _rows(graph: ir.Graph, node: ir.Node, whole: ir.Value, weights: BlockWeights
     table, ids = node.inputs
     axis = node.attributes.get("axis")
     assert table is whole and (axis is None or axis.as_int() == 0), f"{node.name} gathers no rows"
-    flat = ir.Shape([weights.codes.shape[0], weights.codes.shape[1] * weights.codes.shape[2]])  # type: ignore[operator]
+    rows, groups, group_bytes = weights.codes.shape.numpy()
+    flat = ir.Shape([rows, groups * group_bytes])
     parts = [_part(graph, weights.codes, flat), ids, _part(graph, weights.scales)]
     if weights.zeros is not None:
         parts.append(_part(graph, weights.zeros))
@@ -112,7 +113,9 @@ def _part(graph: ir.Graph, tensor: ir.TensorProtocol, shape: ir.Shape | None = N
     if name not in graph.initializers:
         if shape is not None:
             tensor = _reshaped(tensor, shape)
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         graph.register_initializer(value)
     return graph.initializers[name]
 

@@ -1,4 +1,7 @@
-"""Computes products in int8: weights quantized by rows, activations as they come (DynamicQuantizeMatMul).
+"""Computes products in int8: weights quantized by rows, activations by rows too (DynamicQuantizeMatMul).
+
+The operator has one scale for all rows of the activations, so each row is divided by its largest magnitude before and
+multiplied by it after: rows of small values keep their eight bits beside rows of large ones.
 
 Matches: every initializer named in `weights`, as the second input of a Gemm with transB = 1 and no bias.
 Refuses: any other use of it (AssertionError); `products` tells which have none.
@@ -13,6 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 _DOMAIN = "com.microsoft"
+_LEAST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -39,17 +43,59 @@ class QuantizeDynamic(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
-        present = {name: weights for name, weights in self.weights.items() if name in graph.initializers}
-        for name, weights in present.items():
-            whole = graph.initializers[name]
-            parts = [_initializer(graph, tensor) for tensor in (weights.codes, weights.scales)]
-            for node in [*whole.consumers()]:
+        present = {name: graph.initializers[name] for name in self.weights if name in graph.initializers}
+        for name, whole in present.items():
+            for node in whole.consumers():
                 assert _is_product(node, whole), f"{name} is used by {node.op_type}, which takes no int8 weights"
-                _replace(graph, node, parts)
+        scaled: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        for node in [*graph]:
+            if _is_gemm(node) and (weight := node.inputs[1]) in present.values():
+                assert weight is not None and weight.name is not None
+                _replace(graph, node, self.weights[weight.name], scaled)
+        for name in present:
             graph.initializers.pop(name)
         if present:
             model.opset_imports[_DOMAIN] = 1
         return PassResult(model, modified=bool(present))
+
+
+def _replace(
+    graph: ir.Graph, node: ir.Node, weights: ChannelWeights, scaled: dict[ir.Value, tuple[ir.Value, ir.Value]]
+) -> None:
+    """`scaled`: the rows of activations that earlier products were given, by what they were made of."""
+    x, out = node.inputs[0], node.outputs[0]
+    assert x is not None
+    if x not in scaled:
+        scaled[x] = _scaled_rows(graph, node, x)
+    rows, magnitudes = scaled[x]
+    parts = [_initializer(graph, tensor) for tensor in (weights.codes, weights.scales)]
+    product = _add(graph, node, "DynamicQuantizeMatMul", [rows, *parts], domain=_DOMAIN)
+    made = _add(graph, node, "Mul", [product, magnitudes])
+    made.name, made.type, made.shape = out.name, out.type, out.shape
+    out.replace_all_uses_with(made, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _scaled_rows(graph: ir.Graph, before: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """x [T, K] as rows between -1 and 1, and the magnitudes [T, 1] that they are to be multiplied by."""
+    last = _initializer(graph, ir.tensor([-1], name="rows.axis"))
+    least = _initializer(graph, ir.tensor([_LEAST], dtype=ir.DataType.FLOAT, name="rows.least"))
+    largest = _add(graph, before, "ReduceMax", [_add(graph, before, "Abs", [x]), last], {"keepdims": 1})
+    magnitudes = _add(graph, before, "Max", [largest, least])
+    return _add(graph, before, "Div", [x, magnitudes]), magnitudes
+
+
+def _add(
+    graph: ir.Graph,
+    before: ir.Node,
+    kind: str,
+    inputs: list[ir.Value],
+    attributes: Mapping[str, int] | None = None,
+    domain: str = "",
+) -> ir.Value:
+    node = ir.node(kind, inputs, attributes or {}, domain=domain, version=1 if domain else None)
+    graph.insert_before(before, node)
+    return node.outputs[0]
 
 
 def _is_product(node: ir.Node, weight: ir.Value) -> bool:
@@ -61,18 +107,11 @@ def _is_gemm(node: ir.Node) -> bool:
     return node.op_type == "Gemm" and not node.domain
 
 
-def _replace(graph: ir.Graph, node: ir.Node, weights: list[ir.Value]) -> None:
-    new = ir.node("DynamicQuantizeMatMul", [node.inputs[0], *weights], domain=_DOMAIN, version=1, name=node.name)
-    old, made = node.outputs[0], new.outputs[0]
-    made.name, made.dtype, made.shape = old.name, old.dtype, old.shape
-    graph.insert_before(node, new)
-    old.replace_all_uses_with(made, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-
-
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(
-        name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
+    """Of that name, registered once."""
+    assert tensor.name is not None
+    if tensor.name not in graph.initializers:
+        of_type = ir.TensorType(tensor.dtype)
+        value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=of_type, const_value=tensor)
+        graph.register_initializer(value)
+    return graph.initializers[tensor.name]

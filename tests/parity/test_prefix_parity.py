@@ -39,7 +39,7 @@ def assert_same(what, ours, theirs):
 @pytest.mark.parametrize("shared", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 5, 6 * CHUNK + 7, 6 * CHUNK + 20])
 def test_another_end_of_the_same_prompt(folder, shallow_oracle, shared):
     first = random_prompt(6 * CHUNK + 20, seed=1)
-    second = [*first[:shared], *random_prompt(2 * WINDOW, seed=2)[1:]]
+    second = [*first[:shared], *random_prompt(2 * WINDOW, seed=9)[1:]]
     model, plain = load(folder), load(folder, kept_prompts=0)
     answer(model, first)
     ours, theirs = answer(model, second), answer(plain, second)
@@ -140,12 +140,12 @@ def test_bad_numbers_of_prompts(folder, value):
     [
         ([10], [10]),
         ([10, 20], [10, 20]),
-        ([10, 20, 30, 40], [20, 30, 40]),
-        ([8, 16, 24, 32, 40, 48, 56, 64], [32, 48, 56, 64]),
-        ([8, 16, 24, 32, 33], [8, 24, 32, 33]),
+        ([10, 20, 30, 40], [10, 20, 30, 40]),
+        ([8, 16, 24, 32, 40, 48, 56, 64], [8, 16, 32, 48, 56, 64]),
+        ([8, 16, 24, 32, 40, 41], [8, 16, 32, 40, 41]),
     ],
 )
-def test_positions_thin_out_away_from_the_end(positions, left):
+def test_positions_thin_out_away_from_both_ends(positions, left):
     assert sorted(set(positions) - set(_superfluous(positions))) == left
 
 
