@@ -61,11 +61,8 @@ def trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model:
     `compute` is the dtype of weights and activations, a key of `DTYPES`.
     """
     model = _trace_decoder(_without_widths(config), logits, compute).clone()
-    for i, width in enumerate(config.intermediate_sizes):
-        shapes = {"gate_proj": (width, config.hidden_size), "down_proj": (config.hidden_size, width)}
-        shapes["up_proj"] = shapes["gate_proj"]
-        for name, shape in shapes.items():
-            model.graph.initializers[f"layers.{i}.mlp.{name}.weight"].shape = ir.Shape(shape)
+    for name, shape in _shapes_of_widths(config).items():
+        model.graph.initializers[name].shape = ir.Shape(shape)
     return model
 
 
@@ -100,8 +97,23 @@ def _without_widths(config: TextConfig) -> TextConfig:
 
 def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the decoder graph, in the order in which the layers use them."""
+    return {**_parameter_shapes(_without_widths(config)), **_shapes_of_widths(config)}
+
+
+@functools.lru_cache(maxsize=8)
+def _parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in Decoder(config, "last").named_parameters()}
+
+
+def _shapes_of_widths(config: TextConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters that the FFN widths decide on."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, width in enumerate(config.intermediate_sizes):
+        for name, shape in (("gate", (width, config.hidden_size)), ("up", (width, config.hidden_size)),
+                            ("down", (config.hidden_size, width))):  # fmt: skip
+            shapes[f"layers.{i}.mlp.{name}_proj.weight"] = shape
+    return shapes
 
 
 @functools.lru_cache(maxsize=8)

@@ -118,10 +118,13 @@ class Generation:
         copied = time.perf_counter()
         prompt = prompt.encoded()
         encoded = time.perf_counter()
-        after_chunk = kept.remember if kept else None
-        logits = self._engine.prefill(self._cache, row, prompt.ids, prompt.slots, after_chunk)
         if self._kept_prompts and kept:
+            # Images and clips come before the question as a rule: what follows them is likely to change.
+            for part in prompt.split_after_slots():
+                logits = self._engine.prefill(self._cache, row, part.ids, part.slots, kept.remember)
             self._kept_prompts.keep(kept)
+        else:
+            logits = self._engine.prefill(self._cache, row, prompt.ids, prompt.slots)
         self._encoder_seconds += encoded - copied
         self._prefill_seconds += time.perf_counter() - encoded + copied - started
         return logits

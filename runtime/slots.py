@@ -55,6 +55,11 @@ class PromptTokens:
         rest = (replace(slot, start=slot.start - count) for slot in self.slots)
         return PromptTokens(self.ids[count:], tuple(slot for slot in rest if slot.stop > 0))
 
+    def split_after_slots(self) -> list[PromptTokens]:
+        """The prompt up to its last slot's end, and the rest; itself where that makes no two parts."""
+        end = max((slot.stop for slot in self.slots), default=0)
+        return [PromptTokens(self.ids[:end], self.slots), self.after(end)] if 0 < end < len(self) else [self]
+
 
 def fill(rows: np.ndarray, first: int, slots: Sequence[Slot], features: Callable[[Slot], np.ndarray]) -> None:
     """Overwrites rows [S, H], which begin at position `first` of a prompt, where slots lie.

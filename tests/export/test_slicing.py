@@ -261,7 +261,7 @@ def test_skipping_a_producer_that_is_no_donor_is_allowed():
 
 def test_e2b_weights_are_e2b_already_and_nothing_larger():
     already = resolve(find_slice("E2B", PUBLISHED), E2B.config)
-    assert already == whole(E2B.config, "E2B")
+    assert already == whole(E2B.config, "E2B", 50.9)
     for larger in ("E4B", "E1.96B", "E2.54B"):
         with pytest.raises(SliceError, match="can only take layers away"):
             resolve(find_slice(larger, PUBLISHED), E2B.config)

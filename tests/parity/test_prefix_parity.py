@@ -129,6 +129,15 @@ def test_another_image_is_another_beginning(shallow_multimodal_checkpoint, expor
         assert (ours.timings.cached_tokens > 100) == kept
 
 
+def test_another_question_about_an_image_runs_the_question_only(shallow_multimodal_model):
+    model = shallow_multimodal_model
+    model.release()
+    for question, kept in (("What is this?", False), ("Where was it made?", True)):
+        timings = model.generate([user(image(1), question)], max_new_tokens=1, image_size=SIZE).timings
+        assert (timings.cached_tokens > 256) == kept
+    assert timings.prefill_tokens < 32
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2"])
 def test_bad_numbers_of_prompts(folder, value):
     with pytest.raises(OptionError, match="kept_prompts"):
