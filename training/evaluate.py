@@ -14,6 +14,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
+from gemma3n_onnx.export.verify import kl_divergence
 from gemma3n_onnx.runtime.answer import GenerationResult
 from gemma3n_onnx.runtime.cli import exit_with_message
 from gemma3n_onnx.runtime.model import OnnxGemma3n
@@ -24,6 +25,8 @@ from .pictures import Picture
 from .sounds import RATE_HZ, Sound
 
 MAX_NEW_TOKENS = 48
+REFERENCE_EACH = 5
+"""Questions of a task on which models are compared."""
 
 
 def sources_of(conversation: Conversation) -> list[Any]:
@@ -40,64 +43,91 @@ def answer(model: OnnxGemma3n, conversation: Conversation) -> GenerationResult:
     return model.generate(messages, max_new_tokens=MAX_NEW_TOKENS, logprobs=0)
 
 
-def surprise(model: OnnxGemma3n, conversation: Conversation) -> float:
-    """-ln p, in nats, of the right answer with the token that ends it."""
+def answer_logits(model: OnnxGemma3n, conversation: Conversation) -> tuple[list[int], np.ndarray]:
+    """The tokens of the right answer, with the one that ends it, and the logits [n, V] fp32 that each is chosen from,
+    given those before."""
     prompt = model.encode(messages_of(conversation, sources_of(conversation))).encoded()
     tokens = model.tokenizer.encode(f"{conversation.turns[-1].answer}<end_of_turn>", add_bos=False)
     cache = model.engine.new_cache(1, len(prompt) + len(tokens))
-    logits = model.engine.prefill(cache, 0, prompt.ids, prompt.slots)
-    decoder, nats = model.engine.decoder(cache), 0.0
-    for token in tokens:
-        nats -= log_probabilities(logits, token, 0).logprob
-        logits = decoder.step(np.array([token]), np.array([True]))[0]
-    return nats
+    logits = [model.engine.prefill(cache, 0, prompt.ids, prompt.slots)]
+    decoder = model.engine.decoder(cache)
+    logits += [decoder.step(np.array([token]), np.array([True]))[0].copy() for token in tokens[:-1]]
+    return tokens, np.stack(logits)
+
+
+def surprise(model: OnnxGemma3n, conversation: Conversation) -> float:
+    """-ln p, in nats, of the right answer with the token that ends it."""
+    tokens, logits = answer_logits(model, conversation)
+    return -sum(log_probabilities(row, token, 0).logprob for token, row in zip(tokens, logits, strict=True))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """`right`: for each task the share of answers that are right to the letter. `nats`: mean `surprise` of them all."""
+    """`right`: for each task the share of answers that are right to the letter. `nats`: mean `surprise` of them all.
+    `kl`: from a reference's choices, mean over the tokens of right answers, in nats; None without a reference."""
 
     right: dict[str, float]
     nats: float
+    kl: float | None = None
 
 
-def examine(model: OnnxGemma3n, tasks: Mapping[str, Sequence[Conversation]]) -> Scores:
-    count = sum(map(len, tasks.values()))
-    right, nats = {}, 0.0
-    with tqdm(total=count, unit="question", disable=None, leave=False) as bar:
-        for task, conversations in tasks.items():
-            answered = 0
-            for asked in conversations:
-                given = answer(model, asked)
-                if given.text == asked.turns[-1].answer:
-                    answered += 1
-                    nats -= sum(token.logprob for token in given.logprobs or ())
-                else:
-                    nats += surprise(model, asked)
-                bar.update()
-            right[task] = answered / len(conversations)
-    return Scores(right, nats / count)
+def examine(
+    model: OnnxGemma3n,
+    tasks: Mapping[str, Sequence[Conversation]],
+    reference: Sequence[tuple[Conversation, np.ndarray]] = (),
+) -> Scores:
+    """`reference`: conversations with the `answer_logits` that another model has for them."""
+    asked = [(task, conversation) for task, of_task in tasks.items() for conversation in of_task]
+    right, nats = dict.fromkeys(tasks, 0), 0.0
+    with tqdm(total=len(asked), unit="question", disable=None, leave=False) as bar:
+        # All questions about a picture one after another: the model keeps what it has seen.
+        for task, conversation in sorted(asked, key=lambda pair: [id(medium) for medium in pair[1].media]):
+            given = answer(model, conversation)
+            if given.text == conversation.turns[-1].answer:
+                right[task] += 1
+                nats -= sum(token.logprob for token in given.logprobs or ())
+            else:
+                nats += surprise(model, conversation)
+            bar.update()
+    kl = [kl_divergence(theirs, answer_logits(model, conversation)[1]) for conversation, theirs in reference]
+    return Scores(
+        {task: right[task] / len(of_task) for task, of_task in tasks.items()},
+        nats / len(asked),
+        float(np.concatenate(kl).mean()) if kl else None,
+    )
 
 
 @click.command()
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--each", default=100, show_default=True, type=click.IntRange(1), help="Questions of each task.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the questions.")
+@click.option(
+    "--reference",
+    "reference_folder",
+    type=click.Path(path_type=Path),
+    help="An artifact from whose choices the others' distance is measured.",
+)
 @click.option("--json", "as_json", is_flag=True)
-def command(artifacts: tuple[Path, ...], each: int, seed: int, as_json: bool) -> None:
-    """Print the share of right answers of exported demos, ARTIFACTS, for every task, and how unlikely they find a
-    right answer."""
+def command(artifacts: tuple[Path, ...], each: int, seed: int, reference_folder: Path | None, as_json: bool) -> None:
+    """Print the share of right answers of exported demos, ARTIFACTS, for every task, how unlikely they find a right
+    answer, and the KL divergence from a reference."""
     tasks = exam(seed, each)
+    reference = []
+    if reference_folder is not None:
+        original = OnnxGemma3n.from_pretrained(reference_folder)
+        some = [conversation for of_task in tasks.values() for conversation in of_task[:REFERENCE_EACH]]
+        reference = [(conversation, answer_logits(original, conversation)[1]) for conversation in some]
     scores: dict[str, Scores] = {}
     for folder in artifacts:
         model = OnnxGemma3n.from_pretrained(folder)
-        scores[f"{model.manifest.slice} {model.manifest.precision}"] = examine(model, tasks)
+        scores[f"{model.manifest.slice} {model.manifest.precision}"] = examine(model, tasks, reference)
     if as_json:
         click.echo(json.dumps({name: asdict(of) for name, of in scores.items()}, indent=2))
         return
     rows = [[task, *(f"{100 * of.right[task]:.1f}" for of in scores.values())] for task in tasks]
     nats = ["nats per right answer", *(f"{of.nats:.4f}" for of in scores.values())]
-    click.echo(_table([["task", *scores], *rows, nats]))
+    kl = [["KL, nats a token", *(f"{of.kl:.2e}" for of in scores.values())]] if reference else []
+    click.echo(_table([["task", *scores], *rows, nats, *kl]))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
