@@ -52,6 +52,11 @@ def _from_transformers(*names: str) -> list[Any]:
         raise ExportError(f"transformers cannot be imported here ({_first_line(error)}); {TORCHVISION}.") from error
 
 
+def check_transformers() -> None:
+    """Raises ExportError where transformers' Gemma 3n cannot be imported."""
+    _from_transformers("Gemma3nForCausalLM")
+
+
 TORCHVISION = "install a torchvision that fits this torch, or none"
 
 

@@ -13,7 +13,7 @@ from .errors import ExportOptionError
 from .pipeline import ExportOptions, ExportSummary, choose_slice
 from .precision import precision_for
 from .progress import TerminalProgress
-from .reference import stored_in
+from .reference import check_transformers, stored_in
 from .sensitivity import Report, sensitivities
 
 PROMPTS = (
@@ -35,11 +35,13 @@ def check_report(report: Path, prompts: Path | None, options: ExportOptions) -> 
     Raises:
         ExportOptionError: the precision quantizes nothing, the report's folder is not there, or the prompts cannot be
             read.
+        ExportError: transformers, which runs the decoder, cannot be imported.
     """
     if precision_for(options.precision, options.target).weights is None:
         raise ExportOptionError(f"--report is for a quantized --precision, and {options.precision} is none.")
     if not report.parent.is_dir() or report.is_dir():
         raise ExportOptionError(f"{report} cannot be written; give a file in a folder that exists.")
+    check_transformers()
     if prompts is None:
         return PROMPTS
     try:

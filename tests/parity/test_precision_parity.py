@@ -58,7 +58,7 @@ def test_narrow_storage_equals_transformers_on_rounded_weights(tiny_checkpoint, 
     assert ours.tokens == theirs.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "mixed", "int4"])
 def test_quantized_equals_transformers_on_dequantized_weights(
     shallow_checkpoint, exported, shallow_oracle, tmp_path, precision
 ):
@@ -114,7 +114,7 @@ def test_int8_encoders_equal_transformers_on_dequantized_weights(shallow_multimo
     assert min(parity.errors.values()) > 1e-4, "nothing was computed in int8"
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "mixed", "int4"])
 def test_embedding_graph_of_quantized_tables_rounds_their_rows_to_fp16(shallow_checkpoint, exported, precision):
     folder = exported(shallow_checkpoint, precision=precision)
     manifest = OnnxGemma3n.from_pretrained(folder).manifest
