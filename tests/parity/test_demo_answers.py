@@ -6,7 +6,6 @@ An exported slice that runs but is wrong somewhere answers nonsense here, whatev
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ SLICES = [spec.name for spec in load_slices(DEMO / "slices.csv").specs]
 WHOLE = "E4B"
 EACH, EACH_OF_OTHERS = 12, 2
 SEED = 77
+WINDOW = 128
 SAME_NATS = 1e-3  # of fp32 log-probabilities, summed over a whole answer
 
 
@@ -142,35 +142,16 @@ def test_the_first_commands_of_the_readme(demo, monkeypatch, question, media, ex
 
 @pytest.mark.parametrize("name", ["E4B", "E2B"])
 def test_onnxruntime_genai_answers_the_same(demo, questions, name):
-    og = pytest.importorskip("onnxruntime_genai")
+    genai_loop = pytest.importorskip("genai_loop")
     folder, model = demo(name)
-    theirs = og.Model(str(folder))
+    theirs = genai_loop.og.Model(str(folder))
     for task in ("describe", "hear", "see and hear", "where", "sum", "repeat"):
         conversation = questions[task][0]
         messages = messages_of(conversation, sources_of(conversation))
         expected = model.generate(messages, max_new_tokens=MAX_NEW_TOKENS)
-        assert genai_tokens(og, theirs, model, messages) == list(expected.token_ids[:-1])
+        prompt, items = model.encode(messages), items_of(model.read(messages, MediaOptions()))
+        feed = genai_loop.by_inputs(prompt, items) if items else genai_loop.by_tokens(prompt)
+        tokens, _ = genai_loop.greedily(theirs, prompt, feed, MAX_NEW_TOKENS, room=WINDOW)
+        assert tokens == list(expected.token_ids[:-1])
         assert expected.finish_reason == "stop"
         assert expected.text == conversation.turns[0].answer
-
-
-def genai_tokens(og, theirs, model: OnnxGemma3n, messages: Sequence[dict]) -> list[int]:
-    """Those of the answer, without the one that ends it."""
-    prompt, items = model.encode(messages), items_of(model.read(messages, MediaOptions()))
-    inputs = og.NamedTensors()
-    inputs["input_ids"] = np.array([prompt.ids], np.int32)
-    for item in items:
-        for key, tensor in item.inputs().items():
-            inputs[key] = tensor
-        size = ("num_image_tokens", 256) if item.modality == "vision" else ("audio_sizes", 188)
-        inputs[size[0]] = np.array([size[1]], np.int64)
-    parameters = og.GeneratorParams(theirs)
-    parameters.set_search_options(max_length=len(prompt) + MAX_NEW_TOKENS + 128, do_sample=False)
-    generator = og.Generator(theirs, parameters)
-    if items:
-        generator.set_inputs(inputs)
-    else:
-        generator.append_tokens(prompt.ids)
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]

@@ -10,10 +10,9 @@ import pytest
 
 from gemma3n_onnx.runtime import OnnxGemma3n
 from gemma3n_onnx.runtime.messages import items_of
+from genai_loop import by_inputs, by_tokens, greedily, og
 from multimodal import OPTIONS, SIZE, clip, image, user
 from oracle import SAME_GRAPH, WINDOW, assert_close, generate_greedily
-
-og = pytest.importorskip("onnxruntime_genai")
 
 NEW_TOKENS = 32
 LONG_TEXT = "Name the longest river, and the sea that it ends in. " * 4
@@ -28,39 +27,6 @@ def full(shallow_multimodal_model, shallow_multimodal_checkpoint, exported):
 def text_only(shallow_multimodal_checkpoint, exported):
     folder = exported(shallow_multimodal_checkpoint, modalities=("text",))
     return OnnxGemma3n.from_pretrained(folder), og.Model(str(folder))
-
-
-def greedily(theirs, prompt, feed):
-    """The library's greedy tokens after `feed(generator)`, and the logits [N, V] that it chose them from."""
-    parameters = og.GeneratorParams(theirs)
-    parameters.set_search_options(max_length=len(prompt) + NEW_TOKENS, do_sample=False)
-    generator = og.Generator(theirs, parameters)
-    feed(generator)
-    tokens, logits = [], []
-    while not generator.is_done() and len(tokens) < NEW_TOKENS:
-        generator.generate_next_token()
-        tokens.append(int(generator.get_sequence(0)[-1]))
-        logits.append(generator.get_output("logits").reshape(-1).copy())
-    return tokens, np.stack(logits)
-
-
-def by_inputs(prompt, items=()):
-    """Feeds the ids and what the encoders read, as the library's own processor does."""
-    tensors = {"input_ids": np.array([prompt.ids], np.int32)}
-    for item in items:
-        tensors |= item.inputs()
-    if any(item.modality == "vision" for item in items):
-        tensors["num_image_tokens"] = np.array([256], np.int64)
-    if any(item.modality == "audio" for item in items):
-        tensors["audio_sizes"] = np.array([188], np.int64)
-
-    def feed(generator):
-        named = og.NamedTensors()
-        for name, tensor in tensors.items():
-            named[name] = tensor
-        generator.set_inputs(named)
-
-    return feed
 
 
 def assert_same_answer(model, messages, theirs):
@@ -84,14 +50,14 @@ MESSAGES = {
 def test_media_through_set_inputs(full, messages):
     model, theirs = full
     prompt, items = model.encode(messages, OPTIONS), items_of(model.read(messages, OPTIONS))
-    assert_same_answer(model, messages, greedily(theirs, prompt, by_inputs(prompt, items)))
+    assert_same_answer(model, messages, greedily(theirs, prompt, by_inputs(prompt, items), NEW_TOKENS))
 
 
 @pytest.mark.parametrize("artifact", ["full", "text_only"])
 def test_text_through_append_tokens(request, artifact):
     model, theirs = request.getfixturevalue(artifact)
     prompt = model.encode(MESSAGES["text"])
-    answer = greedily(theirs, prompt, lambda generator: generator.append_tokens(prompt.ids))
+    answer = greedily(theirs, prompt, by_tokens(prompt), NEW_TOKENS)
     assert_same_answer(model, MESSAGES["text"], answer)
 
 
@@ -109,7 +75,7 @@ def test_the_library_still_takes_one_image_a_prompt(full):
     named["pixel_values"] = np.concatenate([item.inputs()["pixel_values"] for item in items])
     named["num_image_tokens"] = np.array([256, 256], np.int64)
     with pytest.raises(Exception, match="multi-image"):
-        greedily(theirs, prompt, lambda generator: generator.set_inputs(named))
+        greedily(theirs, prompt, lambda generator: generator.set_inputs(named), NEW_TOKENS)
 
 
 @pytest.mark.parametrize(
