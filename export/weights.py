@@ -287,18 +287,23 @@ class WeightStream:
     def _write_quantized(
         self, file: HashedFile, name: str, place: QuantizedPlacement, blocks: Blocks, scale: float
     ) -> None:
-        scales, zeros = [], []
+        # Made at once: kept pieces among large blocks that come and go would leave the heap in tatters.
+        scales = np.empty(place.scales.shape, np.float16)
+        zeros = np.empty(place.zeros.shape, np.uint8) if place.zeros is not None else None
+        done = 0
         for block in blocks:
             values = torch.from_numpy(_cast(name, block, "fp32", scale))
             made = quantize(values, place.scheme)
             if not torch.isfinite(made.scales).all():
                 raise ExportError(f"Tensor {name} has values too large to be quantized; choose --precision bf16.")
             self._write(file, made.codes.numpy())
-            scales.append(made.scales.numpy())
-            if made.zeros is not None:
-                zeros.append(made.zeros.numpy())
-        for part in (*scales, *zeros):
-            self._write(file, part)
+            rows = slice(done, done := done + len(block))
+            scales[rows] = made.scales
+            if zeros is not None and made.zeros is not None:
+                zeros[rows] = made.zeros
+        self._write(file, scales)
+        if zeros is not None:
+            self._write(file, zeros)
 
     def _write_rows(self, file: HashedFile, name: str, place: RowsPlacement, blocks: Blocks, scale: float) -> None:
         """Transposed, so with the whole matrix in memory."""
