@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import one_core  # noqa: F401  # before anything that starts threads
 import oracle_stubs  # noqa: F401  # before anything that imports transformers
 from gemma3n_onnx.export.checkpoint import Checkpoint
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint

@@ -134,6 +134,6 @@ def _scales(graph: ir.Graph, before: ir.Node, tensor: ir.TensorProtocol, dtype: 
         return stored
     name = f"{tensor.name}.wide"
     cast = ir.node("Cast", [stored], {"to": dtype}, name=name)
-    cast.outputs[0].name, cast.outputs[0].dtype = name, dtype
+    cast.outputs[0].name, cast.outputs[0].type = name, ir.TensorType(dtype)
     graph.insert_before(before, cast)
     return cast.outputs[0]

@@ -23,10 +23,11 @@ class StoreNarrow(InPlacePass):
             cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT}, name=f"{name}.to_fp32")
             widened = cast.outputs[0]
             widened.name = f"{name}.fp32"
-            widened.dtype = ir.DataType.FLOAT
+            widened.type = ir.TensorType(ir.DataType.FLOAT)
             stored.replace_all_uses_with(widened)
             cast.replace_input_with(0, stored)
-            stored.dtype = self.storage
+            # A new type: clones of a graph share the type objects of its values.
+            stored.type = ir.TensorType(self.storage)
             casts.append(cast)
         if casts:
             graph.insert_before(graph[0], casts)

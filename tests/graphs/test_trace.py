@@ -140,3 +140,5 @@ def test_narrow_weights_are_widened_where_they_are_used() -> None:
         assert value.dtype == ir.DataType.BFLOAT16
         assert {node.op_type for node in value.consumers()} == {"Cast"}
     assert not StoreNarrow(set(), ir.DataType.BFLOAT16)(stored).modified
+    again = trace.trace_decoder(CONFIG, "last", "fp32")
+    assert {again.graph.initializers[name].dtype for name in shapes} == {ir.DataType.FLOAT}
