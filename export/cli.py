@@ -19,7 +19,7 @@ import click
 from gemma3n_onnx.runtime.cli import exit_with_message
 from gemma3n_onnx.runtime.generation import peak_memory_bytes
 
-from .precision import PRECISIONS, TABLE_BITS, TARGETS, QuantizationOptions
+from .precision import PRECISIONS, PREFILLS, TABLE_BITS, TARGETS, QuantizationOptions
 from .scheme import BLOCKS, METHODS
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ _force = click.option("--force", is_flag=True, help="Replace the output if it ex
 @click.option("--quantizer", help=f"How projections are quantized: {_known(METHODS)}.")
 @click.option("--embedding-bits", type=int, help=f"Of token embeddings and output head: {_known(TABLE_BITS)}.")
 @click.option("--ple-bits", type=int, help=f"Of per-layer embeddings: {_known(TABLE_BITS)}.")
+@click.option("--prefill", help=f"Whether prompts have a decoder of their own: {_known(PREFILLS)}. [default: int8]")
 @click.option("--target", default="cpu", show_default=True, help=f"{' or '.join(TARGETS)}.")
 @click.option(
     "--logits",
@@ -87,6 +88,7 @@ def export_command(
     quantizer: str | None,
     embedding_bits: int | None,
     ple_bits: int | None,
+    prefill: str | None,
     target: str,
     logits: str,
     modalities: str | None,
@@ -104,7 +106,7 @@ def export_command(
     from .writer import check_output
 
     chosen = None if modalities is None else _split(modalities)
-    quantization = QuantizationOptions(block_size, quantizer, embedding_bits, ple_bits)
+    quantization = QuantizationOptions(block_size, quantizer, embedding_bits, ple_bits, prefill)
     options = ExportOptions(slice_name, table, precision, quantization, target, logits, chosen, force)  # type: ignore[arg-type]
     check_options(options)
     lines = None if report is None else check_report(report, report_prompts, options)

@@ -9,10 +9,11 @@ from gemma3n_onnx.graphs.embedding import HardRows
 
 from . import trace
 from .precision import Precision
-from .weights import AnyPlacement, RowsPlacement, TablePlacement, lay_out
+from .scheme import PerRow
+from .weights import AnyPlacement, QuantizedPlacement, RowsPlacement, TablePlacement, lay_out
 
 TOKENS, PER_LAYER = "embed_tokens.weight", "embed_tokens_per_layer.weight"
-DECODER_DATA = "decoder.onnx.data"
+DECODER_DATA, PREFILL_DATA = "decoder.onnx.data", "prefill.onnx.data"
 TOKEN_TABLE, PER_LAYER_TABLE = "token_embeddings.bin", "per_layer_embeddings.bin"
 
 
@@ -38,6 +39,14 @@ def text_placements(config: TextConfig, precision: Precision, hard_rows: HardRow
         **lay_out(TOKEN_TABLE, tokens, lambda _: tokens_storage),
         **lay_out(PER_LAYER_TABLE, per_layer, lambda _: per_layer_storage),
     }
+
+
+def prefill_placements(
+    shapes: Mapping[str, tuple[int, ...]], storage: PerRow, decoder: Mapping[str, AnyPlacement]
+) -> dict[str, AnyPlacement]:
+    """The matrices that prefill has for itself: those of its `shapes` that the decoder quantizes."""
+    own = {name: shape for name, shape in shapes.items() if isinstance(decoder[name], QuantizedPlacement)}
+    return lay_out(PREFILL_DATA, own, lambda _: storage)
 
 
 def table_of(placements: Mapping[str, AnyPlacement], name: str) -> TablePlacement:

@@ -61,7 +61,7 @@ def token_ids(checkpoint: Checkpoint) -> TokenIds:
 @dataclass(frozen=True)
 class Exported:
     """The parts of an export. `placements` are the decoder's and the tables'; `encoders` those that it includes;
-    `graphs` has theirs, "decoder" and "embedding"."""
+    `graphs` has theirs, "decoder", "embedding" and perhaps "prefill"."""
 
     checkpoint: Checkpoint
     slice_name: str
@@ -117,6 +117,7 @@ def manifest_of(parts: Exported) -> artifact.Manifest:
         eos_token_ids=parts.tokens.eos,
         decoder=parts.graphs["decoder"],
         embedding=parts.graphs["embedding"],
+        prefill=parts.graphs.get("prefill"),
         caches=_cache_infos(config, parts.logits, precision),
         step_bytes=_step_bytes(parts),
         mmlu=parts.mmlu,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -17,6 +17,7 @@ import onnx_ir as ir
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Logits
 from gemma3n_onnx.graphs.embedding import HardRows
+from gemma3n_onnx.graphs.passes.only_caches import OnlyCaches
 from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 from gemma3n_onnx.runtime import artifact
 from gemma3n_onnx.runtime.artifact import Manifest
@@ -34,7 +35,16 @@ from .encoders import (
 )
 from .errors import ExportOptionError
 from .genai import GENAI_CONFIG, genai_config
-from .layout import PER_LAYER_TABLE, TOKENS, table_of, tensor_shapes, text_placements
+from .layout import (
+    PER_LAYER,
+    PER_LAYER_TABLE,
+    PREFILL_DATA,
+    TOKENS,
+    prefill_placements,
+    table_of,
+    tensor_shapes,
+    text_placements,
+)
 from .manifest import Exported, TokenIds, graph_info, manifest_of, token_ids
 from .precision import Precision, QuantizationOptions, precision_for
 from .processor import FrontEnds, read_front_ends
@@ -51,7 +61,7 @@ from .weights import (
 )
 from .writer import file_info, staged, write_json
 
-DECODER, EMBEDDING = "decoder.onnx", "embedding.onnx"
+DECODER, PREFILL, EMBEDDING = "decoder.onnx", "prefill.onnx", "embedding.onnx"
 HEAD = "lm_head.weight"
 LOGITS: tuple[str, ...] = get_args(Logits)
 MODALITIES = ("text", *ENCODER_MODULES)
@@ -99,13 +109,16 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     source = _read_source(checkpoint, chosen, options.modalities)
     placements = text_placements(chosen.config, precision, source.hard_rows)
 
-    with staged(output, force=options.force, needed_bytes=_needed_bytes(placements, source, precision)) as folder:
+    needed = _needed_bytes(chosen.config, placements, source, precision)
+
+    with staged(output, force=options.force, needed_bytes=needed) as folder:
         graphs = _trace_graphs(chosen.config, source, precision, options.logits, placements, progress)
         for graph in graphs.values():
             attach(graph.model, graph.weights)
             ir.save(graph.model, folder / graph.file)
         progress.stage("Writing weights")
-        files = _write_weights(folder, checkpoint, chosen, source, {**placements, **_encoder_weights(graphs)}, progress)
+        weights = [placements, _prefill_weights(graphs), _encoder_weights(graphs)]
+        files = _write_weights(folder, checkpoint, chosen, source, weights, progress)
         _copy_companions(checkpoint, folder, chosen.hf_config(checkpoint.config))
         manifest = manifest_of(
             Exported(
@@ -212,6 +225,11 @@ def _trace_graphs(
         "decoder": _Graph(DECODER, decoder, {**placements, HEAD: head}),
         "embedding": _Graph(EMBEDDING, embedding, placements),
     }
+    if precision.prefill is not None and logits == "last":
+        prefill = trace.trace_decoder(config, logits, precision.compute)
+        OnlyCaches()(prefill)
+        own = prefill_placements(weight_shapes(prefill), precision.prefill, placements)
+        graphs["prefill"] = _Graph(PREFILL, prefill, {**placements, **own})
     for modality, encoder in source.encoders.items():
         progress.stage(f"Tracing the {modality} encoder")
         model = encoder.trace()
@@ -225,9 +243,22 @@ def _encoder_weights(graphs: Mapping[str, _Graph]) -> dict[str, AnyPlacement]:
     return {name: place for key in FEATURES if key in graphs for name, place in graphs[key].weights.items()}
 
 
-def _needed_bytes(placements: Mapping[str, AnyPlacement], source: _Source, precision: Precision) -> int:
+def _prefill_weights(graphs: Mapping[str, _Graph]) -> dict[str, AnyPlacement]:
+    """Those that are its own."""
+    weights = graphs["prefill"].weights if "prefill" in graphs else {}
+    return {name: place for name, place in weights.items() if place.file == PREFILL_DATA}
+
+
+def _needed_bytes(
+    config: TextConfig, placements: Mapping[str, AnyPlacement], source: _Source, precision: Precision
+) -> int:
+    """Not less than what is written: prefill is counted with all of its last layer."""
     encoders = (math.prod(shape) for encoder in source.encoders.values() for shape in encoder.shapes.values())
     text = sum(place.nbytes for place in placements.values())
+    if precision.prefill is not None:
+        upper = tuple(f"layers.{i}." for i in range(config.num_kv_layers, config.num_layers))
+        matrices = (place for name, place in placements.items() if not name.startswith((*upper, TOKENS, PER_LAYER)))
+        text += sum(math.prod(place.shape) for place in matrices)
     return text + sum(encoders) * artifact.BYTES_PER_VALUE[precision.storage] + _SMALL_FILES_BYTES
 
 
@@ -236,12 +267,13 @@ def _write_weights(
     checkpoint: Checkpoint,
     chosen: slicing.Slice,
     source: _Source,
-    placements: Mapping[str, AnyPlacement],
+    weights: Sequence[Mapping[str, AnyPlacement]],
     progress: Progress,
 ) -> dict[str, artifact.FileInfo]:
     by_file: dict[str, dict[str, AnyPlacement]] = {}
-    for name, place in placements.items():
-        by_file.setdefault(place.file, {})[name] = place
+    for placements in weights:
+        for name, place in placements.items():
+            by_file.setdefault(place.file, {})[name] = place
 
     def blocks(name: str) -> Blocks:
         if name == TOKENS and source.hard_tokens is not None:
@@ -251,7 +283,7 @@ def _write_weights(
             return raw_blocks(checkpoint, checkpoint.encoder_raw_name(name))
         return cut_blocks(checkpoint, chosen.source_of(name))
 
-    progress.bytes_total(sum(place.nbytes for place in placements.values()))
+    progress.bytes_total(sum(place.nbytes for of_file in by_file.values() for place in of_file.values()))
     stream = WeightStream(folder, progress.bytes_done)
     scales = {PER_LAYER_TABLE: chosen.config.hidden_size_per_layer_input**0.5}
     return {file: stream.write_file(file, of_file, blocks, scales.get(file, 1.0)) for file, of_file in by_file.items()}

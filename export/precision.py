@@ -10,6 +10,8 @@ from .scheme import PerRow, Scheme, Storage
 
 TARGETS = ("cpu", "cuda")
 TABLE_BITS = (4, 8)
+PREFILLS = ("int8", "shared")
+"""Whether prompts have a decoder of their own, in int8, or share the one that answers."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Precision:
 
     `weights` quantizes the decoder's projections, but those of `exceptions`, by the ends of their names without
     ".weight"; `tokens` the token embeddings, which are the output head too; `per_layer` the per-layer embeddings;
-    `encoders` the products of the encoders.
+    `encoders` the products of the encoders; `prefill` those of a second decoder, for prompts.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Precision:
     tokens: Scheme | None = None
     per_layer: Scheme | None = None
     encoders: PerRow | None = None
+    prefill: PerRow | None = None
 
     def of_encoder(self, name: str, products: Collection[str]) -> Storage:
         """How a tensor of an encoder is stored; `products` are those that are weights of products only."""
@@ -66,11 +69,14 @@ class QuantizationOptions:
     method: str | None = None
     embedding_bits: int | None = None
     ple_bits: int | None = None
+    prefill: str | None = None
+    """One of `PREFILLS`."""
 
     @property
     def given(self) -> dict[str, int | str]:
         """By the names of the command line's options."""
         values = {
+            "--prefill": self.prefill,
             "--block-size": self.block,
             "--quantizer": self.method,
             "--embedding-bits": self.embedding_bits,
@@ -93,6 +99,7 @@ _SUPPORTED = {
         tokens=Scheme(8, 128),
         per_layer=Scheme(8, 128),
         encoders=PerRow(),
+        prefill=PerRow(),
     ),
     ("int4", "cpu"): Precision(
         "int4",
@@ -102,6 +109,7 @@ _SUPPORTED = {
         tokens=Scheme(4, 32, "search"),
         per_layer=Scheme(4, 32),
         encoders=PerRow(),
+        prefill=PerRow(),
     ),
     # What `--report` finds on the demo: the attention's projections, a sixth of the weights, cost 70 % of the KL.
     ("mixed", "cpu"): Precision(
@@ -113,6 +121,7 @@ _SUPPORTED = {
         tokens=Scheme(4, 32, "search"),
         per_layer=Scheme(4, 32),
         encoders=PerRow(),
+        prefill=PerRow(),
     ),
     ("fp16", "cuda"): Precision("fp16", storage="fp16", compute="fp16"),
     ("bf16", "cuda"): Precision("bf16", storage="bf16", compute="bf16"),
@@ -146,6 +155,9 @@ def _with_options(precision: Precision, options: QuantizationOptions) -> Precisi
         if bits is not None and bits not in TABLE_BITS:
             raise ExportOptionError(f"{option} is {bits}; choose one of {', '.join(map(str, TABLE_BITS))}.")
 
+    if options.prefill is not None and options.prefill not in PREFILLS:
+        raise ExportOptionError(f"--prefill is {options.prefill!r}; choose {' or '.join(PREFILLS)}.")
+
     def changed(scheme: Scheme) -> Scheme:
         return replace(scheme, block=options.block or scheme.block, method=options.method or scheme.method)
 
@@ -155,4 +167,5 @@ def _with_options(precision: Precision, options: QuantizationOptions) -> Precisi
         exceptions={end: changed(scheme) for end, scheme in precision.exceptions.items()},
         tokens=replace(tokens, block=options.block or tokens.block, bits=options.embedding_bits or tokens.bits),
         per_layer=replace(per_layer, block=options.block or per_layer.block, bits=options.ple_bits or per_layer.bits),
+        prefill=None if options.prefill == "shared" else precision.prefill,
     )

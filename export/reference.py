@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,13 @@ def stored_in(manifest: Manifest) -> StorageOf:
         for name, info in manifest.quantization.items()
     }
     return lambda name: schemes.get(name, manifest.storage)
+
+
+def stored_for_prefill(manifest: Manifest) -> StorageOf:
+    """Of the prefill graph: by rows what the decoder has in blocks."""
+    blocks = {name for name, info in manifest.quantization.items() if info.block is not None} - {TOKENS, PER_LAYER}
+    decoder = stored_in(manifest)
+    return lambda name: PerRow() if name in blocks else decoder(name)
 
 
 def _from_transformers(*names: str) -> list[Any]:
@@ -151,6 +158,29 @@ def decoder_logits(decoder: nn.Module, ids: list[int], last: int) -> np.ndarray:
     """transformers' logits [last, V] at the last positions of `ids`."""
     with torch.no_grad():
         return decoder(torch.tensor([ids]), use_cache=False, logits_to_keep=last).logits[0].numpy()
+
+
+def prefilled_logits(
+    load: Callable[[StorageOf], nn.Module],
+    storages: tuple[StorageOf, StorageOf],
+    prompts: Sequence[list[int]],
+    last: int,
+) -> list[np.ndarray]:
+    """transformers' logits [last, V] at the last positions of each prompt, of which two decoders read a part each.
+
+    `storages`: of the weights that read all but the last `last` tokens, and of those that read these. `load` is called
+    for one after the other, so that one is in memory at once.
+    """
+    with torch.no_grad():
+        decoder = load(storages[0])
+        pasts = [decoder(torch.tensor([ids[:-last]]), logits_to_keep=1).past_key_values for ids in prompts]
+        del decoder
+        decoder = load(storages[1])
+        rests = [torch.tensor([ids[-last:]]) for ids in prompts]
+        return [
+            decoder(rest, past_key_values=past, logits_to_keep=last).logits[0].numpy()
+            for rest, past in zip(rests, pasts)
+        ]
 
 
 def load_encoder(checkpoint: Checkpoint, modality: str, storage_of: StorageOf = unchanged) -> Encode:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.runtime.artifact import Manifest
@@ -17,7 +18,15 @@ from .checkpoint import Checkpoint
 from .errors import ExportError
 from .layout import tensor_shapes
 from .pipeline import choose_slice
-from .reference import StorageOf, decoder_logits, load_decoder, stored_in, unchanged
+from .reference import (
+    StorageOf,
+    decoder_logits,
+    load_decoder,
+    prefilled_logits,
+    stored_for_prefill,
+    stored_in,
+    unchanged,
+)
 from .sizes import parameter_counts
 from .weights import check_tensors
 
@@ -44,18 +53,20 @@ class Errors:
 
 @dataclass(frozen=True)
 class Parity:
-    """`graph`: against the weights as stored, which is what the verdict is on. `original`: against the
-    checkpoint's own weights, so with what the storage precision costs; None where storing loses nothing."""
+    """`graph`: against the weights as stored, which is what the verdict is on. `prefill`: the same, with a prefill
+    graph that has weights of its own reading the prompt; None where there is none. `original`: against the checkpoint's
+    own weights, so with what the storage precision costs; None where storing loses nothing."""
 
     positions: int
     precision: str
     tolerance: float
     graph: Errors
+    prefill: Errors | None
     original: Errors | None
 
     @property
     def passed(self) -> bool:
-        return self.graph.relative_error <= self.tolerance
+        return max(of.relative_error for of in (self.graph, self.prefill) if of is not None) <= self.tolerance
 
 
 def verify(
@@ -82,19 +93,32 @@ def verify(
     chosen = choose_slice(checkpoint, slice_name, table)
     _check_same_architecture(model, chosen.config)
     check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
+    prefill_graph = model.engine.prefill_graph
+    prefill_graph.release()
+    prefill_graph.budget = 0
     continued = [_our_logits(model, list(prompt), new_tokens) for prompt in prompts]
-    ours = np.concatenate([logits for _, logits in continued])
+
+    def load(storage_of: StorageOf) -> nn.Module:
+        return load_decoder(checkpoint, chosen, storage_of)
 
     def compare(storage_of: StorageOf) -> Errors:
-        decoder = load_decoder(checkpoint, chosen, storage_of)
+        decoder = load(storage_of)
         theirs = [decoder_logits(decoder, ids, len(logits)) for ids, logits in continued]
-        return _errors(ours, np.concatenate(theirs))
+        return _errors([logits for _, logits in continued], theirs)
+
+    def compare_prefill() -> Errors:
+        prefill_graph.load()
+        ours = [_our_logits(model, list(prompt), new_tokens) for prompt in prompts]
+        storages = stored_for_prefill(manifest), stored_in(manifest)
+        theirs = prefilled_logits(load, storages, [ids for ids, _ in ours], new_tokens)
+        return _errors([logits for _, logits in ours], theirs)
 
     return Parity(
-        positions=len(ours),
+        positions=sum(len(logits) for _, logits in continued),
         precision=manifest.precision,
         tolerance=QUANTIZED_TOLERANCE if manifest.quantization else TOLERANCE[manifest.compute_dtype],
         graph=compare(stored_in(manifest)),
+        prefill=None if manifest.prefill is None else compare_prefill(),
         original=None if _keeps_all(checkpoint, manifest) else compare(unchanged),
     )
 
@@ -109,7 +133,9 @@ def random_prompts(model: OnnxGemma3n, rng: np.random.Generator, count: int, len
 def describe(parity: Parity) -> str:
     lines = [f"{parity.positions} positions against transformers (eager, fp32)"]
     of_weights = "the weights" if parity.original is None else f"the weights as stored in {parity.precision}"
-    for title, errors in ((of_weights, parity.graph), ("the original weights", parity.original)):
+    of_prefill = f"{of_weights}, the prompt on those of its own graph"
+    found = ((of_weights, parity.graph), (of_prefill, parity.prefill), ("the original weights", parity.original))
+    for title, errors in found:
         if errors is not None:
             lines += [
                 f"on {title}:",
@@ -165,8 +191,8 @@ def _our_logits(model: OnnxGemma3n, prompt: list[int], new_tokens: int) -> tuple
     return ids, np.stack(steps)
 
 
-def _errors(ours: np.ndarray, theirs: np.ndarray) -> Errors:
-    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+def _errors(of_ours: Sequence[np.ndarray], of_theirs: Sequence[np.ndarray]) -> Errors:
+    ours, theirs = (np.concatenate(logits).astype(np.float64) for logits in (of_ours, of_theirs))
     kl = kl_divergence(theirs, ours)
     return Errors(
         max_error=float(np.abs(ours - theirs).max()),

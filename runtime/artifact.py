@@ -20,7 +20,7 @@ from typing import Any
 from .errors import ArtifactError, ArtifactNotFoundError
 
 FORMAT = "gemma3n-onnx"
-FORMAT_VERSION = "2.0"
+FORMAT_VERSION = "3.0"
 MANIFEST = "manifest.json"
 
 FLOAT_DTYPES = ("fp32", "fp16", "bf16")
@@ -168,8 +168,8 @@ class Manifest:
     """`token_embeddings` has `vocab_size` rows, then those of the ids from `first_hard_token_id` on, if any.
 
     `quantization` names the matrices of decoder and tables that are quantized; the others are stored as `storage`.
-    `step_bytes`: of weights that a decode step reads, as they are in memory. `mmlu`: the published figure of the slice,
-    in percent.
+    `prefill`: a decoder without logits that is faster with prompts, its matrices in int8. `step_bytes`: of weights that
+    a decode step reads, as they are in memory. `mmlu`: the published figure of the slice, in percent.
     """
 
     format: str
@@ -193,6 +193,7 @@ class Manifest:
     eos_token_ids: tuple[int, ...]
     decoder: GraphInfo
     embedding: GraphInfo
+    prefill: GraphInfo | None
     caches: tuple[CacheInfo, ...]
     step_bytes: int
     mmlu: float | None
@@ -299,7 +300,7 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
         require(getattr(manifest, name) > 0, f"{name} is {getattr(manifest, name)}, and must be positive")
     for token_id in (manifest.bos_token_id, manifest.pad_token_id, *manifest.eos_token_ids):
         require(0 <= token_id < manifest.vocab_size, f"token id {token_id} is not within the vocabulary")
-    for graph in (manifest.decoder, manifest.embedding):
+    for graph in filter(None, (manifest.decoder, manifest.embedding, manifest.prefill)):
         require(graph.file in manifest.files, f"the graph {graph.file!r} is not among the files")
     for table in (manifest.token_embeddings, manifest.per_layer_embeddings):
         require(table.file in manifest.files, f"the table {table.file!r} is not among the files")

@@ -25,6 +25,8 @@ from .errors import Gemma3nError, OptionError
 from .generation import check_context, peak_memory_bytes
 from .model import OnnxGemma3n
 
+_WARM_UP_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -68,8 +70,10 @@ class Figures:
         return self.bandwidth / self.read_bytes
 
 
-def measure(folder: Path, sizes: Sizes, runs: int, provider: str, threads: int | None) -> Figures:
-    """Loads the artifact, warms it up with one short run and takes `runs` others.
+def measure(
+    folder: Path, sizes: Sizes, runs: int, provider: str, threads: int | None, memory_budget: int | None
+) -> Figures:
+    """Loads the artifact, warms it up with the beginning of the prompt and takes `runs` others.
 
     Raises:
         OptionError: a size or a number of runs out of range. ContextLengthError: sizes beyond the artifact's context.
@@ -77,7 +81,7 @@ def measure(folder: Path, sizes: Sizes, runs: int, provider: str, threads: int |
     _check(load_manifest(folder), sizes, runs)
     before = _private_bytes()
     started = time.perf_counter()
-    model = OnnxGemma3n.from_pretrained(folder, provider, threads=threads, kept_prompts=0)
+    model = OnnxGemma3n.from_pretrained(folder, provider, threads=threads, memory_budget=memory_budget, kept_prompts=0)
     loaded = time.perf_counter() - started
     manifest, engine = model.manifest, model.engine
     used = threads or os.cpu_count() or 1
@@ -87,7 +91,7 @@ def measure(folder: Path, sizes: Sizes, runs: int, provider: str, threads: int |
 
     cache = engine.new_cache(1, sizes.context)
     prefill, decode = [], []
-    engine.prefill(cache, 0, prompt[:8])
+    engine.prefill(cache, 0, prompt[:_WARM_UP_TOKENS])
     for _ in range(runs):
         cache.truncate(0, 0)
         started = time.perf_counter()
@@ -120,10 +124,12 @@ def measure(folder: Path, sizes: Sizes, runs: int, provider: str, threads: int |
     )
 
 
-def measure_apart(folder: Path, sizes: Sizes, runs: int, provider: str, threads: int | None) -> Figures:
+def measure_apart(
+    folder: Path, sizes: Sizes, runs: int, provider: str, threads: int | None, memory_budget: int | None = None
+) -> Figures:
     """`measure` in a process of its own, so that its memory is the artifact's alone."""
     _check(load_manifest(folder), sizes, runs)
-    arguments = json.dumps([str(folder), asdict(sizes), runs, provider, threads])
+    arguments = json.dumps([str(folder), asdict(sizes), runs, provider, threads, memory_budget])
     code = f"from {__name__} import _child; _child()"
     done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=False)
     if done.returncode:

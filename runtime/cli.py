@@ -98,6 +98,15 @@ def main() -> None:
 
 
 _artifact = click.argument("artifact", type=click.Path(path_type=Path))
+_memory_budget = click.option(
+    "--memory-budget",
+    type=click.FloatRange(min=0),
+    help="GB that the decoder's weights may take; with more, long prompts run faster. [default: what is free]",
+)
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else int(gigabytes * 1e9)
 
 
 @cli.command()
@@ -125,6 +134,7 @@ _artifact = click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--seed", type=int)
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--threads", type=int, help="Threads of ONNX Runtime.")
+@_memory_budget
 @click.option("--stats", is_flag=True, help="Print speed and memory to stderr.")
 def run(
     artifact: Path,
@@ -137,6 +147,7 @@ def run(
     raw: bool,
     provider: str,
     threads: int | None,
+    memory_budget: float | None,
     stats: bool,
     **options: Any,
 ) -> None:
@@ -147,7 +158,8 @@ def run(
         raise PromptError("The prompt is empty; give some text to answer.")
     read_options(options)  # a bad option is told before a model is loaded
     fetch = FetchPolicy(allow_private=allow_private_urls)
-    model = OnnxGemma3n.from_pretrained(artifact, provider, threads=threads, fetch=fetch)
+    budget = _bytes(memory_budget)
+    model = OnnxGemma3n.from_pretrained(artifact, provider, threads=threads, memory_budget=budget, fetch=fetch)
     media = [(kind, s) for kind, sources in (("image", images), ("audio", clips), ("video", videos)) for s in sources]
     content = [*({"type": kind, kind: source} for kind, source in media), {"type": "text", "text": prompt}]
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
@@ -169,6 +181,7 @@ def run(
 @click.option("--runs", default=3, show_default=True, help="Medians are taken of so many.")
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--threads", type=int, help="Threads of ONNX Runtime.")
+@_memory_budget
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="A PNG of speed, memory and MMLU to write.")
 def bench(
@@ -179,6 +192,7 @@ def bench(
     runs: int,
     provider: str,
     threads: int | None,
+    memory_budget: float | None,
     as_json: bool,
     plot_file: Path | None,
 ) -> None:
@@ -188,7 +202,8 @@ def bench(
     sizes = Sizes(prompt_tokens, new_tokens, context)
     show = sys.stderr.isatty()
     with click.progressbar(artifacts, label="Measuring", file=sys.stderr, hidden=not show) as bar:
-        figures = [measure_apart(folder, sizes, runs, provider, threads) for folder in bar]
+        budget = _bytes(memory_budget)
+        figures = [measure_apart(folder, sizes, runs, provider, threads, budget) for folder in bar]
     if plot_file is not None:
         plot(figures, plot_file)
     everything = [asdict(of) | {"decode_limit": of.decode_limit} for of in figures]

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from .artifact import Manifest
+from .decoder_io import check_decoder
 from .errors import ArtifactError, OptionError
 from .kv_cache import KVCache
+from .prefill import PrefillGraph
 from .session import Binding, Profile, Session
 from .slots import Slot, fill
 from .tables import Table, to_compute_dtype
@@ -22,7 +24,7 @@ PREFILL_CHUNK = 512
 
 
 class Engine:
-    """A loaded decoder with its two tables."""
+    """A loaded decoder with its two tables, and perhaps another for prompts."""
 
     def __init__(
         self,
@@ -32,6 +34,7 @@ class Engine:
         *,
         threads: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        memory_budget: int | None = None,
     ) -> None:
         if not isinstance(prefill_chunk, int) or isinstance(prefill_chunk, bool) or prefill_chunk < 1:
             raise OptionError(f"prefill_chunk is {prefill_chunk!r}; give a positive number of tokens.")
@@ -40,7 +43,8 @@ class Engine:
         self._per_layer = Table(folder, manifest.per_layer_embeddings, manifest.compute_dtype)
         quantized = bool(manifest.quantization)
         self._session = Session(folder / manifest.decoder.file, profile, threads, quantized=quantized)
-        _check_graph(self._session, manifest)
+        check_decoder(self._session, manifest, manifest.decoder.file, logits=True)
+        self.prefill_graph = PrefillGraph(folder, manifest, profile, threads, memory_budget)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         return KVCache(self.manifest.caches, self.profile, rows, capacity)
@@ -59,10 +63,14 @@ class Engine:
         `after_chunk` is told how many tokens the row then has.
         """
         self._require_logits("last")
-        binding = self._bind(cache, row, 1)
+        binding = self._bind(self._session, cache, row, 1)
         logits = self._output(binding, 1, 1)
-        for chunk, embeds in self._chunks(ids, slots):
-            self._run(binding, chunk, embeds, cache.lengths[row : row + 1])
+        without_logits, first = binding, 0
+        if (session := self.prefill_graph.session(len(ids))) is not None:
+            without_logits, first = self._bind(session, cache, row, 1), len(ids) - 1
+        for chunk, embeds in self._chunks(ids, slots, first):
+            bound = without_logits if chunk.stop <= first else binding
+            self._run(bound, np.array([ids[chunk.start : chunk.stop]]), embeds, cache.lengths[row : row + 1])
             if after_chunk is not None:
                 after_chunk(int(cache.lengths[row]))
         return logits[0, 0]
@@ -71,11 +79,11 @@ class Engine:
         """Logits [S, V] fp32 at every position of `ids`, from an artifact exported with `--logits all`."""
         self._require_logits("all")
         cache = self.new_cache(1, len(ids))
-        binding = self._bind(cache, 0, 1)
+        binding = self._bind(self._session, cache, 0, 1)
         parts = []
-        for chunk, embeds in self._chunks(ids, slots):
-            parts.append(self._output(binding, 1, chunk.shape[1]))
-            self._run(binding, chunk, embeds, cache.lengths)
+        for chunk, embeds in self._chunks(ids, slots, 0):
+            parts.append(self._output(binding, 1, len(chunk)))
+            self._run(binding, np.array([ids[chunk.start : chunk.stop]]), embeds, cache.lengths)
         return np.concatenate(parts, axis=1)[0]
 
     def decoder(self, cache: KVCache) -> Decoder:
@@ -88,26 +96,28 @@ class Engine:
                 f"export it with --logits {wanted} for this."
             )
 
-    def _chunks(self, ids: Sequence[int], slots: Sequence[Slot]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """ids, in order, as arrays [1, S] int64 with S up to `prefill_chunk`, and their embeddings [1, S, H]."""
+    def _chunks(self, ids: Sequence[int], slots: Sequence[Slot], border: int) -> Iterator[tuple[range, np.ndarray]]:
+        """Positions in order, up to `prefill_chunk` at once and none across `border`, and their embeddings
+        [1, S, H]."""
 
         @functools.lru_cache(maxsize=1)  # a slot may lie in several chunks, one after another
         def features(slot: Slot) -> np.ndarray:
             return to_compute_dtype(slot.features(), self.manifest.compute_dtype)
 
-        for first in range(0, len(ids), self.prefill_chunk):
-            chunk = np.array(ids[first : first + self.prefill_chunk], dtype=np.int64)
-            embeds = self._embed(chunk)
-            fill(embeds, first, slots, features)
-            yield chunk[None], embeds[None]
+        for part in (range(border), range(border, len(ids))):
+            for first in part[:: self.prefill_chunk]:
+                chunk = range(first, min(first + self.prefill_chunk, part.stop))
+                embeds = self._embed(np.array(ids[chunk.start : chunk.stop], dtype=np.int64))
+                fill(embeds, first, slots, features)
+                yield chunk, embeds[None]
 
     def _embed(self, ids: np.ndarray) -> np.ndarray:
         """ids [n] int64 -> [n, H]; hard multimodal tokens have their rows after those of the whole vocabulary."""
         first = self.manifest.first_hard_token_id
         return self._tokens.rows(np.where(ids < first, ids, ids + (self.manifest.vocab_size - first)))
 
-    def _bind(self, cache: KVCache, first_row: int, rows: int) -> Binding:
-        binding = self._session.bind()
+    def _bind(self, session: Session, cache: KVCache, first_row: int, rows: int) -> Binding:
+        binding = session.bind()
         cache.bind(binding, first_row, rows)
         return binding
 
@@ -130,45 +140,12 @@ class Engine:
         lengths += new
 
 
-def _check_graph(session: Session, manifest: Manifest) -> None:
-    """Raises ArtifactError where the decoder does not take and give what the runtime binds."""
-    compute = manifest.compute_dtype
-    inputs = {
-        "inputs_embeds": (compute, manifest.token_embeddings.width),
-        "per_layer_inputs": (compute, manifest.per_layer_embeddings.width),
-        "position_ids": ("int64", None),
-        "attention_mask": ("int64", None),
-    }
-    outputs: dict[str, tuple[str, int | None]] = {"logits": ("fp32", manifest.vocab_size)}
-    for cache in manifest.caches:
-        inputs |= dict.fromkeys((cache.past_key, cache.past_value), (cache.dtype, cache.head_dim))
-        outputs |= dict.fromkeys((cache.present_key, cache.present_value), (cache.dtype, cache.head_dim))
-    for kind, wanted, found in (("input", inputs, session.inputs), ("output", outputs, session.outputs)):
-        tensors = {tensor.name: tensor for tensor in found}
-        for name, (dtype, width) in wanted.items():
-            tensor = tensors.pop(name, None)
-            if tensor is None:
-                complaint = f"has no {kind} {name!r}"
-            elif tensor.dtype != dtype:
-                complaint = f"has the {kind} {name!r} in {tensor.dtype} instead of {dtype}"
-            elif width is not None and tensor.shape and isinstance(tensor.shape[-1], int) and tensor.shape[-1] != width:
-                complaint = f"has the {kind} {name!r} of width {tensor.shape[-1]} instead of {width}"
-            else:
-                continue
-            raise ArtifactError(f"{manifest.decoder.file} {complaint}; export the artifact again.")
-        if kind == "input" and tensors:
-            raise ArtifactError(
-                f"{manifest.decoder.file} has the input {min(tensors)!r}, which the manifest does not describe; "
-                "export the artifact again."
-            )
-
-
 class Decoder:
     """One token a step for every row of a cache. What is bound is bound once."""
 
     def __init__(self, engine: Engine, cache: KVCache) -> None:
         self._engine, self._cache = engine, cache
-        self._binding = engine._bind(cache, 0, cache.rows)
+        self._binding = engine._bind(engine._session, cache, 0, cache.rows)
         self._logits = engine._output(self._binding, cache.rows, 1)[:, 0]
 
     def step(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:

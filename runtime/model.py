@@ -59,6 +59,7 @@ class OnnxGemma3n:
         *,
         threads: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        memory_budget: int | None = None,
         fetch: FetchPolicy | None = None,
         kept_prompts: int = 1,
     ) -> OnnxGemma3n:
@@ -68,6 +69,8 @@ class OnnxGemma3n:
             provider: "cpu", "cuda", or "auto": CUDA for an artifact made for it where it is installed.
             threads: of ONNX Runtime; None for one for each physical core.
             prefill_chunk: tokens of a prompt that are run at once; less takes less memory.
+            memory_budget: bytes that the decoder's weights may take. Those of the faster graph for prompts, as many
+                again, are loaded at the first long prompt if they fit in; by default, if twice as much is free.
             fetch: what media may be read from disk and network, and how much of them.
             kept_prompts: so many prompts keep their KV caches when they are answered, and what a later one begins
                 with alike is not run again; on the CPU only. Their memory goes with `release`.
@@ -87,7 +90,14 @@ class OnnxGemma3n:
                 "do not belong together; export the artifact again."
             )
         template = _load_template(folder)
-        engine = Engine(folder, manifest, profile, threads=threads, prefill_chunk=prefill_chunk)
+        engine = Engine(
+            folder,
+            manifest,
+            profile,
+            threads=threads,
+            prefill_chunk=prefill_chunk,
+            memory_budget=memory_budget,
+        )
         encoders = Encoders(folder, manifest, profile, threads)
         if not isinstance(kept_prompts, int) or isinstance(kept_prompts, bool) or kept_prompts < 0:
             raise OptionError(f"kept_prompts is {kept_prompts!r}; give a number of prompts, or 0 for none.")
@@ -134,11 +144,13 @@ class OnnxGemma3n:
         return Chat(self, system)
 
     def release(self, encoder: str | None = None) -> None:
-        """Frees the memory of the "vision" or the "audio" encoder, or of both and of the kept prompts; encoders load
-        again when needed."""
+        """Frees the memory of the "vision" or the "audio" encoder, or of both, of the graph for prompts and of the kept
+        prompts; graphs load again when needed."""
         self.encoders.release(encoder)
-        if encoder is None and self._kept_prompts:
-            self._kept_prompts.clear()
+        if encoder is None:
+            self.engine.prefill_graph.release()
+            if self._kept_prompts:
+                self._kept_prompts.clear()
 
     def encode(self, prompt: Any, media: MediaOptions | None = None) -> PromptTokens:
         """Token ids of a prompt in any of its forms, and where its images and clips stand among them."""

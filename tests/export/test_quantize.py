@@ -279,6 +279,8 @@ def test_options_replace_parts_of_a_recipe() -> None:
         ("fp32", QuantizationOptions(block=64), "--block-size is for a quantized --precision"),
         ("int4", QuantizationOptions(embedding_bits=3), "--embedding-bits is 3; choose one of 4, 8"),
         ("int4", QuantizationOptions(block=5), "block 5 is unknown"),
+        ("int4", QuantizationOptions(prefill="int4"), "--prefill is 'int4'; choose int8 or shared"),
+        ("bf16", QuantizationOptions(prefill="int8"), "--prefill is for a quantized --precision"),
     ],
 )
 def test_options_that_do_not_fit(precision: str, options: QuantizationOptions, told: str) -> None:

@@ -64,7 +64,7 @@ def test_quantized_equals_transformers_on_dequantized_weights(
 ):
     """To the bound of fp32 without, and to verify's with the int8 activations that its products take."""
     folder = exported(shallow_checkpoint, precision=precision)
-    model = OnnxGemma3n.from_pretrained(folder)
+    model = OnnxGemma3n.from_pretrained(folder, memory_budget=0)
     checkpoint = Checkpoint.open(shallow_checkpoint)
     ours = generate_greedily(model, random_prompt(LONG, seed=8), STEPS)
     compare(f"{precision} against fp32", ours.logits, oracle_logits(shallow_oracle, ours.oracle_ids, STEPS))
@@ -78,7 +78,7 @@ def test_quantized_equals_transformers_on_dequantized_weights(
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     ir.save(graph, exact / "decoder.onnx")
-    engine = Engine(exact, model.manifest, PROFILES["cpu"])
+    engine = Engine(exact, model.manifest, PROFILES["cpu"], memory_budget=0)
     ours = generate_greedily(SimpleNamespace(engine=engine), random_prompt(LONG, seed=8), STEPS)
     theirs = decoder_logits(decoder, ours.oracle_ids, STEPS)
     assert_close(f"{precision}, fp32 activations", ours.logits, theirs, TOLERANCE)

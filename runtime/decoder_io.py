@@ -1,0 +1,40 @@
+"""What a decoder graph takes and gives, checked when it is loaded."""
+
+from __future__ import annotations
+
+from .artifact import Manifest
+from .errors import ArtifactError
+from .session import Session
+
+
+def check_decoder(session: Session, manifest: Manifest, file: str, *, logits: bool) -> None:
+    """Raises ArtifactError where the decoder in `file` does not take and give what the runtime binds."""
+    compute = manifest.compute_dtype
+    inputs = {
+        "inputs_embeds": (compute, manifest.token_embeddings.width),
+        "per_layer_inputs": (compute, manifest.per_layer_embeddings.width),
+        "position_ids": ("int64", None),
+        "attention_mask": ("int64", None),
+    }
+    outputs: dict[str, tuple[str, int | None]] = {"logits": ("fp32", manifest.vocab_size)} if logits else {}
+    for cache in manifest.caches:
+        inputs |= dict.fromkeys((cache.past_key, cache.past_value), (cache.dtype, cache.head_dim))
+        outputs |= dict.fromkeys((cache.present_key, cache.present_value), (cache.dtype, cache.head_dim))
+    for kind, wanted, found in (("input", inputs, session.inputs), ("output", outputs, session.outputs)):
+        tensors = {tensor.name: tensor for tensor in found}
+        for name, (dtype, width) in wanted.items():
+            tensor = tensors.pop(name, None)
+            if tensor is None:
+                complaint = f"has no {kind} {name!r}"
+            elif tensor.dtype != dtype:
+                complaint = f"has the {kind} {name!r} in {tensor.dtype} instead of {dtype}"
+            elif width is not None and tensor.shape and isinstance(tensor.shape[-1], int) and tensor.shape[-1] != width:
+                complaint = f"has the {kind} {name!r} of width {tensor.shape[-1]} instead of {width}"
+            else:
+                continue
+            raise ArtifactError(f"{file} {complaint}; export the artifact again.")
+        if kind == "input" and tensors:
+            raise ArtifactError(
+                f"{file} has the input {min(tensors)!r}, which the manifest does not describe; "
+                "export the artifact again."
+            )

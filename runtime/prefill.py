@@ -1,0 +1,65 @@
+"""The prefill graph: a decoder without logits whose products are in int8, for all of a prompt but its last token.
+
+Its weights are its own and packed in memory, which takes about a second, so it is loaded when a prompt is long enough
+to gain from it, and only where the memory for it is there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .artifact import Manifest
+from .decoder_io import check_decoder
+from .errors import OptionError
+from .session import Profile, Session
+
+WORTH_RUNNING = 16
+"""Tokens that it runs as fast as the decoder, which has one more step to do then."""
+WORTH_LOADING = 96
+
+
+class PrefillGraph:
+    def __init__(
+        self, folder: Path, manifest: Manifest, profile: Profile, threads: int | None, memory_budget: int | None
+    ) -> None:
+        if memory_budget is not None and (not isinstance(memory_budget, int) or isinstance(memory_budget, bool)):
+            raise OptionError(f"memory_budget is {memory_budget!r}; give a number of bytes.")
+        self._folder, self._manifest, self._profile, self._threads = folder, manifest, profile, threads
+        self.budget = memory_budget
+        """Bytes that these and the decoder's weights may take; None: what is free decides."""
+        self._session: Session | None = None
+
+    def session(self, tokens: int) -> Session | None:
+        """The graph, if `tokens` of a prompt gain from it and the memory is there."""
+        info = self._manifest.prefill
+        if info is None or tokens < (WORTH_LOADING if self._session is None else WORTH_RUNNING):
+            return None
+        if self._session is None and self._fits(info.file):
+            self.load()
+        return self._session
+
+    def load(self) -> None:
+        info = self._manifest.prefill
+        assert info is not None
+        session = Session(self._folder / info.file, self._profile, self._threads, quantized=True)
+        check_decoder(session, self._manifest, info.file, logits=False)
+        self._session = session
+
+    def release(self) -> None:
+        self._session = None
+
+    def _fits(self, file: str) -> bool:
+        own = sum(info.bytes for name, info in self._manifest.files.items() if name.startswith(f"{file}."))
+        if self.budget is not None:
+            return self._manifest.step_bytes + own <= self.budget
+        available = _available_bytes()
+        return available is None or 2 * own <= available
+
+
+def _available_bytes() -> int | None:
+    """Memory that programs may still take; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
