@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .scheme import Scheme
 
+_AT_ONCE = 1 << 18  # values, so that a pass over them finds them in the processor's cache
 _SEARCHED = torch.linspace(0.8, 1.1, 7)
 _FITTED = torch.linspace(0.8, 1.05, 6)
 _HQQ_STEPS, _HQQ_NORM, _HQQ_BETA, _HQQ_GROWTH = 20, 0.7, 10.0, 1.01
@@ -32,6 +33,13 @@ class Quantized:
 
 def quantize(values: Tensor, scheme: Scheme) -> Quantized:
     """values [N, K], K a multiple of the block."""
+    rows = max(1, _AT_ONCE // values.shape[1])
+    parts = [_quantize(some, scheme) for some in values.split(rows)]
+    zeros = torch.cat([part.zeros for part in parts if part.zeros is not None]) if scheme.has_zeros else None
+    return Quantized(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]), zeros)
+
+
+def _quantize(values: Tensor, scheme: Scheme) -> Quantized:
     groups = values.float().unflatten(1, (-1, scheme.block))
     fit = {"rtn": _round, "search": _search, "k-quant": _fit_affine, "hqq": _half_quadratic}[scheme.method]
     scales, zeros = fit(groups, scheme)

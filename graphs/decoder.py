@@ -72,12 +72,14 @@ class Step:
     rope: dict[str, tuple[Tensor, Tensor]]  # layer type -> cos, sin [B, S, D / 2]
     last_position: dict[str, Tensor]  # int32 [B]
     total_length: dict[str, Tensor]  # int32 [1]
+    nothing: Tensor | None = None  # keys of no position, [B, 0, K * D], from the first layer that reads a donor's
 
 
 class AltUp(nn.Module):
     """Alternating updates over A streams of the hidden state; stream 0 is the active one."""
 
     identity: Tensor
+    ones: Tensor
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -89,22 +91,24 @@ class AltUp(nn.Module):
         self.prediction_coefs = Linear(self.streams, self.streams**2)
         self.modality_router = Linear(config.hidden_size, self.streams)
         self.router_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.register_buffer("identity", torch.eye(self.streams, device="cpu")[None], persistent=False)
+        self.register_buffer("identity", torch.eye(self.streams, device="cpu").flatten(), persistent=False)
+        self.register_buffer("ones", torch.ones(self.streams, device="cpu"), persistent=False)
 
     def route(self, x: Tensor) -> Tensor:
         """x [T, H] -> modalities [T, A] in (-1, 1)."""
-        return torch.tanh(self.modality_router(self.router_norm(x)).float() * self.router_scale).type_as(x)
+        routed = ops.linear(self.router_norm(x), self.modality_router.weight, scale=self.router_scale)
+        return torch.tanh(routed.float()).type_as(x)
 
-    def predict(self, streams: Tensor) -> Tensor:
-        """streams [T, A, H] -> predictions [T, A, H]."""
-        coefs = ops.reshape(self.prediction_coefs(self.route(streams[:, 0])), -1, self.streams, self.streams)
-        return torch.matmul(coefs + self.identity, streams)
+    def predict(self, streams: Tensor, active: Tensor) -> Tensor:
+        """streams [T, A, H], of which `active` [T, H] is the first -> predictions [T, A, H]."""
+        coefs = ops.linear(self.route(active), self.prediction_coefs.weight, self.identity)
+        return torch.matmul(ops.reshape(coefs, -1, self.streams, self.streams), streams)
 
     def correct(self, predictions: Tensor, activated: Tensor) -> Tensor:
         """predictions [T, A, H], activated [T, H] -> corrected streams [T, A, H]."""
-        coefs = self.correction_coefs(self.route(activated)) + 1.0
+        coefs = ops.linear(self.route(activated), self.correction_coefs.weight, self.ones)
         innovation = activated - predictions[:, 0]
-        return torch.addcmul(predictions, coefs.unsqueeze(2), innovation.unsqueeze(1))
+        return predictions + coefs.unsqueeze(2) * innovation.unsqueeze(1)
 
     def scale_corrected(self, active: Tensor) -> Tensor:
         return active * self.correct_output_scale if self.correct_scale else active
@@ -118,7 +122,8 @@ class Laurel(nn.Module):
         self.post_laurel_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.post_laurel_norm(self.linear_right(self.linear_left(x)))
+        """What is to be added to x."""
+        return self.post_laurel_norm(self.linear_right(self.linear_left(x)))
 
 
 class MLP(nn.Module):
@@ -197,14 +202,18 @@ class Attention(nn.Module):
 
     def read(self, x: Tensor, donor: tuple[Tensor, Tensor], step: Step) -> Tensor:
         """x [T, H] -> attention [T, N * D] (before `o_proj`) over the donor's present K, V [B, K, C, D]."""
+        query = self.query(x, step)
+        if step.nothing is None:
+            step.nothing = ops.no_rows(query, self.kv_heads * self.head_dim)
         output = ops.attend_to_cache(
-            self.query(x, step),
+            query,
             *donor,
             step.last_position[self.kind],
             step.total_length[self.kind],
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             window=self.window,
+            nothing=step.nothing,
         )
         return ops.reshape(output, -1, self.heads * self.head_dim)
 
@@ -229,25 +238,27 @@ class DecoderLayer(nn.Module):
         inactive = [[float(i > 0)] for i in range(config.altup_num_inputs)]
         self.register_buffer("inactive", torch.tensor([inactive], device="cpu"), persistent=False)
 
-    def before_attention(self, streams: Tensor) -> tuple[Tensor, Tensor]:
-        """streams [T, A, H] -> predictions [T, A, H] and the normed active one [T, H]."""
-        predictions = self.altup.predict(streams)
+    def before_attention(self, streams: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """streams [T, A, H], of which `active` [T, H] is the first -> predictions [T, A, H] and the first of these,
+        normed [T, H]."""
+        predictions = self.altup.predict(streams, active)
         return predictions, self.input_layernorm(predictions[:, 0])
 
     def after_attention(
         self, predictions: Tensor, normed: Tensor, attention: Tensor, per_layer_input: Tensor
-    ) -> Tensor:
-        """attention [T, N * D], per_layer_input [T, P] -> streams [T, A, H]."""
-        attended = predictions[:, 0] + self.post_attention_layernorm(self.self_attn.o_proj(attention))
-        mixed = (attended + self.laurel(normed)) * math.sqrt(0.5)
+    ) -> tuple[Tensor, Tensor]:
+        """attention [T, N * D], per_layer_input [T, P] -> streams [T, A, H] and the first of them [T, H]."""
+        attended = self.post_attention_layernorm(self.self_attn.o_proj(attention))
+        mixed = ops.add(predictions[:, 0], attended, normed, self.laurel(normed)) * math.sqrt(0.5)
         feedforward = self.mlp(self.pre_feedforward_layernorm(mixed))
         activated = mixed + self.post_feedforward_layernorm(feedforward)
         corrected = self.altup.correct(predictions, activated)
 
-        gate = self.per_layer_input_gate(self.altup.scale_corrected(corrected[:, 0])).float()
+        active = corrected[:, 0]
+        gate = self.per_layer_input_gate(self.altup.scale_corrected(active)).float()
         injected = F.gelu(gate, approximate="tanh").type_as(per_layer_input) * per_layer_input
         injected = self.per_layer_projection(injected)
-        return torch.addcmul(corrected, self.inactive, self.post_per_layer_input_norm(injected).unsqueeze(1))
+        return corrected + self.inactive * self.post_per_layer_input_norm(injected).unsqueeze(1), active
 
 
 class Decoder(nn.Module):
@@ -305,12 +316,13 @@ class Decoder(nn.Module):
         step = self._step(batch, attention_mask, position_ids, past)
         embeds = ops.reshape(inputs_embeds, -1, self.config.hidden_size)
         per_layer = self._per_layer_inputs(embeds, per_layer_inputs)
-        streams = self._split(embeds)
+        of_layer = ops.split(per_layer, self.config.num_layers)
+        streams, active = self._split(embeds), embeds
 
         present: list[Tensor] = []
         last_producer = self.config.num_kv_layers - 1
         for i, layer in enumerate(self.layers):
-            predictions, normed = layer.before_attention(streams)
+            predictions, normed = layer.before_attention(streams, active)
             if i <= last_producer:
                 pair = (past[2 * i], past[2 * i + 1])
                 attention, *pair_out = layer.self_attn.produce(normed, pair, step)
@@ -324,8 +336,9 @@ class Decoder(nn.Module):
                 predictions, normed, attention, per_layer = (
                     x.index_select(0, last) for x in (predictions, normed, attention, per_layer)
                 )
+                of_layer = ops.split(per_layer, self.config.num_layers)
                 step = _narrow(step, last)
-            streams = layer.after_attention(predictions, normed, attention, per_layer[:, i])
+            streams, active = layer.after_attention(predictions, normed, attention, of_layer[i])
 
         logits = self.lm_head(self.norm(self._merge(streams))).float()
         if (cap := self.config.final_logit_softcapping) is not None:
@@ -360,11 +373,12 @@ class Decoder(nn.Module):
         return next((config.kv_source(i) for i in readers if config.layer_types[i] == SLIDING), None)
 
     def _per_layer_inputs(self, embeds: Tensor, rows: Tensor) -> Tensor:
-        """embeds [T, H], table rows [B, S, L * P] -> per-layer inputs [T, L, P]."""
+        """embeds [T, H], table rows [B, S, L * P] -> per-layer inputs [T, L * P]."""
         shape = (-1, self.config.num_layers, self.config.hidden_size_per_layer_input)
         projected = self.per_layer_model_projection(embeds) * self.config.hidden_size**-0.5
         normed = self.per_layer_projection_norm(ops.reshape(projected, *shape))
-        return (normed + ops.reshape(rows, *shape)) * math.sqrt(0.5)
+        mixed = (normed + ops.reshape(rows, *shape)) * math.sqrt(0.5)
+        return ops.reshape(mixed, -1, projected.shape[1])
 
     def _split(self, embeds: Tensor) -> Tensor:
         """embeds [T, H] -> AltUp streams [T, A, H], each of the magnitude of the first."""

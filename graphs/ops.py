@@ -13,6 +13,7 @@ Shape legend: B batch, S new tokens, T = B * S, C cache capacity, N query heads,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +31,33 @@ def tracing() -> bool:
     return torch.compiler.is_exporting()
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` for x [T, in] and weight [out, in]: the checkpoint's layout is kept (Gemm, transB)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """`scale * x @ weight.T + bias` for x [T, in], weight [out, in] and bias [out]: the checkpoint's layout is kept
+    (Gemm, transB)."""
     if not tracing():
-        return F.linear(x, weight)
-    shape = (x.shape[0], weight.shape[0])
-    return symbolic("Gemm", (x, weight), {"transB": 1}, dtype=x.dtype, shape=shape, version=_OPSET)
+        product = F.linear(x, weight) * scale if scale != 1.0 else F.linear(x, weight)
+        return product if bias is None else product + bias
+    attributes: Attributes = {"transB": 1} if scale == 1.0 else {"transB": 1, "alpha": scale}
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    return symbolic("Gemm", inputs, attributes, dtype=x.dtype, shape=(x.shape[0], weight.shape[0]), version=_OPSET)
+
+
+def add(*terms: Tensor) -> Tensor:
+    """The sum of tensors of one shape."""
+    if not tracing():
+        return sum(terms[1:], terms[0])
+    return symbolic("Sum", terms, dtype=terms[0].dtype, shape=terms[0].shape, version=_OPSET)
+
+
+def split(x: Tensor, parts: int) -> Sequence[Tensor]:
+    """x [T, parts * n] -> `parts` tensors [T, n]."""
+    if not tracing():
+        return x.chunk(parts, dim=1)
+    shape = (x.shape[0], x.shape[1] // parts)
+    attributes: Attributes = {"axis": 1, "num_outputs": parts}
+    return symbolic_multi_out(
+        "Split", (x,), attributes, dtypes=(x.dtype,) * parts, shapes=(shape,) * parts, version=_OPSET
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -245,14 +267,16 @@ def attend_to_cache(
     num_heads: int,
     num_kv_heads: int,
     window: int | None,
+    nothing: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a KV-shared layer to its donor's present K and V [B, K, C, D].
 
     The S rows of `query` [B, S, N * D] are the last S positions. `last_position` and `total_length`
     count the rows that the donor's cache holds, which is less than the tokens seen if it is windowed.
+    `nothing`: no rows of keys [B, 0, K * D], which only a graph needs.
     """
     if tracing():
-        nothing = _no_rows(query, key.shape[1] * key.shape[3])
+        assert nothing is not None
         attributes: Attributes = {
             "num_heads": num_heads,
             "kv_num_heads": num_kv_heads,
@@ -279,8 +303,10 @@ def attend_to_cache(
     return attended.transpose(1, 2).flatten(2)
 
 
-def _no_rows(x: Tensor, width: int) -> Tensor:
+def no_rows(x: Tensor, width: int) -> Tensor:
     """x [B, S, n] -> [B, 0, width], for width <= n."""
+    if not tracing():
+        return x[:, :0, :width]
     starts, ends, axes = torch.tensor([0, 0]), torch.tensor([0, width]), torch.tensor([1, 2])
     return symbolic("Slice", (x, starts, ends, axes), dtype=x.dtype, shape=(x.shape[0], 0, width), version=_OPSET)
 

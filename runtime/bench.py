@@ -79,7 +79,7 @@ def measure(
         OptionError: a size or a number of runs out of range. ContextLengthError: sizes beyond the artifact's context.
     """
     _check(load_manifest(folder), sizes, runs)
-    before = _private_bytes()
+    before = private_bytes()
     started = time.perf_counter()
     model = OnnxGemma3n.from_pretrained(folder, provider, threads=threads, memory_budget=memory_budget, kept_prompts=0)
     loaded = time.perf_counter() - started
@@ -103,7 +103,7 @@ def measure(
         for _ in range(sizes.new_tokens):
             token = decoder.step(token, np.array([True])).argmax(-1)
         decode.append(time.perf_counter() - started)
-    private, after = _private_bytes(), peak_memory_bytes()
+    private, after = private_bytes(), peak_memory_bytes()
     return Figures(
         slice=manifest.slice,
         precision=manifest.precision,
@@ -178,7 +178,7 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _private_bytes() -> int | None:
+def private_bytes() -> int | None:
     """Resident memory of this process that is no mapped file; None where the system does not tell."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -83,24 +83,26 @@ class SequenceDecoder(Decoder):
         taught: list[Tensor] = []
 
         per_layer = self._per_layer_inputs(inputs_embeds, per_layer_inputs)
-        streams = self._split(inputs_embeds)
+        streams, active = self._split(inputs_embeds), inputs_embeds
+        of_layer = ops.split(per_layer, self.config.num_layers)
         present: list[tuple[Tensor, Tensor]] = []
         here, (step, visible) = everywhere, self._at(everywhere, batch)
         for i, layer in enumerate(self.layers):
-            predictions, normed = layer.before_attention(streams)
+            predictions, normed = layer.before_attention(streams, active)
             own = layer.self_attn
             if i < self.config.num_kv_layers:
                 key, value = own.key_and_value(normed, step)
                 present.append((here.pad(key[0]), here.pad(value[0])))
             if i == self.config.num_kv_layers - 1:
                 predictions, normed, per_layer = (x[wanted[batch.there]] for x in (predictions, normed, per_layer))
+                of_layer = ops.split(per_layer, self.config.num_layers)
                 here, (step, visible) = at_wanted, self._at(at_wanted, batch)
             query = here.pad(own.query(normed, step)[0])
             donor = present[self.config.kv_source(i)]
             if i in lessons:
                 taught.append(lessons[i].loss(own, query if here is at_wanted else lessons[i].part_of(query), donor[0]))
             attention = here.unpad(_attend(own, query, *donor, visible[own.kind], here.lengths, everywhere.lengths))
-            streams = layer.after_attention(predictions, normed, attention, per_layer[:, i])
+            streams, active = layer.after_attention(predictions, normed, attention, of_layer[i])
         logits = self.lm_head(self.norm(self._merge(streams)))
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = cap * torch.tanh(logits / cap)

@@ -1,4 +1,4 @@
-"""`ours.py ARTIFACT THREADS CONTEXT`: the artifact in this project's runtime."""
+"""`ours.py ARTIFACT THREADS CONTEXT [BUDGET]`: the artifact in this project's runtime."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from gemma3n_onnx.runtime import OnnxGemma3n
 
 
 class Ours:
-    def __init__(self, folder: str, threads: int, context: int) -> None:
-        self._engine = OnnxGemma3n.from_pretrained(folder, threads=threads, kept_prompts=0).engine
+    def __init__(self, folder: str, threads: int, context: int, memory_budget: int | None = None) -> None:
+        model = OnnxGemma3n.from_pretrained(folder, threads=threads, memory_budget=memory_budget, kept_prompts=0)
+        self._engine = model.engine
         self._cache = self._engine.new_cache(1, context)
         self._decoder = self._engine.decoder(self._cache)
 
@@ -25,4 +26,4 @@ class Ours:
             made(token := int(self._decoder.step(np.array([token]), np.array([True])).argmax()))
 
 
-serve(lambda: Ours(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+serve(lambda: Ours(sys.argv[1], *map(int, sys.argv[2:])))

@@ -24,6 +24,7 @@ from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.bench import read_bandwidth, read_bytes
 
 HERE = Path(__file__).parent
+OURS = ("ours", "ours, prefill shared")
 PEERS = ("llama.cpp", "OpenVINO")
 PROMPTS = (128, 1024)
 NEW_TOKENS = 32
@@ -40,8 +41,10 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     arguments = parser.parse_args()
     artifact = made(arguments.workdir, arguments.size, arguments.precision, arguments.peers)
+    ours_on = [sys.executable, HERE / "ours.py", artifact, arguments.threads, CONTEXT]
     commands = {
-        "ours": [sys.executable, HERE / "ours.py", artifact, arguments.threads, CONTEXT],
+        "ours": ours_on,
+        "ours, prefill shared": [*ours_on, 0],
         "llama.cpp": [
             arguments.workdir / "llama/bin/python",
             HERE / "llama.py",
@@ -56,7 +59,7 @@ def main() -> None:
             arguments.threads,
         ],
     }
-    contestants = {name: Process(list(map(str, commands[name]))) for name in ("ours", *arguments.peers)}
+    contestants = {name: Process(list(map(str, commands[name]))) for name in (*OURS, *arguments.peers)}
     rng = np.random.default_rng(0)
     bandwidth: list[float] = []
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -82,7 +85,7 @@ def made(folder: Path, size: str, precision: str, peers: Collection[str]) -> Pat
     if "llama.cpp" in peers and not (file := folder / f"{size}.q4_0.gguf").exists():
         run(folder / "llama/bin/python", HERE / "write_gguf.py", checkpoint, file)
     if "OpenVINO" in peers and not (model := folder / f"{size}-openvino").exists():
-        options = ["--weight-format", "int4", "--group-size", "32", "--group-size-fallback", "ignore"]
+        options = ["--weight-format", "int4", "--group-size", "128", "--group-size-fallback", "ignore"]
         task = ["--task", "text-generation-with-past"]
         run(folder / "openvino/bin/optimum-cli", "export", "openvino", "--model", checkpoint, *task, *options, model)
     return artifact

@@ -52,7 +52,7 @@ def write(config: dict, tensors: dict[str, np.ndarray], path: Path) -> None:
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
     writer.add_sliding_window(config["sliding_window"])
     writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
     writer.add_final_logit_softcapping(config["final_logit_softcapping"])
@@ -67,7 +67,7 @@ def write(config: dict, tensors: dict[str, np.ndarray], path: Path) -> None:
     writer.add_token_types([gguf.TokenType.NORMAL] * vocab)
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3N, layers)
-    for name, values in laid_out(tensors, vocab).items():
+    for name, values in (unused(config) | laid_out(tensors, vocab)).items():
         own = names.get_name(PREFIX + name, try_suffixes=(".weight", ".bias"))
         if own is None:
             raise KeyError(name)
@@ -85,6 +85,18 @@ def write(config: dict, tensors: dict[str, np.ndarray], path: Path) -> None:
 def cut_of(share: float) -> float:
     """Standard deviations above the mean beyond which 1 - `share` of a normal distribution lies."""
     return NormalDist().inv_cdf(share) if share else float("-inf")
+
+
+def unused(config: dict) -> dict[str, np.ndarray]:
+    """Of layers that read others' K and V: their own, which llama.cpp wants to be there."""
+    layers, shared = config["num_hidden_layers"], config["num_kv_shared_layers"]
+    matrix = np.zeros((config["num_key_value_heads"] * config["head_dim"], config["hidden_size"]), ml_dtypes.bfloat16)
+    norm = np.ones(config["head_dim"], ml_dtypes.bfloat16)
+    return {
+        f"layers.{layer}.self_attn.{name}.weight": values
+        for layer in range(layers - shared, layers)
+        for name, values in (("k_proj", matrix), ("v_proj", matrix), ("k_norm", norm))
+    }
 
 
 def laid_out(tensors: dict[str, np.ndarray], vocab: int) -> dict[str, np.ndarray]:

@@ -291,7 +291,7 @@ def test_options_that_do_not_fit(precision: str, options: QuantizationOptions, t
 def test_exceptions_keep_what_options_leave() -> None:
     recipe = precision_for("mixed", "cpu", QuantizationOptions(ple_bits=8))
     assert recipe.of_weight("layers.0.self_attn.q_proj.weight", (256, 256)) == Scheme(8, 128)
-    assert recipe.of_weight("layers.0.mlp.up_proj.weight", (256, 256)) == Scheme(4, 32, "search")
+    assert recipe.of_weight("layers.0.mlp.up_proj.weight", (256, 256)) == Scheme(4, 128, "search")
     larger = precision_for("mixed", "cpu", QuantizationOptions(block=64))
     assert larger.of_weight("layers.0.self_attn.q_proj.weight", (256, 256)) == Scheme(8, 64)
 
