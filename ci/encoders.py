@@ -1,10 +1,11 @@
-"""The full-size encoders beside timm's and transformers' own: latency, memory, real-time factor, error.
+"""The full-size encoders beside timm's and transformers' own, or those of another precision: latency, memory, real-time
+factor, error.
 
 Makes a checkpoint whose encoders are those of E2B and E4B (and whose decoder is a stub), exports it, and lets two
-processes take turns, ONNX Runtime and torch eager, on as many threads each. Needs the tests' oracles
-(`bash ci/install_oracles.sh`), about 12 GB of disk and 12 GiB of memory:
+processes take turns on as many threads each: ONNX Runtime, and torch eager or ONNX Runtime with another precision.
+Needs the tests' oracles (`bash ci/install_oracles.sh`), about 12 GB of disk and 12 GiB of memory:
 
-    python ci/encoders.py --workdir DIR [--rounds 5] [--precision fp32]
+    python ci/encoders.py --workdir DIR [--rounds 5] [--precision fp32] [--beside torch]
 """
 
 from __future__ import annotations
@@ -40,18 +41,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--beside", default="torch", help="torch, or a precision")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     checkpoint, artifact = arguments.workdir / "encoders", arguments.workdir / f"encoders-{arguments.precision}"
     prepare(checkpoint, artifact, arguments.precision)
+    beside = ("torch", checkpoint)
+    if arguments.beside != "torch":
+        beside = ("onnxruntime", arguments.workdir / f"encoders-{arguments.beside}")
+        prepare(checkpoint, beside[1], arguments.beside)
     flops = matrix_product_rate()
     print(f"fp32 matrix products: {flops / 1e9:.0f} GFLOP/s", flush=True)
     for encoder, cases in (("vision", IMAGE_SIZES), ("audio", CLIP_SECONDS)):
-        ours, theirs = Worker("ours", encoder, artifact), Worker("torch", encoder, checkpoint)
+        ours, theirs = Worker("onnxruntime", encoder, artifact), Worker(beside[0], encoder, beside[1])
         for case in cases:
             compare(ours, theirs, encoder, case, arguments.rounds, flops)
         for worker in (ours, theirs):
-            print(encoder, worker.kind, json.dumps(worker.close()), flush=True)
+            print(encoder, worker.name, json.dumps(worker.close()), flush=True)
 
 
 def prepare(checkpoint: Path, artifact: Path, precision: str) -> None:
@@ -77,16 +83,16 @@ def compare(ours: Worker, theirs: Worker, encoder: str, case: float, rounds: int
             times.append(worker.run(case)["seconds"])
     mine, other = map(median, seconds)
     one, two = map(np.load, features)
-    flops = theirs.run(case, count=True)["flops"]
     figures = {
         ("pixels" if encoder == "vision" else "seconds of sound"): case,
-        "ours_s": round(mine, 3),
-        "torch_s": round(other, 3),
+        f"{ours.name}_s": round(mine, 3),
+        f"{theirs.name}_s": round(other, 3),
         "speedup": round(other / mine, 2),
-        "limit_s": round(flops / flops_per_second, 3),
-        "gflop": round(flops / 1e9),
         "error_of_range": float(f"{np.abs(one - two).max() / np.ptp(two):.2e}"),
     }
+    if theirs.kind == "torch":
+        flops = theirs.run(case, count=True)["flops"]
+        figures |= {"limit_s": round(flops / flops_per_second, 3), "gflop": round(flops / 1e9)}
     if encoder == "audio":
         figures["real_time_factor"] = round(mine / case, 4)
     print(encoder, json.dumps(figures), flush=True)
@@ -96,7 +102,7 @@ class Worker:
     """One contestant in a process of its own, so that its memory can be told."""
 
     def __init__(self, kind: str, encoder: str, folder: Path) -> None:
-        self.kind = kind
+        self.kind, self.name = kind, f"{kind}-{folder.name}"
         command = [sys.executable, __file__, "--worker", kind, encoder, str(folder)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -118,7 +124,7 @@ class Worker:
 def work(kind: str, encoder: str, folder: Path) -> None:
     """Answers questions on stdin until it is closed."""
     started = time.perf_counter()
-    run = {"ours": load_ours, "torch": load_torch}[kind](encoder, folder)
+    run = {"onnxruntime": load_ours, "torch": load_torch}[kind](encoder, folder)
     loaded = time.perf_counter() - started
     for line in sys.stdin:
         question = json.loads(line)
@@ -126,7 +132,7 @@ def work(kind: str, encoder: str, folder: Path) -> None:
             answer = {"load_s": round(loaded, 2), **memory_mib()}
         else:
             answer = measure(run, encoder, question["case"], count=question.get("count", False))
-            answer["features"] = str(folder.parent / f"{kind}-{encoder}.npy")
+            answer["features"] = str(folder.parent / f"{kind}-{folder.name}-{encoder}.npy")
             np.save(answer["features"], answer.pop("output"))
         print(json.dumps(answer), flush=True)
 
