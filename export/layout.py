@@ -9,7 +9,6 @@ from gemma3n_onnx.graphs.embedding import HardRows
 
 from . import trace
 from .precision import Precision
-from .scheme import PerRow
 from .weights import AnyPlacement, QuantizedPlacement, RowsPlacement, TablePlacement, lay_out
 
 TOKENS, PER_LAYER = "embed_tokens.weight", "embed_tokens_per_layer.weight"
@@ -42,10 +41,25 @@ def text_placements(config: TextConfig, precision: Precision, hard_rows: HardRow
 
 
 def prefill_placements(
-    shapes: Mapping[str, tuple[int, ...]], storage: PerRow, decoder: Mapping[str, AnyPlacement]
+    config: TextConfig, precision: Precision, decoder: Mapping[str, AnyPlacement]
 ) -> dict[str, AnyPlacement]:
-    """The matrices that prefill has for itself: those of its `shapes` that the decoder quantizes."""
-    own = {name: shape for name, shape in shapes.items() if isinstance(decoder[name], QuantizedPlacement)}
+    """The matrices that a prefill graph has for itself: those that the `decoder` quantizes and that KV caches depend
+    on."""
+    storage = precision.prefill
+    if storage is None:
+        return {}
+    last = config.num_kv_layers - 1
+    used = (
+        *(f"layers.{i}." for i in range(last)),
+        *(f"layers.{last}.self_attn.{name}_proj." for name in "qkv"),
+        "altup_projections.",
+        "per_layer_model_projection.",
+    )
+    own = {
+        name: place.shape
+        for name, place in decoder.items()
+        if isinstance(place, QuantizedPlacement) and name.startswith(used)
+    }
     return lay_out(PREFILL_DATA, own, lambda _: storage)
 
 

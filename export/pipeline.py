@@ -36,9 +36,7 @@ from .encoders import (
 from .errors import ExportOptionError
 from .genai import GENAI_CONFIG, genai_config
 from .layout import (
-    PER_LAYER,
     PER_LAYER_TABLE,
-    PREFILL_DATA,
     TOKENS,
     prefill_placements,
     table_of,
@@ -109,15 +107,16 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     source = _read_source(checkpoint, chosen, options.modalities)
     placements = text_placements(chosen.config, precision, source.hard_rows)
 
-    needed = _needed_bytes(chosen.config, placements, source, precision)
+    of_prefill = prefill_placements(chosen.config, precision, placements) if options.logits == "last" else {}
+    needed = _needed_bytes([placements, of_prefill], source, precision)
 
     with staged(output, force=options.force, needed_bytes=needed) as folder:
-        graphs = _trace_graphs(chosen.config, source, precision, options.logits, placements, progress)
+        graphs = _trace_graphs(chosen.config, source, precision, options.logits, placements, of_prefill, progress)
         for graph in graphs.values():
             attach(graph.model, graph.weights)
             ir.save(graph.model, folder / graph.file)
         progress.stage("Writing weights")
-        weights = [placements, _prefill_weights(graphs), _encoder_weights(graphs)]
+        weights = [placements, of_prefill, _encoder_weights(graphs)]
         files = _write_weights(folder, checkpoint, chosen, source, weights, progress)
         _copy_companions(checkpoint, folder, chosen.hf_config(checkpoint.config))
         manifest = manifest_of(
@@ -213,6 +212,7 @@ def _trace_graphs(
     precision: Precision,
     logits: Logits,
     placements: Mapping[str, AnyPlacement],
+    of_prefill: Mapping[str, AnyPlacement],
     progress: Progress,
 ) -> dict[str, _Graph]:
     progress.stage("Tracing the decoder")
@@ -225,11 +225,10 @@ def _trace_graphs(
         "decoder": _Graph(DECODER, decoder, {**placements, HEAD: head}),
         "embedding": _Graph(EMBEDDING, embedding, placements),
     }
-    if precision.prefill is not None and logits == "last":
+    if of_prefill:
         prefill = trace.trace_decoder(config, logits, precision.compute)
         OnlyCaches()(prefill)
-        own = prefill_placements(weight_shapes(prefill), precision.prefill, placements)
-        graphs["prefill"] = _Graph(PREFILL, prefill, {**placements, **own})
+        graphs["prefill"] = _Graph(PREFILL, prefill, {**placements, **of_prefill})
     for modality, encoder in source.encoders.items():
         progress.stage(f"Tracing the {modality} encoder")
         model = encoder.trace()
@@ -243,22 +242,9 @@ def _encoder_weights(graphs: Mapping[str, _Graph]) -> dict[str, AnyPlacement]:
     return {name: place for key in FEATURES if key in graphs for name, place in graphs[key].weights.items()}
 
 
-def _prefill_weights(graphs: Mapping[str, _Graph]) -> dict[str, AnyPlacement]:
-    """Those that are its own."""
-    weights = graphs["prefill"].weights if "prefill" in graphs else {}
-    return {name: place for name, place in weights.items() if place.file == PREFILL_DATA}
-
-
-def _needed_bytes(
-    config: TextConfig, placements: Mapping[str, AnyPlacement], source: _Source, precision: Precision
-) -> int:
-    """Not less than what is written: prefill is counted with all of its last layer."""
+def _needed_bytes(weights: Sequence[Mapping[str, AnyPlacement]], source: _Source, precision: Precision) -> int:
     encoders = (math.prod(shape) for encoder in source.encoders.values() for shape in encoder.shapes.values())
-    text = sum(place.nbytes for place in placements.values())
-    if precision.prefill is not None:
-        upper = tuple(f"layers.{i}." for i in range(config.num_kv_layers, config.num_layers))
-        matrices = (place for name, place in placements.items() if not name.startswith((*upper, TOKENS, PER_LAYER)))
-        text += sum(math.prod(place.shape) for place in matrices)
+    text = sum(place.nbytes for placements in weights for place in placements.values())
     return text + sum(encoders) * artifact.BYTES_PER_VALUE[precision.storage] + _SMALL_FILES_BYTES
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma3n_onnx.export.errors import SliceError
-from gemma3n_onnx.export.layout import text_placements
+from gemma3n_onnx.export.layout import prefill_placements, text_placements
 from gemma3n_onnx.export.precision import precision_for
 from gemma3n_onnx.export.slicing import SliceSpec, load_slices, resolve
 from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
@@ -177,15 +177,18 @@ def published_total(config: TextConfig, hf_config: Mapping[str, Any]) -> int:
 
 
 def disk_bytes(config: TextConfig, precision: str) -> int:
-    """Bytes of the weights of an exported decoder and its two tables, without encoders and multimodal rows.
+    """Bytes of the weights of an exported decoder, its two tables and its prefill graph, without encoders and
+    multimodal rows.
 
     The output head is the token table: both graphs read the one file.
 
     Raises:
         ExportOptionError: there is no such precision.
     """
-    places = text_placements(config, precision_for(precision, "cpu"), None)
-    return sum(place.nbytes for place in places.values())
+    recipe = precision_for(precision, "cpu")
+    places = text_placements(config, recipe, None)
+    own_of_prefill = prefill_placements(config, recipe, places)
+    return sum(place.nbytes for place in (*places.values(), *own_of_prefill.values()))
 
 
 @dataclass(frozen=True)

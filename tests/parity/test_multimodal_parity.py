@@ -232,6 +232,6 @@ def test_embedding_graph_agrees_with_the_engine_bit_for_bit(shallow_multimodal_c
     inputs = {name: np.concatenate(parts) for name, parts in features.items()}
     graph = Session(folder / manifest.embedding.file, PROFILES["cpu"])
     made = graph.run({"input_ids": np.array([prompt.ids]), **inputs})["inputs_embeds"]
-    ((_, ours),) = model.engine._chunks(prompt.ids, prompt.slots)
+    ((_, ours),) = model.engine._chunks(prompt.ids, prompt.slots, 0)
     assert made.dtype == ours.dtype
     np.testing.assert_array_equal(made.view(np.uint8), ours.view(np.uint8))

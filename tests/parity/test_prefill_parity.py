@@ -12,7 +12,9 @@ import onnx_ir as ir
 import pytest
 
 from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.layout import prefill_placements, text_placements
 from gemma3n_onnx.export.manifest import graph_info
+from gemma3n_onnx.export.precision import QuantizationOptions, precision_for
 from gemma3n_onnx.export.reference import load_decoder, prefilled_logits, stored_for_prefill, stored_in
 from gemma3n_onnx.export.slicing import whole
 from gemma3n_onnx.export.verify import QUANTIZED_TOLERANCE, describe, verify
@@ -69,8 +71,10 @@ def test_verify_judges_it_too(shallow_checkpoint, exported):
     print(describe(parity))
     assert parity.passed and parity.prefill is not None
     assert "the prompt on those of its own graph" in describe(parity)
-    apart = dataclasses.replace(parity, prefill=dataclasses.replace(parity.prefill, max_error=1e3))
-    assert not apart.passed
+    for error in (1e3, float("nan")):
+        apart = dataclasses.replace(parity.prefill, max_error=error)
+        assert not dataclasses.replace(parity, prefill=apart).passed
+        assert not dataclasses.replace(parity, graph=apart).passed
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +124,6 @@ def test_a_budget_is_a_number_of_bytes(folder, budget):
 
 
 def test_an_artifact_whose_prompts_share_the_decoder(small_checkpoint, exported):
-    from gemma3n_onnx.export.precision import QuantizationOptions
-
     shared = exported(small_checkpoint, precision="int4", quantization=QuantizationOptions(prefill="shared"))
     assert not [path for path in shared.iterdir() if "prefill" in path.name]
     assert not reads(OnnxGemma3n.from_pretrained(shared), 128)
@@ -145,3 +147,16 @@ def test_logits_are_those_of_the_last_token(folder):
     print(f"int8 and int4 prefill differ by {error:.1e} of the range")
     assert 1e-6 < error < 0.3
     assert np.isfinite(fast).all()
+
+
+def test_it_holds_what_it_reads(folder, small_checkpoint):
+    """Every product is in int8 with weights of its own, and none of these goes unread."""
+    graph = ir.load(folder / "prefill.onnx").graph
+    assert {node.op_type for node in graph} >= {"DynamicQuantizeMatMul", "GroupQueryAttention"}
+    assert "MatMulNBits" not in {node.op_type for node in graph}
+    config = Checkpoint.open(small_checkpoint).text_config
+    recipe = precision_for("int4", "cpu")
+    places = prefill_placements(config, recipe, text_placements(config, recipe, None))
+    read = {name.removesuffix(".codes") for name in graph.initializers if name.endswith(".codes")}
+    assert read == set(places)
+    assert max(place.end for place in places.values()) == (folder / "prefill.onnx.data").stat().st_size
