@@ -43,7 +43,8 @@ def main() -> None:
         if not artifact.exists():
             options = ("--slice", spec.name, "--precision", arguments.precision, "--quiet", "--output", artifact)
             run("export.cli", "--model", checkpoint, *options)
-        figures.append(measure_apart(artifact, Sizes(1024, 64, 4096), 3, "cpu", arguments.threads, budget))
+        load = {"provider": "cpu", "threads": arguments.threads, "memory_budget": budget}
+        figures.append(measure_apart(artifact, Sizes(1024, 64, 4096), 3, load))
         kept.write_text(json.dumps([asdict(of) for of in figures], indent=1))
         print(table(figures[-1:]), flush=True)
         shutil.rmtree(artifact)

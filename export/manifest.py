@@ -204,7 +204,7 @@ def _cache_infos(config: TextConfig, logits: Logits, precision: Precision) -> tu
             head_dim=config.head_dim,
             window=config.sliding_window if spec.windowed else None,
         )
-        for spec in cache_specs(config, logits)
+        for spec in cache_specs(config, logits, not precision.device)
     )
 
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Logits
 from gemma3n_onnx.graphs.embedding import HardRows
+from gemma3n_onnx.graphs.passes.choose_likeliest import ChooseLikeliest
 from gemma3n_onnx.graphs.passes.only_caches import OnlyCaches
 from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 from gemma3n_onnx.runtime import artifact
@@ -216,7 +217,9 @@ def _trace_graphs(
     progress: Progress,
 ) -> dict[str, _Graph]:
     progress.stage("Tracing the decoder")
-    decoder = trace.trace_decoder(config, logits, precision.compute)
+    decoder = trace.trace_decoder(config, logits, precision.compute, not precision.device)
+    if precision.device and logits == "last":
+        ChooseLikeliest()(decoder)
     soft_ids = {FEATURES[m]: soft.token_id for m, soft in source.front_ends.soft_tokens.items()}
     rows_dtype = precision.storage if precision.tokens is None else "fp16"
     embedding = trace.trace_embedding(config, rows_dtype, precision.compute, source.hard_rows, soft_ids)
@@ -226,7 +229,7 @@ def _trace_graphs(
         "embedding": _Graph(EMBEDDING, embedding, placements),
     }
     if of_prefill:
-        prefill = trace.trace_decoder(config, logits, precision.compute)
+        prefill = trace.trace_decoder(config, logits, precision.compute, not precision.device)
         OnlyCaches()(prefill)
         graphs["prefill"] = _Graph(PREFILL, prefill, {**placements, **of_prefill})
     for modality, encoder in source.encoders.items():

@@ -22,6 +22,9 @@ class Precision:
     `weights` quantizes the decoder's projections, but those of `exceptions`, by the ends of their names without
     ".weight"; `tokens` the token embeddings, which are the output head too; `per_layer` the per-layer embeddings;
     `encoders` the products of the encoders; `prefill` those of a second decoder, for prompts.
+
+    `device`: the graphs are for one that the host is to wait for as little as may be. The decoder then chooses the
+    likeliest token itself, and all caches have one length: those of windows would have the host know what they hold.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Precision:
     per_layer: Scheme | None = None
     encoders: PerRow | None = None
     prefill: PerRow | None = None
+    device: bool = False
 
     def of_encoder(self, name: str, products: Collection[str]) -> Storage:
         """How a tensor of an encoder is stored; `products` are those that are weights of products only."""
@@ -123,8 +127,17 @@ _SUPPORTED = {
         encoders=PerRow(),
         prefill=PerRow(),
     ),
-    ("fp16", "cuda"): Precision("fp16", storage="fp16", compute="fp16"),
-    ("bf16", "cuda"): Precision("bf16", storage="bf16", compute="bf16"),
+    ("fp16", "cuda"): Precision("fp16", storage="fp16", compute="fp16", device=True),
+    ("bf16", "cuda"): Precision("bf16", storage="bf16", compute="bf16", device=True),
+    ("int4", "cuda"): Precision(
+        "int4",
+        storage="bf16",
+        compute="bf16",
+        weights=Scheme(4, 128, "search"),
+        tokens=Scheme(4, 128, "search"),
+        per_layer=Scheme(4, 32),
+        device=True,
+    ),
 }
 PRECISIONS = tuple(dict.fromkeys(name for name, _ in _SUPPORTED))
 
@@ -157,6 +170,8 @@ def _with_options(precision: Precision, options: QuantizationOptions) -> Precisi
 
     if options.prefill is not None and options.prefill not in PREFILLS:
         raise ExportOptionError(f"--prefill is {options.prefill!r}; choose {' or '.join(PREFILLS)}.")
+    if options.prefill == "int8" and precision.prefill is None:
+        raise ExportOptionError("--prefill int8 is for --target cpu; leave it out.")
 
     def changed(scheme: Scheme) -> Scheme:
         return replace(scheme, block=options.block or scheme.block, method=options.method or scheme.method)

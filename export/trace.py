@@ -55,12 +55,12 @@ _AXIS_NAMES = {size: name for name, size in AXES.items()}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model:
+def trace_decoder(config: TextConfig, logits: Logits, compute: str, windows: bool = True) -> ir.Model:
     """The decoder graph, dynamic in batch, new tokens, mask length and cache capacities.
 
-    `compute` is the dtype of weights and activations, a key of `DTYPES`.
+    `compute` is the dtype of weights and activations, a key of `DTYPES`; `windows` as of `cache_specs`.
     """
-    model = _trace_decoder(_without_widths(config), logits, compute).clone()
+    model = _trace_decoder(_without_widths(config), logits, compute, windows).clone()
     for name, shape in _shapes_of_widths(config).items():
         model.graph.initializers[name].shape = ir.Shape(shape)
     return model
@@ -117,9 +117,9 @@ def _shapes_of_widths(config: TextConfig) -> dict[str, tuple[int, ...]]:
 
 
 @functools.lru_cache(maxsize=8)
-def _trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model:
+def _trace_decoder(config: TextConfig, logits: Logits, compute: str, windows: bool) -> ir.Model:
     with torch.device("meta"):
-        outline = Decoder(config, logits)
+        outline = Decoder(config, logits, windows)
         batch, new, length = (AXES[name] for name in ("batch", "new_tokens", "total_length"))
         per_layer = config.num_layers * config.hidden_size_per_layer_input
         heads, dim, dtype = config.num_kv_heads, config.head_dim, DTYPES[compute]
@@ -132,7 +132,7 @@ def _trace_decoder(config: TextConfig, logits: Logits, compute: str) -> ir.Model
             [torch.empty(batch, heads, n, dim, dtype=dtype) for n in rows for _ in range(2)],
         )
     names = outline.input_names, outline.output_names
-    return _trace(lambda: Decoder(config, logits), compute, arguments, *names)
+    return _trace(lambda: Decoder(config, logits, windows), compute, arguments, *names)
 
 
 @functools.lru_cache(maxsize=8)

@@ -47,8 +47,9 @@ class CacheSpec:
         return f"present.{self.layer}.key", f"present.{self.layer}.value"
 
 
-def cache_specs(config: TextConfig, logits: Logits) -> tuple[CacheSpec, ...]:
-    """The caches in graph order, one for each layer that produces K and V.
+def cache_specs(config: TextConfig, logits: Logits, windows: bool = True) -> tuple[CacheSpec, ...]:
+    """The caches in graph order, one for each layer that produces K and V; with `windows` those of sliding layers are
+    windowed.
 
     With logits for every position the KV-shared layers look back from every new position, further than a
     windowed donor reaches, so the sliding donor then keeps all positions.
@@ -56,7 +57,7 @@ def cache_specs(config: TextConfig, logits: Logits) -> tuple[CacheSpec, ...]:
     readers = range(config.num_kv_layers, config.num_layers)
     donors = {config.kv_source(i) for i in readers} if logits == "all" else set()
     return tuple(
-        CacheSpec(layer=i, windowed=config.layer_types[i] == SLIDING and i not in donors)
+        CacheSpec(layer=i, windowed=windows and config.layer_types[i] == SLIDING and i not in donors)
         for i in range(config.num_kv_layers)
     )
 
@@ -272,13 +273,16 @@ class Decoder(nn.Module):
 
     With `logits="last"` everything above the last layer that produces K and V, and all of that layer
     but its attention, runs for the last valid position of each row only: nothing else is ever read.
+
+    Without `windows` no value that a device computes decides on a size or on what the host has to tell the
+    attention, and `attention_mask` may be longer than what was seen.
     """
 
-    def __init__(self, config: TextConfig, logits: Logits) -> None:
+    def __init__(self, config: TextConfig, logits: Logits, windows: bool = True) -> None:
         super().__init__()
         self.config = config
         self.logits = logits
-        self.caches = cache_specs(config, logits)
+        self.caches = cache_specs(config, logits, windows)
         hidden, streams, eps = config.hidden_size, config.altup_num_inputs, config.rms_norm_eps
         windowed = {cache.layer for cache in self.caches if cache.windowed}
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(  # type: ignore[assignment]
@@ -312,7 +316,7 @@ class Decoder(nn.Module):
         position_ids: Tensor,
         past: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        batch, new_tokens = (ops.size_of_axis(inputs_embeds, axis) for axis in (0, 1))
+        batch = ops.size_of_axis(inputs_embeds, 0)
         step = self._step(batch, attention_mask, position_ids, past)
         embeds = ops.reshape(inputs_embeds, -1, self.config.hidden_size)
         per_layer = self._per_layer_inputs(embeds, per_layer_inputs)
@@ -332,7 +336,7 @@ class Decoder(nn.Module):
                 donor = (present[2 * source], present[2 * source + 1])
                 attention = layer.self_attn.read(normed, donor, step)
             if i == last_producer and self.logits == "last":
-                last = _last_valid(attention_mask, batch, new_tokens)
+                last = _last_valid(attention_mask, position_ids, ops.size_of_axis(embeds, 0))
                 predictions, normed, attention, per_layer = (
                     x.index_select(0, last) for x in (predictions, normed, attention, per_layer)
                 )
@@ -403,10 +407,11 @@ def _rescale(x: Tensor, target: Tensor) -> Tensor:
     return (wide * (target / magnitude)).type_as(x)
 
 
-def _last_valid(attention_mask: Tensor, batch: ops.Size, new_tokens: ops.Size) -> Tensor:
-    """Flat index [B] of each row's last token that is not padding."""
-    valid = ops.last_columns(attention_mask, new_tokens).sum(-1)
-    return ops.count_to(batch) * new_tokens.tensor + valid - 1
+def _last_valid(attention_mask: Tensor, position_ids: Tensor, tokens: ops.Size) -> Tensor:
+    """Flat index [B], among all `tokens`, of each row's last one that is not padding."""
+    column = attention_mask.sum(-1, keepdim=True) - 1 - position_ids[:, :1]
+    flat = ops.reshape(ops.count_to(tokens), ops.size_of_axis(position_ids, 0), -1)
+    return ops.reshape(flat.gather(1, column), -1)
 
 
 def _narrow(step: Step, index: Tensor) -> Step:

@@ -4,8 +4,8 @@ Outside an export they compute the same in plain torch, so that a module written
 tested and trained. A symbolic node has no eager meaning, hence the two branches.
 
 Modules are traced with fixed sizes, which is several times faster than with symbolic ones. What depends on
-a size that varies at run time must therefore go through `reshape`, `last_columns`, `count_to` and their
-like, never through a torch view; `export.trace` checks that no fixed size got into a graph.
+a size that varies at run time must therefore go through `reshape`, `count_to` and their like, never through a
+torch view; `export.trace` checks that no fixed size got into a graph.
 
 Shape legend: B batch, S new tokens, T = B * S, C cache capacity, N query heads, K KV heads, D head size.
 """
@@ -133,15 +133,6 @@ def reshape(x: Tensor, *sizes: int | Size) -> Tensor:
         parts = [torch.tensor(numbers)]
     wanted = torch.cat(parts) if len(parts) > 1 else parts[0]
     return symbolic("Reshape", (x, wanted), dtype=x.dtype, shape=shape, version=_OPSET)
-
-
-def last_columns(x: Tensor, count: Size) -> Tensor:
-    """The last `count` columns of x [B, n]."""
-    if not tracing():
-        return x[:, x.shape[1] - count.number :]
-    length = size_of_axis(x, 1).tensor
-    bounds = (x, length - count.tensor, length, torch.tensor([1]))
-    return symbolic("Slice", bounds, dtype=x.dtype, shape=(x.shape[0], count.number), version=_OPSET)
 
 
 def count_to(size: Size) -> Tensor:

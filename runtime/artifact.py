@@ -23,6 +23,9 @@ FORMAT = "gemma3n-onnx"
 FORMAT_VERSION = "3.0"
 MANIFEST = "manifest.json"
 
+NEXT_TOKEN, NEXT_LOGIT = "next_token", "next_logit"
+"""Outputs [B, 1, 1] of a decoder that chooses the likeliest token itself: its id, and its logit."""
+
 FLOAT_DTYPES = ("fp32", "fp16", "bf16")
 QUANTIZED_BITS = {"int4": 4, "int8": 8}
 BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}

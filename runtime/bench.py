@@ -7,12 +7,13 @@ attention sees of the KV caches; no step can take less time than reading that.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from . import cuda
 from .artifact import BYTES_PER_VALUE, Manifest, load_manifest
 from .errors import Gemma3nError, OptionError
 from .generation import check_context, peak_memory_bytes
@@ -39,10 +41,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Figures:
-    """Medians of the runs. `private_bytes` has no mapped files in it; `gpu_bytes` is None on the CPU.
+    """Medians of the runs. `private_bytes` has no mapped files in it; `gpu_bytes` are of all processes, None on the
+    CPU.
 
     `read_bytes` are those of weights and KV caches that a decode step reads, at the middle of the answer; `bandwidth`
-    is the machine's, in bytes a second, read by as many threads.
+    is the machine's, in bytes a second, read by as many threads, or that of the GPU's memory.
     """
 
     slice: str
@@ -70,10 +73,9 @@ class Figures:
         return self.bandwidth / self.read_bytes
 
 
-def measure(
-    folder: Path, sizes: Sizes, runs: int, provider: str, threads: int | None, memory_budget: int | None
-) -> Figures:
-    """Loads the artifact, warms it up with the beginning of the prompt and takes `runs` others.
+def measure(folder: Path, sizes: Sizes, runs: int, load: Mapping[str, Any]) -> Figures:
+    """Loads the artifact, warms it up with the beginning of the prompt and takes `runs` others. `load`: arguments of
+    `OnnxGemma3n.from_pretrained`.
 
     Raises:
         OptionError: a size or a number of runs out of range. ContextLengthError: sizes beyond the artifact's context.
@@ -81,10 +83,10 @@ def measure(
     _check(load_manifest(folder), sizes, runs)
     before = private_bytes()
     started = time.perf_counter()
-    model = OnnxGemma3n.from_pretrained(folder, provider, threads=threads, memory_budget=memory_budget, kept_prompts=0)
+    model = OnnxGemma3n.from_pretrained(folder, kept_prompts=0, **load)
     loaded = time.perf_counter() - started
     manifest, engine = model.manifest, model.engine
-    used = threads or os.cpu_count() or 1
+    used = load.get("threads") or os.cpu_count() or 1
     rng = np.random.default_rng(0)
     prompt = [manifest.bos_token_id, *rng.integers(4, manifest.per_layer_embeddings.rows, sizes.prompt_tokens - 1)]
     prompt = [int(token) for token in prompt]
@@ -101,9 +103,10 @@ def measure(
         token = np.array([logits.argmax()])
         started = time.perf_counter()
         for _ in range(sizes.new_tokens):
-            token = decoder.step(token, np.array([True])).argmax(-1)
+            token = decoder.step_likeliest(token, np.array([True]))
         decode.append(time.perf_counter() - started)
     private, after = private_bytes(), peak_memory_bytes()
+    on_cpu = engine.profile.device == "cpu"
     return Figures(
         slice=manifest.slice,
         precision=manifest.precision,
@@ -117,19 +120,17 @@ def measure(
         model_bytes=sum(info.bytes for info in manifest.files.values()),
         peak_bytes=after,
         private_bytes=None if private is None or before is None else private - before,
-        gpu_bytes=None if engine.profile.device == "cpu" else _gpu_bytes(),
+        gpu_bytes=None if on_cpu else cuda.memory_used(engine.profile.device_id),
         read_bytes=read_bytes(manifest, sizes.prompt_tokens + sizes.new_tokens // 2),
-        bandwidth=read_bandwidth(used),
+        bandwidth=read_bandwidth(used) if on_cpu else cuda.bandwidth(engine.profile.device_id) or math.nan,
         mmlu=manifest.mmlu,
     )
 
 
-def measure_apart(
-    folder: Path, sizes: Sizes, runs: int, provider: str, threads: int | None, memory_budget: int | None = None
-) -> Figures:
+def measure_apart(folder: Path, sizes: Sizes, runs: int, load: Mapping[str, Any]) -> Figures:
     """`measure` in a process of its own, so that its memory is the artifact's alone."""
     _check(load_manifest(folder), sizes, runs)
-    arguments = json.dumps([str(folder), asdict(sizes), runs, provider, threads, memory_budget])
+    arguments = json.dumps([str(folder), asdict(sizes), runs, dict(load)])
     code = f"from {__name__} import _child; _child()"
     done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -185,16 +186,6 @@ def private_bytes() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None)
-
-
-def _gpu_bytes() -> int | None:
-    """Memory in use on the first GPU, by any process; None where nvidia-smi is not there."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return int(told.split()[0]) << 20
 
 
 def table(figures: Sequence[Figures]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,55 @@ def cli() -> None:
 
 
 def main() -> None:
-    exit_with_message(partial(cli.main, prog_name="gemma3n", standalone_mode=False))
+    exit_with_message(functools.partial(cli.main, prog_name="gemma3n", standalone_mode=False))
 
 
 _artifact = click.argument("artifact", type=click.Path(path_type=Path))
-_memory_budget = click.option(
-    "--memory-budget",
-    type=click.FloatRange(min=0),
-    help="GB that the decoder's weights may take; with more, long prompts run faster. [default: what is free]",
+_LOAD_OPTIONS = (
+    click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda."),
+    click.option("--threads", type=int, help="Threads of ONNX Runtime."),
+    click.option(
+        "--memory-budget",
+        type=click.FloatRange(min=0),
+        help="GB that the decoder's weights may take; with more, long prompts run faster. [default: what is free]",
+    ),
+    click.option("--device-id", default=0, show_default=True, help="Which GPU."),
+    click.option(
+        "--gpu-memory-limit",
+        type=click.FloatRange(min=0, min_open=True),
+        help="GB of the GPU that each graph may take. [default: all]",
+    ),
+    click.option("--cuda-graphs/--no-cuda-graphs", default=True, help="Replay decode steps from a recording."),
 )
+
+
+def _load_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of how an artifact is loaded; `command` gets them as `load`, arguments of `from_pretrained`."""
+
+    @functools.wraps(command)
+    def loading(
+        *,
+        memory_budget: float | None,
+        gpu_memory_limit: float | None,
+        provider: str,
+        threads: int | None,
+        device_id: int,
+        cuda_graphs: bool,
+        **others: Any,
+    ) -> None:
+        load = {
+            "provider": provider,
+            "threads": threads,
+            "memory_budget": _bytes(memory_budget),
+            "device_id": device_id,
+            "gpu_memory_limit": _bytes(gpu_memory_limit),
+            "cuda_graphs": cuda_graphs,
+        }
+        command(load=load, **others)
+
+    for option in reversed(_LOAD_OPTIONS):
+        loading = option(loading)
+    return loading
 
 
 def _bytes(gigabytes: float | None) -> int | None:
@@ -132,9 +172,7 @@ def _bytes(gigabytes: float | None) -> int | None:
 @click.option("--frequency-penalty", default=0.0, show_default=True)
 @click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
 @click.option("--seed", type=int)
-@click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--threads", type=int, help="Threads of ONNX Runtime.")
-@_memory_budget
+@_load_options
 @click.option("--stats", is_flag=True, help="Print speed and memory to stderr.")
 def run(
     artifact: Path,
@@ -145,9 +183,7 @@ def run(
     allow_private_urls: bool,
     system: str | None,
     raw: bool,
-    provider: str,
-    threads: int | None,
-    memory_budget: float | None,
+    load: dict[str, Any],
     stats: bool,
     **options: Any,
 ) -> None:
@@ -158,8 +194,7 @@ def run(
         raise PromptError("The prompt is empty; give some text to answer.")
     read_options(options)  # a bad option is told before a model is loaded
     fetch = FetchPolicy(allow_private=allow_private_urls)
-    budget = _bytes(memory_budget)
-    model = OnnxGemma3n.from_pretrained(artifact, provider, threads=threads, memory_budget=budget, fetch=fetch)
+    model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, **load)
     media = [(kind, s) for kind, sources in (("image", images), ("audio", clips), ("video", videos)) for s in sources]
     content = [*({"type": kind, kind: source} for kind, source in media), {"type": "text", "text": prompt}]
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
@@ -179,9 +214,7 @@ def run(
 @click.option("--new-tokens", default=256, show_default=True)
 @click.option("--context", default=4096, show_default=True, help="Tokens that the KV caches have room for.")
 @click.option("--runs", default=3, show_default=True, help="Medians are taken of so many.")
-@click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--threads", type=int, help="Threads of ONNX Runtime.")
-@_memory_budget
+@_load_options
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="A PNG of speed, memory and MMLU to write.")
 def bench(
@@ -190,9 +223,7 @@ def bench(
     new_tokens: int,
     context: int,
     runs: int,
-    provider: str,
-    threads: int | None,
-    memory_budget: float | None,
+    load: dict[str, Any],
     as_json: bool,
     plot_file: Path | None,
 ) -> None:
@@ -202,8 +233,7 @@ def bench(
     sizes = Sizes(prompt_tokens, new_tokens, context)
     show = sys.stderr.isatty()
     with click.progressbar(artifacts, label="Measuring", file=sys.stderr, hidden=not show) as bar:
-        budget = _bytes(memory_budget)
-        figures = [measure_apart(folder, sizes, runs, provider, threads, budget) for folder in bar]
+        figures = [measure_apart(folder, sizes, runs, load) for folder in bar]
     if plot_file is not None:
         plot(figures, plot_file)
     everything = [asdict(of) | {"decode_limit": of.decode_limit} for of in figures]

@@ -6,17 +6,19 @@ Shape legend: B rows of the batch, S tokens of one run, V vocabulary.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from .artifact import Manifest
+from .artifact import NEXT_LOGIT, NEXT_TOKEN, Manifest
 from .decoder_io import check_decoder
-from .errors import ArtifactError, OptionError
-from .kv_cache import KVCache
+from .errors import ArtifactError, OptionError, no_token
+from .kv_cache import CacheMemory, KVCache, MemoryPool
 from .prefill import PrefillGraph
-from .session import Binding, Profile, Session
+from .session import Binding, Buffer, Profile, Session
 from .slots import Slot, fill
 from .tables import Table, to_compute_dtype
 
@@ -42,12 +44,23 @@ class Engine:
         self._tokens = Table(folder, manifest.token_embeddings, manifest.compute_dtype)
         self._per_layer = Table(folder, manifest.per_layer_embeddings, manifest.compute_dtype)
         quantized = bool(manifest.quantization)
-        self._session = Session(folder / manifest.decoder.file, profile, threads, quantized=quantized)
+        self._session = Session(
+            folder / manifest.decoder.file, profile, threads, quantized=quantized, captures=profile.captures
+        )
         check_decoder(self._session, manifest, manifest.decoder.file, logits=True)
         self.prefill_graph = PrefillGraph(folder, manifest, profile, threads, memory_budget)
+        self._allocate = functools.partial(CacheMemory.allocate, manifest.caches, profile)
+        self._pool = MemoryPool(self._allocate, manifest.max_context)
+        self._captures = itertools.count(1)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
-        return KVCache(self.manifest.caches, self.profile, rows, capacity)
+        """A cache with room for at least `capacity` tokens in each row."""
+        return self._pool.cache(rows, capacity) if self.profile.captures else KVCache(self._allocate(rows, capacity))
+
+    def release(self) -> None:
+        """Frees what another prompt would load or allocate again."""
+        self.prefill_graph.release()
+        self._pool.clear()
 
     def prefill(
         self,
@@ -121,13 +134,37 @@ class Engine:
         cache.bind(binding, first_row, rows)
         return binding
 
+    def _bind_steps(self, cache: KVCache) -> _Steps:
+        manifest, rows = self.manifest, cache.rows
+        binding = self._bind(self._session, cache, 0, rows)
+        if self.profile.device == "cpu":
+            return _Steps(binding, self._output(binding, rows, 1))
+        steps = _Steps(binding, binding.device_output("logits", (rows, 1, manifest.vocab_size), "fp32"))
+        if {NEXT_TOKEN, NEXT_LOGIT} <= {tensor.name for tensor in manifest.decoder.outputs}:
+            steps = replace(
+                steps,
+                next_token=binding.device_output(NEXT_TOKEN, (rows, 1, 1), "int64"),
+                next_logit=binding.device_output(NEXT_LOGIT, (rows, 1, 1), "fp32"),
+            )
+        if not self.profile.captures:
+            return steps
+        binding.fix_input("inputs_embeds", (rows, 1, manifest.token_embeddings.width), manifest.compute_dtype)
+        binding.fix_input("per_layer_inputs", (rows, 1, manifest.per_layer_embeddings.width), manifest.compute_dtype)
+        binding.fix_input("position_ids", (rows, 1), "int64")
+        binding.fix_input("attention_mask", (rows, cache.capacity), "int64")
+        binding.capture(next(self._captures))
+        return replace(steps, mask_length=cache.capacity)
+
     def _output(self, binding: Binding, rows: int, positions: int) -> np.ndarray:
         logits = np.empty((rows, positions, self.manifest.vocab_size), dtype=np.float32)
         binding.output("logits", logits)
         return logits
 
-    def _run(self, binding: Binding, ids: np.ndarray, embeds: np.ndarray, lengths: np.ndarray) -> None:
-        """Runs ids [B, S] with their embeddings [B, S, H] after `lengths` [B] tokens and adds S to the lengths."""
+    def _run(
+        self, binding: Binding, ids: np.ndarray, embeds: np.ndarray, lengths: np.ndarray, mask_length: int | None = None
+    ) -> None:
+        """Runs ids [B, S] with their embeddings [B, S, H] after `lengths` [B] tokens and adds S to the lengths.
+        The mask has `mask_length` columns, by default no more than are needed."""
         rows, new = ids.shape
         flat = ids.reshape(-1)
         dtype = self.manifest.compute_dtype
@@ -135,7 +172,7 @@ class Engine:
         binding.input("inputs_embeds", embeds, dtype)
         binding.input("per_layer_inputs", self._per_layer.rows(table_rows).reshape(rows, new, -1), dtype)
         binding.input("position_ids", lengths[:, None] + np.arange(new), "int64")
-        binding.input("attention_mask", _mask(lengths + new, new), "int64")
+        binding.input("attention_mask", _mask(lengths + new, mask_length), "int64")
         binding.run()
         lengths += new
 
@@ -145,8 +182,9 @@ class Decoder:
 
     def __init__(self, engine: Engine, cache: KVCache) -> None:
         self._engine, self._cache = engine, cache
-        self._binding = engine._bind(engine._session, cache, 0, cache.rows)
-        self._logits = engine._output(self._binding, cache.rows, 1)[:, 0]
+        if cache.memory.bound is None:
+            cache.memory.bound = engine._bind_steps(cache)
+        self._bound: _Steps = cache.memory.bound
 
     def step(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
         """tokens [B] int64, running [B] bool -> logits [B, V] fp32, valid until the next step.
@@ -154,15 +192,50 @@ class Decoder:
         Rows that are not running compute along, do not count the token, and cannot run again: their windowed
         caches may have dropped positions at each step.
         """
+        self._advance(tokens, running)
+        return self._bound.host_logits()
+
+    def step_likeliest(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
+        """As `step`, but gives the likeliest token [B] int64 of each row, chosen where the logits are.
+
+        Raises:
+            ProviderError: no token of a running row has a finite logit as the largest.
+        """
+        self._advance(tokens, running)
+        likeliest, largest = self._bound.likeliest()
+        if not np.isfinite(largest[running]).all():
+            raise no_token(float(largest[running][~np.isfinite(largest[running])][0]))
+        return likeliest
+
+    def _advance(self, tokens: np.ndarray, running: np.ndarray) -> None:
+        engine, bound = self._engine, self._bound
         lengths = self._cache.lengths.copy()
-        self._engine._run(self._binding, tokens[:, None], self._engine._embed(tokens)[:, None], lengths)
+        engine._run(bound.binding, tokens[:, None], engine._embed(tokens)[:, None], lengths, bound.mask_length)
         self._cache.lengths[running] = lengths[running]
-        return self._logits
 
 
-def _mask(lengths: np.ndarray, new: int) -> np.ndarray:
-    """A mask [B, max length] whose row sums are `lengths` and whose last `new` columns are ones."""
-    total = int(lengths.max())
-    columns = np.arange(total)
-    mask = (columns < (lengths - new)[:, None]) | (columns >= total - new)
-    return mask.astype(np.int64)
+@dataclass(frozen=True)
+class _Steps:
+    """What decode steps are bound to: the logits [B, 1, V] on the host, or on the device with what is chosen there."""
+
+    binding: Binding
+    logits: np.ndarray | Buffer
+    mask_length: int | None = None
+    next_token: Buffer | None = None
+    next_logit: Buffer | None = None
+
+    def host_logits(self) -> np.ndarray:
+        return (self.logits.to_host() if isinstance(self.logits, Buffer) else self.logits)[:, 0]
+
+    def likeliest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [B] and their logits [B]; a NaN is the largest of all."""
+        if self.next_token is not None and self.next_logit is not None:
+            return self.next_token.to_host()[:, 0, 0], self.next_logit.to_host()[:, 0, 0]
+        logits = self.host_logits()
+        tokens = logits.argmax(-1)
+        return tokens, np.take_along_axis(logits, tokens[:, None], 1)[:, 0]
+
+
+def _mask(lengths: np.ndarray, columns: int | None) -> np.ndarray:
+    """A mask whose row sums are `lengths`, with no more columns than needed where None."""
+    return (np.arange(lengths.max() if columns is None else columns) < lengths[:, None]).astype(np.int64)

@@ -51,3 +51,10 @@ class AudioTooLongError(MediaError):
 
 class PackageMissingError(Gemma3nError, ImportError):
     """An optional package is needed for this input and is not installed."""
+
+
+def no_token(largest: float) -> ProviderError:
+    return ProviderError(
+        f"The model's logits hold {largest} as their maximum, so no token can be chosen; "
+        "try another execution provider or another precision."
+    )

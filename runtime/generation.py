@@ -91,11 +91,17 @@ class Generation:
         random = [rng_for(self._options.seed) for _ in self._prompts]
         tokens = np.full(len(self._prompts), self._engine.manifest.pad_token_id, dtype=np.int64)
         decoder = self._engine.decoder(self._cache)
+        likeliest: np.ndarray | None = None  # token ids [B], where nothing else of the logits is needed
+        only_likeliest = self._sampler.takes_likeliest and self._options.logprobs is None
         for made in range(1, self._options.max_new_tokens + 1):
             # 3. Choose a token for each running row.
             for row in np.flatnonzero(self._running):
-                token = self._choose(int(row), logits[row], random[row], made)
-                tokens[row] = token.token_id
+                if likeliest is None:
+                    chosen = self._sampler.choose(logits[row], self._counts[row], random[row])
+                else:
+                    chosen = int(likeliest[row])
+                token = self._chosen(int(row), chosen, logits[row], made)
+                tokens[row] = chosen
                 if token.finish:
                     self.stop(int(row))
                 if not self._first_token:
@@ -105,7 +111,10 @@ class Generation:
                 break
             # 4. Run the chosen tokens.
             step_started = time.perf_counter()
-            logits = decoder.step(tokens, self._running)
+            if only_likeliest:
+                likeliest = decoder.step_likeliest(tokens, self._running)
+            else:
+                logits = decoder.step(tokens, self._running)
             self._decode_seconds += time.perf_counter() - step_started
             self._decode_tokens += int(self._running.sum())
 
@@ -129,8 +138,7 @@ class Generation:
         self._prefill_seconds += time.perf_counter() - encoded + copied - started
         return logits
 
-    def _choose(self, row: int, logits: np.ndarray, rng: np.random.Generator, made: int) -> GeneratedToken:
-        token = self._sampler.choose(logits, self._counts[row], rng)
+    def _chosen(self, row: int, token: int, logits: np.ndarray, made: int) -> GeneratedToken:
         self._counts[row].add(token)
         wanted = self._options.logprobs
         logprob = None if wanted is None else log_probabilities(logits, token, wanted)

@@ -7,7 +7,10 @@ the buffers in place: past and present are the same memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -24,18 +27,32 @@ class LayerCache:
     value: Buffer
 
 
-class KVCache:
-    """`lengths[row]` tokens have been processed in each row; at most `capacity` may be."""
+@dataclass
+class CacheMemory:
+    """The buffers of a cache, and what the decoder is bound to them with, once it is."""
 
-    def __init__(self, infos: tuple[CacheInfo, ...], profile: Profile, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
-        self.lengths = np.zeros(rows, dtype=np.int64)
-        self.layers = []
+    rows: int
+    capacity: int
+    layers: list[LayerCache]
+    bound: Any = None
+
+    @classmethod
+    def allocate(cls, infos: tuple[CacheInfo, ...], profile: Profile, rows: int, capacity: int) -> CacheMemory:
+        layers = []
         for info in infos:
             size = cache_capacity(info, profile, capacity)
             shape = (rows, info.kv_heads, size, info.head_dim)
             buffers = (Buffer(profile, shape, info.dtype) for _ in range(2))
-            self.layers.append(LayerCache(info, size, *buffers))
+            layers.append(LayerCache(info, size, *buffers))
+        return cls(rows, capacity, layers)
+
+
+class KVCache:
+    """`lengths[row]` tokens have been processed in each row; at most `capacity` may be."""
+
+    def __init__(self, memory: CacheMemory) -> None:
+        self.memory, self.rows, self.capacity, self.layers = memory, memory.rows, memory.capacity, memory.layers
+        self.lengths = np.zeros(memory.rows, dtype=np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +96,38 @@ class KVCache:
         if exact:
             self.lengths[row] = length
         return exact
+
+
+@dataclass
+class MemoryPool:
+    """Memory of caches that nobody uses any more, for the next ones: what was captured for it stays valid. Capacities
+    are rounded up, so that requests of several lengths find each other's."""
+
+    allocate: Callable[[int, int], CacheMemory]
+    max_capacity: int
+    idle: list[CacheMemory] = field(default_factory=list)
+
+    def cache(self, rows: int, capacity: int) -> KVCache:
+        capacity = max(capacity, min(-(-capacity // CAPACITY_STEP) * CAPACITY_STEP, self.max_capacity))
+        fitting = (memory for memory in self.idle if (memory.rows, memory.capacity) == (rows, capacity))
+        memory = next(fitting, None)
+        if memory is None:
+            memory = self.allocate(rows, capacity)
+        else:
+            self.idle = [other for other in self.idle if other is not memory]
+        cache = KVCache(memory)
+        weakref.finalize(cache, self._return, memory).atexit = False
+        return cache
+
+    def _return(self, memory: CacheMemory) -> None:
+        self.idle = [*self.idle, memory][-KEPT_IDLE:]
+
+    def clear(self) -> None:
+        self.idle = []
+
+
+CAPACITY_STEP = 1024
+KEPT_IDLE = 2
 
 
 def cache_capacity(info: CacheInfo, profile: Profile, context: int) -> int:

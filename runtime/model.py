@@ -20,7 +20,7 @@ from .messages import MessageReader, items_of
 from .placeholders import Placeholders
 from .prefix_cache import PrefixCache
 from .prompt import ChatTemplate, Tokenizer, encode_plain
-from .session import choose_profile
+from .session import Device, choose_profile
 from .slots import PromptTokens
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -62,6 +62,9 @@ class OnnxGemma3n:
         memory_budget: int | None = None,
         fetch: FetchPolicy | None = None,
         kept_prompts: int = 1,
+        device_id: int = 0,
+        gpu_memory_limit: int | None = None,
+        cuda_graphs: bool = True,
     ) -> OnnxGemma3n:
         """Loads an exported folder.
 
@@ -74,6 +77,9 @@ class OnnxGemma3n:
             fetch: what media may be read from disk and network, and how much of them.
             kept_prompts: so many prompts keep their KV caches when they are answered, and what a later one begins
                 with alike is not run again; on the CPU only. Their memory goes with `release`.
+            device_id: of the GPU, from 0.
+            gpu_memory_limit: bytes that ONNX Runtime may take on the GPU for one graph; None is all that is there.
+            cuda_graphs: record a decode step once and replay it, which needs no work of the CPU for each operator.
 
         Raises:
             ArtifactError: the folder is missing, incomplete, damaged or of another version.
@@ -82,7 +88,8 @@ class OnnxGemma3n:
         """
         folder = Path(folder)
         manifest = load_manifest(folder)
-        profile = choose_profile(provider, manifest)
+        device = Device(device_id, gpu_memory_limit, cuda_graphs)
+        profile = choose_profile(provider, manifest, device)
         tokenizer = Tokenizer.from_folder(folder)
         if (tokens := tokenizer.vocab_size) > manifest.vocab_size:
             raise ArtifactError(
@@ -148,7 +155,7 @@ class OnnxGemma3n:
         prompts; graphs load again when needed."""
         self.encoders.release(encoder)
         if encoder is None:
-            self.engine.prefill_graph.release()
+            self.engine.release()
             if self._kept_prompts:
                 self._kept_prompts.clear()
 

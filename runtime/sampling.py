@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import OptionError, ProviderError
+from .errors import OptionError, no_token
 
 GROUP_SIZE = 128  # values that share one partial maximum or sum; V / 128 groups are cheap to search
 LOWEST = np.finfo(np.float32).min  # the least logit that is not -inf
@@ -198,20 +198,27 @@ class Sampler:
 
     options: GenerationOptions
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the choice is always the largest logit as the model gives it."""
+        return self.options.temperature == 0 and not self._penalizes
+
+    @property
+    def _penalizes(self) -> bool:
+        o = self.options
+        return (o.repetition_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0)
+
     def choose(self, logits: np.ndarray, counts: TokenCounts, rng: np.random.Generator) -> int:
         """The next token's id from logits float32 [V], the row's tokens so far and its random stream.
 
         -inf excludes a token. ProviderError: a logit is NaN or +inf, or every token is excluded.
         """
         o = self.options
-        if (o.repetition_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0):
+        if self._penalizes:
             logits = penalize(logits, counts, o.repetition_penalty, o.presence_penalty, o.frequency_penalty)
         likeliest = int(logits.argmax())  # the first NaN, where there is one
         if not np.isfinite(logits[likeliest]):
-            raise ProviderError(
-                f"The model's logits hold {logits[likeliest]} as their maximum, so no token can be chosen; "
-                "try another execution provider or another precision."
-            )
+            raise no_token(float(logits[likeliest]))
         if o.temperature == 0:
             return likeliest
 

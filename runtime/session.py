@@ -6,12 +6,13 @@ import ctypes
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from . import cuda
 from .artifact import BYTES_PER_VALUE, Manifest, TensorInfo
 from .errors import ArtifactError, OptionError, ProviderError, RuntimeMissingError
 
@@ -19,6 +20,9 @@ MINIMUM_VERSION = (1, 31)
 SILENT = 4  # log severity "fatal": what is less comes as an exception, and is told once
 
 NO_PACKING = "session.disable_prepacking"
+
+_CAPTURE = "gpu_graph_id"
+_NO_CAPTURE = "-1"
 
 _ONNX_TYPES = {"fp32": 1, "int64": 7, "fp16": 10, "bf16": 16}
 
@@ -28,7 +32,8 @@ class Profile:
     """What differs between execution providers.
 
     `window_slack` is how many rows a windowed cache has beyond its window, as a share of the window: the
-    CPU kernel moves its rows once in that many steps, the CUDA kernel wants exactly the window.
+    CPU kernel moves its rows once in that many steps, the CUDA kernel wants exactly the window. `captures`: a decode
+    step is recorded once and then replayed, so that what it is bound to stays where it is.
     """
 
     name: str
@@ -36,6 +41,8 @@ class Profile:
     device: str
     compute_dtypes: tuple[str, ...]
     window_slack: float
+    device_id: int = 0
+    captures: bool = False
     provider_options: Mapping[str, str] = field(default_factory=dict)
     session_entries: Mapping[str, str] = field(default_factory=dict)
 
@@ -60,12 +67,32 @@ PROFILES = {
         device="cuda",
         compute_dtypes=("fp16", "bf16"),
         window_slack=0.0,
+        captures=True,
         provider_options={"arena_extend_strategy": "kSameAsRequested"},
     ),
 }
 
 
-def choose_profile(name: str, manifest: Manifest) -> Profile:
+@dataclass(frozen=True)
+class Device:
+    """Which GPU, and how much of its memory ONNX Runtime may take; nothing of it counts on the CPU.
+
+    memory_limit: bytes, for each session's weights and activations; None is all.
+    graphs: whether a decode step is captured as a CUDA graph and replayed.
+    """
+
+    id: int = 0
+    memory_limit: int | None = None
+    graphs: bool = True
+
+    def __post_init__(self) -> None:
+        if not _is_whole(self.id) or self.id < 0:
+            raise OptionError(f"device_id is {self.id!r}; give the number of a GPU, 0 for the first.")
+        if self.memory_limit is not None and (not _is_whole(self.memory_limit) or self.memory_limit < 1):
+            raise OptionError(f"gpu_memory_limit is {self.memory_limit!r}; give a positive number of bytes.")
+
+
+def choose_profile(name: str, manifest: Manifest, device: Device | None = None) -> Profile:
     """The profile for `provider=name` and this artifact; "auto" takes CUDA for an artifact made for it.
 
     Raises:
@@ -89,7 +116,16 @@ def choose_profile(name: str, manifest: Manifest) -> Profile:
             f"The artifact computes in {manifest.compute_dtype}, which {profile.provider} does not run "
             f"(it runs {', '.join(profile.compute_dtypes)}); export it again with --target {name}."
         )
-    return profile
+    return profile if profile.device == "cpu" else _on_device(profile, device or Device())
+
+
+def _on_device(profile: Profile, device: Device) -> Profile:
+    if (trouble := cuda.trouble(_onnxruntime(), device.id)) is not None:
+        raise ProviderError(f"{profile.provider} cannot start: {trouble}.")
+    options = {**profile.provider_options, "device_id": str(device.id)}
+    if device.memory_limit is not None:
+        options["gpu_mem_limit"] = str(device.memory_limit)
+    return replace(profile, device_id=device.id, captures=device.graphs, provider_options=options)
 
 
 class Buffer:
@@ -101,7 +137,7 @@ class Buffer:
         self.nbytes = math.prod(shape) * BYTES_PER_VALUE[dtype]
         try:
             self._value = ort.OrtValue.ortvalue_from_shape_and_type(
-                list(shape), _element_type(dtype), profile.device, 0
+                list(shape), _element_type(dtype), profile.device, profile.device_id
             )
         except Exception as error:  # the library has no type of its own for this
             raise ProviderError(
@@ -120,18 +156,36 @@ class Buffer:
     def address(self, row: int) -> int:
         return self._value.data_ptr() + row * (self.nbytes // self.shape[0])
 
+    def fill(self, array: np.ndarray) -> None:
+        """Copies a host array of its shape to it; bf16 comes as uint16 bits."""
+        assert array.shape == self.shape, f"{array.shape} instead of {self.shape}"
+        self._value.update_inplace(np.ascontiguousarray(array))
+
+    def to_host(self) -> np.ndarray:
+        """A copy of what it holds, fp32 or int64."""
+        return self._value.numpy()
+
 
 class Session:
     """One graph, loaded."""
 
-    def __init__(self, path: Path, profile: Profile, threads: int | None = None, *, quantized: bool = False) -> None:
-        """`quantized`: the graph's products read quantized weights, which are fast in packed form only."""
+    def __init__(
+        self,
+        path: Path,
+        profile: Profile,
+        threads: int | None = None,
+        *,
+        quantized: bool = False,
+        captures: bool = False,
+    ) -> None:
+        """`quantized`: the graph's products read quantized weights, which are fast in packed form only.
+        `captures`: runs of a binding that asks for it are recorded and replayed."""
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = SILENT
         options.enable_mem_pattern = False
         if threads is not None:
-            if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+            if not _is_whole(threads) or threads < 1:
                 raise OptionError(f"threads is {threads!r}; give a positive number of threads.")
             options.intra_op_num_threads = threads
         entries = dict(profile.session_entries)
@@ -139,9 +193,12 @@ class Session:
             entries.pop(NO_PACKING, None)
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
-        providers = [(profile.provider, dict(profile.provider_options))]
+        provider_options = dict(profile.provider_options)
+        if captures:
+            provider_options["enable_cuda_graph"] = "1"
+        providers = [(profile.provider, provider_options)]
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=providers)
+            self._session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
         except Exception as error:
             raise ArtifactError(
                 f"ONNX Runtime cannot load {path} ({_first_line(error)}); copy it again or export the artifact again."
@@ -149,9 +206,9 @@ class Session:
         if (active := self._session.get_providers())[0] != profile.provider:
             raise ProviderError(
                 f"{profile.provider} did not start and ONNX Runtime fell back to {active[0]}; "
-                "check the driver and the CUDA libraries that it needs."
+                "check that cuDNN 9 is there and that other programs leave some of the GPU's memory."
             )
-        self.profile = profile
+        self.profile, self._captures = profile, captures
         self.inputs = [_signature(node) for node in self._session.get_inputs()]
         self.outputs = [_signature(node) for node in self._session.get_outputs()]
         self.output_names = [output.name for output in self.outputs]
@@ -174,17 +231,26 @@ class Binding:
         self._session = session
         self._binding = session._session.io_binding()
         self._kept: dict[str, Any] = {}
-        ort = _onnxruntime()
-        self._options = ort.RunOptions()
-        self._options.log_severity_level = SILENT
+        self._fixed: dict[str, Buffer] = {}
+        self._options = _run_options(_NO_CAPTURE if session._captures else None)
+
+    def capture(self, number: int) -> None:
+        """The next run is recorded, those after it replay it. Everything has to be bound to memory of the device by
+        then, and stay where it is. No other binding of the session has this `number`, from 1."""
+        self._options = _run_options(str(number))
+
+    def fix_input(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        """Has `input` copy what it is given to one place on the device."""
+        buffer = Buffer(self._session.profile, shape, dtype)
+        self._binding.bind_ortvalue_input(name, buffer._value)
+        self._fixed[name] = buffer
 
     def input(self, name: str, array: np.ndarray, dtype: str) -> None:
         """A host array for the next runs; bf16 comes as uint16 bits."""
-        ort = _onnxruntime()
-        if dtype == "bf16":
-            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_TYPES[dtype])
-        else:
-            value = ort.OrtValue.ortvalue_from_numpy(array)
+        if (fixed := self._fixed.get(name)) is not None:
+            fixed.fill(array)
+            return
+        value = _value_of(array, dtype)
         self._binding.bind_ortvalue_input(name, value)
         self._kept[name] = (array, value)
 
@@ -192,10 +258,17 @@ class Binding:
         """Rows of `buffer` as an input and as an output: the graph updates them in place."""
         profile = self._session.profile
         shape = [rows, *buffer.shape[1:]]
-        place = (profile.device, 0, _element_type(buffer.dtype), shape, buffer.address(first_row))
+        place = (profile.device, profile.device_id, _element_type(buffer.dtype), shape, buffer.address(first_row))
         self._binding.bind_input(past, *place)
         self._binding.bind_output(present, *place)
         self._kept[past] = buffer
+
+    def device_output(self, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """Memory on the device that the next runs write to."""
+        buffer = Buffer(self._session.profile, shape, dtype)
+        self._binding.bind_ortvalue_output(name, buffer._value)
+        self._kept[name] = buffer
+        return buffer
 
     def output(self, name: str, array: np.ndarray) -> None:
         """A host array that the next runs write to."""
@@ -208,6 +281,21 @@ class Binding:
             self._session._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:
             raise _run_error(error, self._session.profile) from error
+
+
+def _run_options(capture: str | None) -> Any:
+    options = _onnxruntime().RunOptions()
+    options.log_severity_level = SILENT
+    if capture is not None:
+        options.add_run_config_entry(_CAPTURE, capture)
+    return options
+
+
+def _value_of(array: np.ndarray, dtype: str) -> Any:
+    ort = _onnxruntime()
+    if dtype == "bf16":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_TYPES[dtype])
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def _element_type(dtype: str) -> Any:
@@ -258,6 +346,10 @@ def _run_error(error: Exception, profile: Profile) -> ProviderError:
         f"{profile.provider} failed in the graph ({_first_line(error)}); if memory is short, use a smaller batch, "
         "a shorter prompt or a smaller prefill_chunk."
     )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,27 @@
+"""Has a decoder choose the likeliest token itself, so that a greedy step gives the host 12 bytes instead of all logits.
+
+Matches: a decoder whose logits [B, 1, V] are of one position. Adds the outputs `next_token` [B, 1, 1] int64 and
+`next_logit` [B, 1, 1], the largest logit; of equal ones the first.
+Refuses: nothing; the other outputs stay as they are.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+
+class ChooseLikeliest(InPlacePass):
+    def call(self, model: ir.Model) -> PassResult:
+        graph = model.graph
+        (logits,) = (value for value in graph.outputs if value.name == "logits")
+        assert logits.shape is not None
+        chosen = ir.node("ArgMax", [logits], {"axis": 2, "keepdims": 1}, name="choose")
+        largest = ir.node("GatherElements", [logits, chosen.outputs[0]], {"axis": 2}, name="largest")
+        for node, name, dtype in ((chosen, "next_token", ir.DataType.INT64), (largest, "next_logit", logits.dtype)):
+            assert dtype is not None
+            output = node.outputs[0]
+            output.name, output.type, output.shape = name, ir.TensorType(dtype), ir.Shape([*logits.shape[:2], 1])
+            graph.append(node)
+            graph.outputs.append(output)
+        return PassResult(model, modified=True)

@@ -1,0 +1,119 @@
+"""The decoder for CUDA, run on the CPU: as it is in fp16, and with bf16, which the CPU lacks, made fp32."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.reference import decoder_logits, load_decoder, stored_in
+from gemma3n_onnx.export.slicing import whole
+from gemma3n_onnx.runtime import OnnxGemma3n
+from gemma3n_onnx.runtime.artifact import NEXT_LOGIT, NEXT_TOKEN, load_manifest
+from oracle import LONG, TOLERANCE, assert_close, generate_greedily, random_prompt
+
+STEPS = 24
+WIDE = {ir.DataType.BFLOAT16: ir.DataType.FLOAT}
+
+
+@pytest.fixture(scope="module")
+def model(shallow_checkpoint, exported) -> OnnxGemma3n:
+    return OnnxGemma3n.from_pretrained(exported(shallow_checkpoint, precision="fp16", target="cuda"), "cpu")
+
+
+def answers(model: OnnxGemma3n, prepare) -> np.ndarray:
+    """Logits [STEPS, 2, V] after prompts that are shorter and longer than the window."""
+    cache = model.engine.new_cache(2, LONG + STEPS)
+    for row, length in enumerate((40, LONG)):
+        model.engine.prefill(cache, row, random_prompt(length, seed=row))
+    decoder = model.engine.decoder(cache)
+    prepare(decoder)
+    tokens = np.random.default_rng(3).integers(0, 200, (STEPS, 2))
+    return np.stack([decoder.step(step, np.array([True, True])).copy() for step in tokens])
+
+
+def test_the_mask_may_be_as_long_as_the_caches(model):
+    """As it is while a recorded step is replayed, whose sizes never change."""
+
+    def prepare(decoder):
+        decoder._bound = replace(decoder._bound, mask_length=LONG + STEPS)
+
+    exact, long = answers(model, lambda _: None), answers(model, prepare)
+    np.testing.assert_array_equal(exact, long)
+
+
+def test_it_chooses_the_likeliest_token(model):
+    token, logit = np.zeros((2, 1, 1), np.int64), np.zeros((2, 1, 1), np.float32)
+    chosen = []
+
+    def prepare(decoder):
+        binding = decoder._bound.binding
+        binding.output(NEXT_TOKEN, token)
+        binding.output(NEXT_LOGIT, logit)
+        run = binding.run
+        binding.run = lambda: (run(), chosen.append((token[:, 0, 0].copy(), logit[:, 0, 0].copy())))
+
+    logits = answers(model, prepare)
+    assert len(chosen) == STEPS
+    np.testing.assert_array_equal([tokens for tokens, _ in chosen], logits.argmax(-1))
+    np.testing.assert_array_equal([largest for _, largest in chosen], logits.max(-1))
+
+
+def test_its_caches_have_one_length_whatever_the_layer(model):
+    assert all(cache.window is None for cache in model.manifest.caches)
+    cache = model.engine.new_cache(1, 300)
+    assert {layer.capacity for layer in cache.layers} == {300}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+def test_made_fp32_it_equals_transformers(shallow_checkpoint, exported, tmp_path: Path, precision):
+    folder = shutil.copytree(exported(shallow_checkpoint, precision=precision, target="cuda"), tmp_path / "artifact")
+    stored = stored_in(load_manifest(folder))
+    widen(folder)
+    model = OnnxGemma3n.from_pretrained(folder, "cpu")
+    ours = generate_greedily(model, random_prompt(LONG, seed=8), STEPS)
+    checkpoint = Checkpoint.open(shallow_checkpoint)
+    decoder = load_decoder(checkpoint, whole(checkpoint.text_config), stored)
+    theirs = decoder_logits(decoder, ours.oracle_ids, STEPS)
+    assert_close(f"{precision} for CUDA, made fp32", ours.logits, theirs, TOLERANCE)
+    assert ours.tokens == theirs.argmax(-1).tolist()
+
+
+def widen(folder: Path) -> None:
+    """Has the decoder of an artifact, and its manifest, fp32 wherever they have bf16; activations stay whole, and the
+    two factors in the graph are made what they are without rounding."""
+    graph = ir.load(folder / "decoder.onnx")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    factors = (math.sqrt(0.5), manifest["token_embeddings"]["width"] ** -0.5)
+    whole_of = {float(torch.tensor(factor, dtype=torch.bfloat16)): factor for factor in factors}
+    values = [*graph.graph.inputs, *graph.graph.outputs, *(output for node in graph.graph for output in node.outputs)]
+    for value in values:
+        if value.dtype in WIDE:
+            value.dtype = WIDE[value.dtype]
+    for value in graph.graph.initializers.values():
+        if value.dtype in WIDE:
+            wide = value.const_value.numpy().astype(np.float32)
+            if not wide.shape:
+                wide = np.array(whole_of[float(wide)], np.float32)
+            value.const_value = ir.tensor(wide, name=value.name)
+            value.dtype = WIDE[value.dtype]
+    for node in graph.graph:
+        if node.op_type == "Cast" and (to := ir.DataType(node.attributes["to"].as_int())) in WIDE:
+            node.attributes["to"] = ir.AttrInt64("to", WIDE[to])
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    ir.save(graph, folder / "decoder.onnx")
+    manifest["files"]["decoder.onnx"]["bytes"] = (folder / "decoder.onnx").stat().st_size
+    manifest["compute_dtype"] = "fp32"
+    decoder = manifest["decoder"]
+    for tensor in (*decoder["inputs"], *decoder["outputs"], *manifest["caches"]):
+        tensor["dtype"] = {"bf16": "fp32"}.get(tensor["dtype"], tensor["dtype"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
