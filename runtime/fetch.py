@@ -103,8 +103,9 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
 
 
 def shorten(text: str, length: int = 80) -> str:
-    """`text` as a message may quote it: a data URL can have megabytes."""
-    return text if len(text) <= length else f"{text[:length]}…"
+    """`text` as a message may quote it, its beginning and its end: a data URL can have megabytes."""
+    end = length // 2
+    return text if len(text) <= length else f"{text[: length - end]}…{text[-end:]}"
 
 
 def decode_base64(text: str, policy: FetchPolicy) -> bytes:
