@@ -114,7 +114,7 @@ def multimodal(folder: Path) -> None:
 def kv(folder: Path, context: int) -> None:
     """Memory of the KV caches at `context` tokens, against full-length and window-length sums."""
     from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, load_manifest
-    from gemma3n_onnx.runtime.kv_cache import KVCache
+    from gemma3n_onnx.runtime.kv_cache import CacheMemory
     from gemma3n_onnx.runtime.session import choose_profile
 
     manifest = load_manifest(folder)
@@ -122,7 +122,7 @@ def kv(folder: Path, context: int) -> None:
     ideal = sum(b * (c.window or context) for b, c in zip(row_bytes, manifest.caches))
     profile = choose_profile("cpu", manifest)
     before = _memory()["RssAnon"]
-    cache = KVCache(manifest.caches, profile, 1, context)
+    cache = CacheMemory.allocate(manifest.caches, profile, 1, context)
     for layer in cache.layers:
         for buffer in (layer.key, layer.value):
             ctypes.memset(buffer.address(0), 0, buffer.nbytes)

@@ -20,7 +20,7 @@ from typing import Any
 from .errors import ArtifactError, ArtifactNotFoundError
 
 FORMAT = "gemma3n-onnx"
-FORMAT_VERSION = "3.0"
+FORMAT_VERSION = "4.0"
 MANIFEST = "manifest.json"
 
 NEXT_TOKEN, NEXT_LOGIT = "next_token", "next_logit"
