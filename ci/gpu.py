@@ -2,7 +2,7 @@
 
     python ci/gpu.py --workdir DIR [--size e2b] [--precisions bf16,fp16,int4]
 
-1. The demo's slices, exported for CUDA, against transformers: text, image and sound (`gemma3n verify`).
+1. The demo's E2B, exported for CUDA, against transformers: text, image and sound (`gemma3n verify`).
 2. A random checkpoint of E2B's shape, exported in each precision: speed and memory with and without CUDA graphs,
    beside the bandwidth of the GPU's memory (`gemma3n bench`).
 3. transformers on the same weights and GPU in bf16, eager and compiled.
@@ -55,8 +55,7 @@ def main() -> None:
                 sizes = ["--prompt-tokens", prompt, "--new-tokens", NEW_TOKENS, "--context", prompt + 2 * NEW_TOKENS]
                 gemma3n("bench", artifact, "--provider", options.provider, graphs, *sizes)
     for compiled in (False, True):
-        for prompt in prompts:
-            transformers_figures(checkpoint, prompt, compiled, "cuda" if options.provider == "cuda" else "cpu")
+        transformers_figures(checkpoint, prompts, compiled, "cuda" if options.provider == "cuda" else "cpu")
     profile(options.workdir / f"{options.size}-{precisions[0]}", options.provider)
     if failed:
         sys.exit(f"no parity in {', '.join(failed)}")
@@ -71,45 +70,46 @@ def parity(options: argparse.Namespace, precision: str) -> bool:
 def exported(options: argparse.Namespace, model: Path, precision: str, output: Path, *others: str) -> Path:
     if not output.exists():
         kind = ("--precision", precision, "--target", options.target)
-        run("export.cli", "main", "--model", model, "--output", output, "--quiet", *kind, *others)
+        run("export.cli", "--model", model, "--output", output, "--quiet", *kind, *others)
     return output
 
 
 def gemma3n(*arguments: object, check: bool = True) -> int:
-    return run("runtime.cli", "main", *arguments, check=check)
+    return run("runtime.cli", *arguments, check=check)
 
 
-def run(module: str, function: str, *arguments: object, check: bool = True) -> int:
-    code = f"from gemma3n_onnx.{module} import {function}; {function}()"
+def run(module: str, *arguments: object, check: bool = True) -> int:
+    code = f"from gemma3n_onnx.{module} import main; main()"
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=check).returncode
 
 
-def transformers_figures(checkpoint: Path, prompt: int, compiled: bool, device: str) -> None:
-    """Medians of three, with a static cache; compiled with CUDA graphs, as transformers' guide does."""
+def transformers_figures(checkpoint: Path, prompts: list[int], compiled: bool, device: str) -> None:
+    """Medians of three; compiled with a static cache and CUDA graphs."""
     import torch
     from transformers import Gemma3nForCausalLM
 
     model = Gemma3nForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).to(device).eval()
-    ids = torch.randint(4, model.config.vocab_size_per_layer_input, (1, prompt), device=device)
     options: dict[str, Any] = {"do_sample": False, "use_cache": True, "eos_token_id": None, "pad_token_id": 0}
     if compiled:
         options["cache_implementation"] = "static"
         model.forward = torch.compile(model.forward, mode="reduce-overhead")
 
-    def seconds(new_tokens: int) -> float:
+    def seconds(ids: Any, new_tokens: int) -> float:
         return timed(lambda: model.generate(ids, min_new_tokens=new_tokens, max_new_tokens=new_tokens, **options))
 
-    for tokens in (1, 8):  # what is compiled is compiled here
-        seconds(tokens)
-    first = statistics.median(seconds(1) for _ in range(3))
-    whole = statistics.median(seconds(1 + NEW_TOKENS) for _ in range(3))
-    memory = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else float("nan")
-    print(
-        f"transformers {'compiled' if compiled else 'eager'}, bf16, prompt {prompt}: "
-        f"first token {first:.3f} s ({prompt / first:.0f} tok/s), decode {NEW_TOKENS / (whole - first):.1f} tok/s, "
-        f"{memory:.0f} MB",
-        flush=True,
-    )
+    for prompt in prompts:
+        ids = torch.randint(4, model.config.vocab_size_per_layer_input, (1, prompt), device=device)
+        for tokens in (1, 8):  # what is compiled is compiled here
+            seconds(ids, tokens)
+        first = statistics.median(seconds(ids, 1) for _ in range(3))
+        whole = statistics.median(seconds(ids, 1 + NEW_TOKENS) for _ in range(3))
+        memory = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else float("nan")
+        print(
+            f"transformers {'compiled' if compiled else 'eager'}, bf16, prompt {prompt}: "
+            f"first token {first:.3f} s ({prompt / first:.0f} tok/s), decode {NEW_TOKENS / (whole - first):.1f} tok/s, "
+            f"{memory:.0f} MB at most so far",
+            flush=True,
+        )
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -89,6 +89,17 @@ class QuantizationOptions:
         return {name: value for name, value in values.items() if value is not None}
 
 
+_INT4 = Precision(
+    "int4",
+    storage="fp32",
+    compute="fp32",
+    weights=Scheme(4, 128, "search"),
+    tokens=Scheme(4, 128, "search"),
+    per_layer=Scheme(4, 32),
+    encoders=PerRow(),
+    prefill=PerRow(),
+)
+
 # ONNX Runtime 1.31: the CPU provider has no bf16 arithmetic and on x86 none in fp16 that is faster than fp32,
 # so narrow weights are widened at load; GroupQueryAttention on CUDA takes fp16 and bf16 only.
 _SUPPORTED = {
@@ -105,39 +116,14 @@ _SUPPORTED = {
         encoders=PerRow(),
         prefill=PerRow(),
     ),
-    ("int4", "cpu"): Precision(
-        "int4",
-        storage="fp32",
-        compute="fp32",
-        weights=Scheme(4, 128, "search"),
-        tokens=Scheme(4, 128, "search"),
-        per_layer=Scheme(4, 32),
-        encoders=PerRow(),
-        prefill=PerRow(),
-    ),
+    ("int4", "cpu"): _INT4,
     # What `--report` finds on the demo: the attention's projections, a sixth of the weights, cost 70 % of the KL.
-    ("mixed", "cpu"): Precision(
-        "mixed",
-        storage="fp32",
-        compute="fp32",
-        weights=Scheme(4, 128, "search"),
-        exceptions={f"self_attn.{name}_proj": Scheme(8, 128) for name in "qkvo"},
-        tokens=Scheme(4, 128, "search"),
-        per_layer=Scheme(4, 32),
-        encoders=PerRow(),
-        prefill=PerRow(),
+    ("mixed", "cpu"): replace(
+        _INT4, name="mixed", exceptions={f"self_attn.{name}_proj": Scheme(8, 128) for name in "qkvo"}
     ),
     ("fp16", "cuda"): Precision("fp16", storage="fp16", compute="fp16", device=True),
     ("bf16", "cuda"): Precision("bf16", storage="bf16", compute="bf16", device=True),
-    ("int4", "cuda"): Precision(
-        "int4",
-        storage="bf16",
-        compute="bf16",
-        weights=Scheme(4, 128, "search"),
-        tokens=Scheme(4, 128, "search"),
-        per_layer=Scheme(4, 32),
-        device=True,
-    ),
+    ("int4", "cuda"): replace(_INT4, storage="bf16", compute="bf16", encoders=None, prefill=None, device=True),
 }
 PRECISIONS = tuple(dict.fromkeys(name for name, _ in _SUPPORTED))
 

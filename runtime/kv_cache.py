@@ -18,6 +18,9 @@ from .artifact import CacheInfo
 from .kv_window import can_truncate
 from .session import Binding, Buffer, Profile
 
+CAPACITY_STEP = 1024
+KEPT_IDLE = 2
+
 
 @dataclass(frozen=True)
 class LayerCache:
@@ -124,10 +127,6 @@ class MemoryPool:
 
     def clear(self) -> None:
         self.idle = []
-
-
-CAPACITY_STEP = 1024
-KEPT_IDLE = 2
 
 
 def cache_capacity(info: CacheInfo, profile: Profile, context: int) -> int:
