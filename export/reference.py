@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from gemma3n_onnx.runtime.artifact import Manifest
 from .checkpoint import ENCODER_MODULES, Checkpoint
 from .encoders import find_hard_tokens
 from .errors import ExportError
+from .int8_activations import int8_activations
 from .layout import PER_LAYER, TOKENS
 from .scheme import PerRow, Scheme, Storage
 from .slicing import Slice, TensorCut
@@ -154,6 +156,14 @@ def _buffer_value(name: str, key: str, module: nn.Module, config: Any) -> Tensor
     return torch.tensor(values[key])
 
 
+def rounding_inputs(decoder: Any, storage_of: StorageOf) -> AbstractContextManager[None]:
+    """Meanwhile, the decoder's quantized products take their activations in int8."""
+    modules = {f"{name}.weight": module for name, module in decoder.model.named_modules()}
+    modules[TOKENS] = decoder.lm_head
+    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    return int8_activations({module: storage_of(name) for name, module in linear.items()})
+
+
 def decoder_logits(decoder: nn.Module, ids: list[int], last: int) -> np.ndarray:
     """transformers' logits [last, V] at the last positions of `ids`."""
     with torch.no_grad():
@@ -165,27 +175,32 @@ def prefilled_logits(
     storages: tuple[StorageOf, StorageOf],
     prompts: Sequence[list[int]],
     last: int,
+    int8: bool = False,
 ) -> list[np.ndarray]:
     """transformers' logits [last, V] at the last positions of each prompt, of which two decoders read a part each.
 
     `storages`: of the weights that read all but the last `last` tokens, and of those that read these. `load` is called
-    for one after the other, so that one is in memory at once.
+    for one after the other, so that one is in memory at once. `int8`: quantized products take activations in int8.
     """
     with torch.no_grad():
         decoder = load(storages[0])
-        pasts = [decoder(torch.tensor([ids[:-last]]), logits_to_keep=1).past_key_values for ids in prompts]
+        with rounding_inputs(decoder, storages[0]) if int8 else nullcontext():
+            pasts = [decoder(torch.tensor([ids[:-last]]), logits_to_keep=1).past_key_values for ids in prompts]
         del decoder
         decoder = load(storages[1])
         rests = [torch.tensor([ids[-last:]]) for ids in prompts]
-        return [
-            decoder(rest, past_key_values=past, logits_to_keep=last).logits[0].numpy()
-            for rest, past in zip(rests, pasts)
-        ]
+        with rounding_inputs(decoder, storages[1]) if int8 else nullcontext():
+            return [
+                decoder(rest, past_key_values=past, logits_to_keep=last).logits[0].numpy()
+                for rest, past in zip(rests, pasts)
+            ]
 
 
-def load_encoder(checkpoint: Checkpoint, modality: str, storage_of: StorageOf = unchanged) -> Encode:
+def load_encoder(
+    checkpoint: Checkpoint, modality: str, storage_of: StorageOf = unchanged, int8: bool = False
+) -> Encode:
     """transformers' encoder and embedder in fp32, on the weights as `storage_of` says they are stored: inputs to
-    [count, H].
+    [count, H]. `int8`: quantized products take activations in int8.
 
     Raises:
         ExportError: it cannot be built.
@@ -194,6 +209,12 @@ def load_encoder(checkpoint: Checkpoint, modality: str, storage_of: StorageOf = 
     section = getattr(config, f"{modality}_config")
     tower = _load(checkpoint, ENCODER_MODULES[modality][0], _build_tower(section, modality), storage_of)
     embedder = _load_embedder(checkpoint, config, modality, storage_of)
+    products = {
+        module: storage_of(f"{prefix}.{name}.weight")
+        for prefix, part in zip(ENCODER_MODULES[modality], (tower, embedder))
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
 
     @torch.no_grad()
     def see(pixel_values: np.ndarray) -> np.ndarray:
@@ -209,7 +230,15 @@ def load_encoder(checkpoint: Checkpoint, modality: str, storage_of: StorageOf = 
         missing = padding.expand(len(soft), checkpoint.config["audio_soft_tokens_per_image"] - soft.shape[1], -1)
         return torch.cat([soft, missing], dim=1).flatten(0, 1).numpy()
 
-    return see if modality == "vision" else hear
+    encode = see if modality == "vision" else hear
+    if not int8:
+        return encode
+
+    def encode_rounding(*inputs: np.ndarray) -> np.ndarray:
+        with int8_activations(products):
+            return encode(*inputs)
+
+    return encode_rounding
 
 
 def load_hard_rows(checkpoint: Checkpoint, storage: Storage = "fp32") -> torch.Tensor:

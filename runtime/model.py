@@ -37,6 +37,7 @@ class OnnxGemma3n:
 
     def __init__(
         self,
+        folder: Path,
         manifest: Manifest,
         engine: Engine,
         encoders: Encoders,
@@ -45,7 +46,7 @@ class OnnxGemma3n:
         fetch: FetchPolicy,
         kept_prompts: int,
     ) -> None:
-        self.manifest, self.engine, self.encoders = manifest, engine, encoders
+        self.folder, self.manifest, self.engine, self.encoders = folder, manifest, engine, encoders
         self.tokenizer, self.template = tokenizer, template
         self._kept_prompts = PrefixCache(kept_prompts) if kept_prompts else None
         self._placeholders = Placeholders(manifest)
@@ -109,7 +110,7 @@ class OnnxGemma3n:
         if not isinstance(kept_prompts, int) or isinstance(kept_prompts, bool) or kept_prompts < 0:
             raise OptionError(f"kept_prompts is {kept_prompts!r}; give a number of prompts, or 0 for none.")
         keeps = kept_prompts if profile.device == "cpu" else 0
-        return cls(manifest, engine, encoders, tokenizer, template, fetch or FetchPolicy(), keeps)
+        return cls(folder, manifest, engine, encoders, tokenizer, template, fetch or FetchPolicy(), keeps)
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """The answer to a prompt, or a list of them to a batch of prompts of any lengths.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ SILENT = 4  # log severity "fatal": what is less comes as an exception, and is t
 
 NO_PACKING = "session.disable_prepacking"
 
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that comes as bytes
 _CAPTURE = "gpu_graph_id"
 _NO_CAPTURE = "-1"
 
@@ -33,7 +34,8 @@ class Profile:
 
     `window_slack` is how many rows a windowed cache has beyond its window, as a share of the window: the
     CPU kernel moves its rows once in that many steps, the CUDA kernel wants exactly the window. `captures`: a decode
-    step is recorded once and then replayed, so that what it is bound to stays where it is.
+    step is recorded once and then replayed, so that what it is bound to stays where it is. `rewritten` makes another
+    graph of a file's, which is loaded in its place; weights stay in the files beside it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Profile:
     captures: bool = False
     provider_options: Mapping[str, str] = field(default_factory=dict)
     session_entries: Mapping[str, str] = field(default_factory=dict)
+    rewritten: Callable[[Path], bytes] | None = None
 
 
 PROFILES = {
@@ -197,8 +200,12 @@ class Session:
         if captures:
             provider_options["enable_cuda_graph"] = "1"
         providers = [(profile.provider, provider_options)]
+        graph: str | bytes = str(path)
+        if profile.rewritten is not None:
+            graph = profile.rewritten(path)
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+            self._session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
         except Exception as error:
             raise ArtifactError(
                 f"ONNX Runtime cannot load {path} ({_first_line(error)}); copy it again or export the artifact again."

@@ -17,7 +17,7 @@ from gemma3n_onnx.export.manifest import graph_info
 from gemma3n_onnx.export.precision import QuantizationOptions, precision_for
 from gemma3n_onnx.export.reference import load_decoder, prefilled_logits, stored_for_prefill, stored_in
 from gemma3n_onnx.export.slicing import whole
-from gemma3n_onnx.export.verify import QUANTIZED_TOLERANCE, describe, verify
+from gemma3n_onnx.export.verify import describe, verify
 from gemma3n_onnx.graphs.passes.only_caches import OnlyCaches
 from gemma3n_onnx.runtime import OnnxGemma3n, OptionError, prefill
 from gemma3n_onnx.runtime.artifact import load_manifest
@@ -45,9 +45,9 @@ def test_without_rounding_its_caches_are_the_decoders(shallow_checkpoint, export
     assert ours.tokens == theirs.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("precision", ["int8", "mixed", "int4"])
-def test_its_int8_products_are_those_of_its_weights(shallow_checkpoint, exported, precision):
-    """Weights that the prompt is read with, and those that answer: transformers has both, one after the other."""
+@pytest.mark.parametrize("precision", ["mixed", "int4"])
+def test_its_weights_are_its_own(shallow_checkpoint, exported, precision):
+    """Transformers whose prompt is read with the prefill graph's weights is nearer than with the decoder's."""
     model = OnnxGemma3n.from_pretrained(exported(shallow_checkpoint, precision=precision))
     model.engine.prefill_graph.load()
     ours = generate_greedily(model, random_prompt(LONGER, seed=4), STEPS)
@@ -58,23 +58,26 @@ def test_its_int8_products_are_those_of_its_weights(shallow_checkpoint, exported
 
     of_prefill, of_decoder = stored_for_prefill(model.manifest), stored_in(model.manifest)
     (theirs,) = prefilled_logits(load, (of_prefill, of_decoder), [ours.oracle_ids], STEPS)
-    assert_close(f"{precision}, prompt in int8", ours.logits, theirs, QUANTIZED_TOLERANCE)
     (exchanged,) = prefilled_logits(load, (of_decoder, of_decoder), [ours.oracle_ids], STEPS)
     near, far = relative_error(ours.logits, theirs), relative_error(ours.logits, exchanged)
     print(f"{precision}: {near:.1e} of the range from its own weights, {far:.1e} from the decoder's")
-    assert precision == "int8" or near < far
+    assert near < far
 
 
 def test_verify_judges_it_too(shallow_checkpoint, exported):
     model = OnnxGemma3n.from_pretrained(exported(shallow_checkpoint, precision="int4"))
     parity = verify(model, Checkpoint.open(shallow_checkpoint), None, None, [random_prompt(LONG)], 4)
-    print(describe(parity))
-    assert parity.passed and parity.prefill is not None
-    assert "the prompt on those of its own graph" in describe(parity)
+    assert parity.passed and "the prompt on those of its own graph" in describe(parity)
     for error in (1e3, float("nan")):
-        apart = dataclasses.replace(parity.prefill, max_error=error)
-        assert not dataclasses.replace(parity, prefill=apart).passed
-        assert not dataclasses.replace(parity, graph=apart).passed
+        for part in ("graph", "prefill"):
+            compared = getattr(parity, part)
+            wrong = dataclasses.replace(compared.errors, max_error=error)
+            inexact = dataclasses.replace(compared.rounded, exact=wrong)
+            for apart in (
+                dataclasses.replace(compared, errors=wrong),
+                dataclasses.replace(compared, rounded=inexact),
+            ):
+                assert not dataclasses.replace(parity, **{part: apart}).passed
 
 
 @pytest.fixture(scope="module")
