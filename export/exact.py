@@ -1,4 +1,4 @@
-"""Quantized artifacts whose products take their activations as they are."""
+"""Artifacts whose products take their activations as they are, not rounded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gemma3n_onnx.graphs.passes.exact_activations import ExactActivations
+from gemma3n_onnx.graphs.passes.exact_products import ExactProducts
 from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.session import Profile
 
@@ -18,10 +18,15 @@ def takes_int8(manifest: Manifest) -> bool:
 
 
 def exact_profile(profile: Profile) -> Profile:
-    return replace(profile, rewritten=_exact)
+    """Loads graphs whose products are in fp32, for providers without bf16 too."""
+    options = dict(profile.provider_options)
+    if profile.device == "cuda":
+        options["use_tf32"] = "0"
+    dtypes = (*profile.compute_dtypes, "bf16")
+    return replace(profile, rewritten=_exact, compute_dtypes=dtypes, provider_options=options)
 
 
 def _exact(path: Path) -> bytes:
     graph = ir.load(path)
-    ExactActivations()(graph)
+    ExactProducts()(graph)
     return ir.to_proto(graph).SerializeToString()

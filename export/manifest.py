@@ -175,6 +175,7 @@ def _vision_info(parts: Exported) -> artifact.VisionInfo | None:
         image_sizes=processor.IMAGE_SIZES,
         default_image_size=image.size,
         rescale=image.rescale,
+        compute_dtype=parts.precision.encoder_products,
     )
 
 
@@ -183,7 +184,10 @@ def _audio_info(parts: Exported) -> artifact.AudioInfo | None:
     if log_mel is None:
         return None
     return artifact.AudioInfo(
-        graph=parts.graphs["audio"], soft_tokens=parts.front_ends.soft_tokens["audio"], log_mel=log_mel
+        graph=parts.graphs["audio"],
+        soft_tokens=parts.front_ends.soft_tokens["audio"],
+        log_mel=log_mel,
+        compute_dtype=parts.precision.encoder_products,
     )
 
 

@@ -18,6 +18,7 @@ from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Logits
 from gemma3n_onnx.graphs.embedding import HardRows
 from gemma3n_onnx.graphs.passes.choose_likeliest import ChooseLikeliest
+from gemma3n_onnx.graphs.passes.narrow_products import NarrowProducts
 from gemma3n_onnx.graphs.passes.only_caches import OnlyCaches
 from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 from gemma3n_onnx.runtime import artifact
@@ -48,6 +49,7 @@ from .manifest import Exported, TokenIds, graph_info, manifest_of, token_ids
 from .precision import Precision, QuantizationOptions, precision_for
 from .processor import FrontEnds, read_front_ends
 from .weights import (
+    IR_DTYPES,
     AnyPlacement,
     Blocks,
     WeightStream,
@@ -236,6 +238,8 @@ def _trace_graphs(
         progress.stage(f"Tracing the {modality} encoder")
         model = encoder.trace()
         storage_of = partial(precision.of_encoder, products=products(model))
+        if (dtype := precision.encoder_products) != "fp32":
+            NarrowProducts(IR_DTYPES[dtype])(model)
         weights = lay_out(encoder.data_file, weight_shapes(model), storage_of)
         graphs[modality] = _Graph(encoder.file, model, weights)
     return graphs

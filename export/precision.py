@@ -21,7 +21,8 @@ class Precision:
 
     `weights` quantizes the decoder's projections, but those of `exceptions`, by the ends of their names without
     ".weight"; `tokens` the token embeddings, which are the output head too; `per_layer` the per-layer embeddings;
-    `encoders` the products of the encoders; `prefill` those of a second decoder, for prompts.
+    `prefill` the products of a second decoder, for prompts. `encoders` quantizes the products of the encoders, or is
+    the dtype that they are computed in and all weights are stored in; what is between them is computed in fp32.
 
     `device`: the graphs are for one that the host is to wait for as little as may be. The decoder then chooses the
     likeliest token itself, and all caches have one length: those of windows would have the host know what they hold.
@@ -34,13 +35,20 @@ class Precision:
     exceptions: Mapping[str, Scheme] = field(default_factory=dict)
     tokens: Scheme | None = None
     per_layer: Scheme | None = None
-    encoders: PerRow | None = None
+    encoders: PerRow | str | None = None
     prefill: PerRow | None = None
     device: bool = False
 
+    @property
+    def encoder_products(self) -> str:
+        """The dtype that products of the encoders are computed in, but for activations in int8."""
+        return self.encoders if isinstance(self.encoders, str) else "fp32"
+
     def of_encoder(self, name: str, products: Collection[str]) -> Storage:
         """How a tensor of an encoder is stored; `products` are those that are weights of products only."""
-        return self.storage if self.encoders is None or name not in products else self.encoders
+        if isinstance(self.encoders, PerRow):
+            return self.encoders if name in products else self.storage
+        return self.encoders or self.storage
 
     def of_weight(self, name: str, shape: tuple[int, ...]) -> Storage:
         """How a tensor of the decoder is stored. AltUp's few coefficients and what has no blocks stay as they are."""
@@ -121,9 +129,10 @@ _SUPPORTED = {
     ("mixed", "cpu"): replace(
         _INT4, name="mixed", exceptions={f"self_attn.{name}_proj": Scheme(8, 128) for name in "qkvo"}
     ),
-    ("fp16", "cuda"): Precision("fp16", storage="fp16", compute="fp16", device=True),
-    ("bf16", "cuda"): Precision("bf16", storage="bf16", compute="bf16", device=True),
-    ("int4", "cuda"): replace(_INT4, storage="bf16", compute="bf16", encoders=None, prefill=None, device=True),
+    # Encoders in bf16 beside fp16 too, which their feature maps overflow.
+    ("fp16", "cuda"): Precision("fp16", storage="fp16", compute="fp16", encoders="bf16", device=True),
+    ("bf16", "cuda"): Precision("bf16", storage="bf16", compute="bf16", encoders="bf16", device=True),
+    ("int4", "cuda"): replace(_INT4, storage="bf16", compute="bf16", encoders="bf16", prefill=None, device=True),
 }
 PRECISIONS = tuple(dict.fromkeys(name for name, _ in _SUPPORTED))
 

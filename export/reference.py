@@ -15,8 +15,8 @@ from gemma3n_onnx.runtime.artifact import Manifest
 from .checkpoint import ENCODER_MODULES, Checkpoint
 from .encoders import find_hard_tokens
 from .errors import ExportError
-from .int8_activations import int8_activations
 from .layout import PER_LAYER, TOKENS
+from .rounding import IN_BF16, of_storage, rounded
 from .scheme import PerRow, Scheme, Storage
 from .slicing import Slice, TensorCut
 from .weights import as_stored, as_torch, read_cut
@@ -37,6 +37,11 @@ def stored_in(manifest: Manifest) -> StorageOf:
         for name, info in manifest.quantization.items()
     }
     return lambda name: schemes.get(name, manifest.storage)
+
+
+def stored_in_encoder(manifest: Manifest, modality: str) -> StorageOf:
+    dtype = manifest.encoders[modality].compute_dtype
+    return stored_in(manifest) if dtype == "fp32" else lambda name: dtype
 
 
 def stored_for_prefill(manifest: Manifest) -> StorageOf:
@@ -161,7 +166,7 @@ def rounding_inputs(decoder: Any, storage_of: StorageOf) -> AbstractContextManag
     modules = {f"{name}.weight": module for name, module in decoder.model.named_modules()}
     modules[TOKENS] = decoder.lm_head
     linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    return int8_activations({module: storage_of(name) for name, module in linear.items()})
+    return rounded({module: of_storage(storage_of(name)) for name, module in linear.items()})
 
 
 def decoder_logits(decoder: nn.Module, ids: list[int], last: int) -> np.ndarray:
@@ -197,10 +202,10 @@ def prefilled_logits(
 
 
 def load_encoder(
-    checkpoint: Checkpoint, modality: str, storage_of: StorageOf = unchanged, int8: bool = False
+    checkpoint: Checkpoint, modality: str, storage_of: StorageOf = unchanged, products: str | None = None
 ) -> Encode:
     """transformers' encoder and embedder in fp32, on the weights as `storage_of` says they are stored: inputs to
-    [count, H]. `int8`: quantized products take activations in int8.
+    [count, H]. `products`: what they are rounded to, "int8" the activations of quantized ones, or "bf16" all.
 
     Raises:
         ExportError: it cannot be built.
@@ -209,11 +214,11 @@ def load_encoder(
     section = getattr(config, f"{modality}_config")
     tower = _load(checkpoint, ENCODER_MODULES[modality][0], _build_tower(section, modality), storage_of)
     embedder = _load_embedder(checkpoint, config, modality, storage_of)
-    products = {
-        module: storage_of(f"{prefix}.{name}.weight")
+    roundings = {
+        module: IN_BF16 if products == "bf16" else of_storage(storage_of(f"{prefix}.{name}.weight"))
         for prefix, part in zip(ENCODER_MODULES[modality], (tower, embedder))
         for name, module in part.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if _is_product(module)
     }
 
     @torch.no_grad()
@@ -231,14 +236,17 @@ def load_encoder(
         return torch.cat([soft, missing], dim=1).flatten(0, 1).numpy()
 
     encode = see if modality == "vision" else hear
-    if not int8:
-        return encode
 
     def encode_rounding(*inputs: np.ndarray) -> np.ndarray:
-        with int8_activations(products):
+        with rounded(roundings):
             return encode(*inputs)
 
-    return encode_rounding
+    return encode if products is None else encode_rounding
+
+
+def _is_product(module: nn.Module) -> bool:
+    pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Linear) or pointwise
 
 
 def load_hard_rows(checkpoint: Checkpoint, storage: Storage = "fp32") -> torch.Tensor:

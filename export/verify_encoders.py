@@ -8,14 +8,14 @@ from functools import partial
 
 import numpy as np
 
-from gemma3n_onnx.runtime.artifact import LogMelInfo
+from gemma3n_onnx.runtime.artifact import LogMelInfo, Manifest
 from gemma3n_onnx.runtime.audio import LogMel
 from gemma3n_onnx.runtime.encoders import Encoders
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .checkpoint import Checkpoint
 from .exact import exact_profile, takes_int8
-from .reference import load_encoder, stored_in
+from .reference import load_encoder, stored_in_encoder
 from .verify import AS_MUCH
 
 # Largest error of a feature as a share of the features' range; encoders compute in fp32 whatever they are stored in.
@@ -27,10 +27,11 @@ Encode = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 @dataclass(frozen=True)
 class EncoderParity:
-    """`errors` of each input that was tried, as shares of the range. Where products take activations in int8: `exact`,
-    those of the same graph with activations as they are, and `cost`, what rounding them costs transformers."""
+    """`errors` of each input that was tried, as shares of the range. Where products are `rounded`, to int8 or bf16:
+    `exact`, those of the same graph with products in fp32, and `cost`, what rounding costs transformers."""
 
     modality: str
+    rounded: str | None
     errors: Mapping[str, float]
     exact: Mapping[str, float] | None
     cost: Mapping[str, float] | None
@@ -56,17 +57,24 @@ def verify_encoder(
     def run(encode: Encode) -> dict[str, np.ndarray]:
         return {name: encode(inputs) for name, inputs in tried.items()}
 
-    def transformers(int8: bool) -> dict[str, np.ndarray]:
-        encode = load_encoder(checkpoint, modality, stored_in(model.manifest), int8)
+    def transformers(products: str | None) -> dict[str, np.ndarray]:
+        encode = load_encoder(checkpoint, modality, stored_in_encoder(model.manifest, modality), products)
         return run(lambda inputs: encode(*inputs.values()))
 
-    theirs = transformers(int8=False)
+    theirs = transformers(None)
     errors = _errors(run(partial(model.encoders.features, modality)), theirs)
-    if not takes_int8(model.manifest):
-        return EncoderParity(modality, errors, None, None)
+    if (products := _rounded(model.manifest, modality)) is None:
+        return EncoderParity(modality, None, errors, None, None)
     encoders = Encoders(model.folder, model.manifest, exact_profile(model.engine.profile))
     exact = _errors(run(partial(encoders.features, modality)), theirs)
-    return EncoderParity(modality, errors, exact, _errors(transformers(int8=True), theirs))
+    return EncoderParity(modality, products, errors, exact, _errors(transformers(products), theirs))
+
+
+def _rounded(manifest: Manifest, modality: str) -> str | None:
+    if takes_int8(manifest):
+        return "int8"
+    dtype = manifest.encoders[modality].compute_dtype
+    return None if dtype == "fp32" else dtype
 
 
 def _errors(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -81,10 +89,10 @@ def describe(parity: EncoderParity) -> str:
     bound = ""
     if parity.exact is not None and parity.cost is not None:
         lines += [
-            f"  the same graph, activations not rounded to int8: {listed(parity.exact)}",
+            f"  the same graph, products not rounded to {parity.rounded}: {listed(parity.exact)}",
             f"  what rounding them costs transformers: {listed(parity.cost)}",
         ]
-        bound = f", activations not rounded; rounded, {AS_MUCH:g} times what it costs transformers"
+        bound = f", products not rounded; rounded, {AS_MUCH:g} times what it costs transformers"
     verdict = "PASS" if parity.passed else "FAIL"
     return "\n".join([*lines, f"{verdict} (tolerance {TOLERANCE:.0e}{bound})"])
 

@@ -20,7 +20,7 @@ from typing import Any
 from .errors import ArtifactError, ArtifactNotFoundError
 
 FORMAT = "gemma3n-onnx"
-FORMAT_VERSION = "4.0"
+FORMAT_VERSION = "5.0"
 MANIFEST = "manifest.json"
 
 NEXT_TOKEN, NEXT_LOGIT = "next_token", "next_logit"
@@ -115,13 +115,17 @@ class SoftTokens:
 
 @dataclass(frozen=True)
 class VisionInfo:
-    """The vision encoder and how an image becomes its input: a square of `image_sizes`, values times `rescale`."""
+    """The vision encoder and how an image becomes its input: a square of `image_sizes`, values times `rescale`.
+
+    `compute_dtype` is that of its products, between which it computes in fp32; weights are stored in it too unless it
+    is fp32."""
 
     graph: GraphInfo
     soft_tokens: SoftTokens
     image_sizes: tuple[int, ...]
     default_image_size: int
     rescale: float
+    compute_dtype: str
 
 
 @dataclass(frozen=True)
@@ -143,9 +147,12 @@ class LogMelInfo:
 
 @dataclass(frozen=True)
 class AudioInfo:
+    """The audio encoder and its front end; `compute_dtype` as of `VisionInfo`."""
+
     graph: GraphInfo
     soft_tokens: SoftTokens
     log_mel: LogMelInfo
+    compute_dtype: str
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .artifact import AudioInfo, Manifest, VisionInfo
 from .errors import ArtifactError, OptionError
-from .session import Profile, Session
+from .session import Profile, Session, check_compute_dtype
 
 NAMES = ("vision", "audio")
 
@@ -34,7 +34,8 @@ class Encoders:
         """Embeddings [count, H] fp32 of one image or clip.
 
         Raises:
-            ArtifactError: the encoder's files are damaged. ProviderError: it cannot run, for want of memory.
+            ArtifactError: the encoder's files are damaged.
+            ProviderError: it cannot run, for want of memory, or because the provider lacks its arithmetic.
         """
         info = self._infos[modality]
         outputs = self._session(modality, info).run(inputs)
@@ -61,6 +62,7 @@ class Encoders:
     def _session(self, modality: str, info: VisionInfo | AudioInfo) -> Session:
         with self._lock:
             if modality not in self._sessions:
+                check_compute_dtype(self._profile, info.compute_dtype, f"The {modality} encoder")
                 session = Session(
                     self._folder / info.graph.file, self._profile, self._threads, quantized=self._quantized
                 )

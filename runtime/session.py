@@ -114,12 +114,17 @@ def choose_profile(name: str, manifest: Manifest, device: Device | None = None) 
             f"This ONNX Runtime has no {profile.provider} (it has {', '.join(available)}); "
             f'install it with: pip install "gemma3n-onnx[{name}]".'
         )
-    if manifest.compute_dtype not in profile.compute_dtypes:
-        raise ProviderError(
-            f"The artifact computes in {manifest.compute_dtype}, which {profile.provider} does not run "
-            f"(it runs {', '.join(profile.compute_dtypes)}); export it again with --target {name}."
-        )
+    check_compute_dtype(profile, manifest.compute_dtype, "The artifact")
     return profile if profile.device == "cpu" else _on_device(profile, device or Device())
+
+
+def check_compute_dtype(profile: Profile, dtype: str, what: str) -> None:
+    """Raises ProviderError where the provider lacks the arithmetic of a graph."""
+    if dtype not in profile.compute_dtypes:
+        raise ProviderError(
+            f"{what} computes in {dtype}, which {profile.provider} does not run "
+            f"(it runs {', '.join(profile.compute_dtypes)}); export it again with --target {profile.name}."
+        )
 
 
 def _on_device(profile: Profile, device: Device) -> Profile:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
 from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.exact import exact_profile
 from gemma3n_onnx.export.trace import DTYPES
 from gemma3n_onnx.export.verify import describe, verify
 from gemma3n_onnx.export.verify_encoders import describe as describe_encoder
 from gemma3n_onnx.export.verify_encoders import verify_encoder
-from gemma3n_onnx.runtime import OnnxGemma3n
+from gemma3n_onnx.runtime import OnnxGemma3n, ProviderError
+from gemma3n_onnx.runtime.artifact import load_manifest
+from gemma3n_onnx.runtime.encoders import Encoders
 from gemma3n_onnx.runtime.session import PROFILES, Session
 from gemma3n_onnx.runtime.tables import Table
 from oracle import (
@@ -97,6 +102,31 @@ def test_int8_encoders_equal_transformers_on_dequantized_weights(shallow_multimo
     apart = dict.fromkeys(parity.errors, 1.0)
     assert not dataclasses.replace(parity, exact=apart).passed
     assert not dataclasses.replace(parity, errors=apart).passed
+
+
+@pytest.mark.parametrize("modality", ["vision", "audio"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_encoders_for_cuda_equal_transformers(shallow_multimodal_checkpoint, exported, modality, precision):
+    """Their products, in bf16 for CUDA, made fp32, which the CPU has; the CPU refuses them as they are."""
+    folder = exported(shallow_multimodal_checkpoint, precision=precision, target="cuda")
+    manifest = load_manifest(folder)
+    checkpoint = Checkpoint.open(shallow_multimodal_checkpoint)
+    profile = exact_profile(PROFILES["cpu"])
+    encoders = Encoders(folder, manifest, profile)
+    decoderless = SimpleNamespace(
+        folder=folder, manifest=manifest, encoders=encoders, engine=SimpleNamespace(profile=profile)
+    )
+    parity = verify_encoder(decoderless, checkpoint, modality, np.random.default_rng(0))
+    print(describe_encoder(parity))
+    assert parity.rounded == "bf16"
+    assert parity.passed and max(parity.errors.values()) <= TOLERANCE
+    assert min(parity.cost.values()) > 10 * TOLERANCE, "nothing was computed in bf16"
+    graph = ir.load(folder / manifest.encoders[modality].graph.file).graph
+    products = [node for node in graph if node.op_type == "Gemm"]
+    assert len(products) > 20
+    assert {value.dtype for node in products for value in (node.inputs[1], node.outputs[0])} == {ir.DataType.BFLOAT16}
+    with pytest.raises(ProviderError, match=f"The {modality} encoder computes in bf16, which CPUExecutionProvider"):
+        Encoders(folder, manifest, PROFILES["cpu"]).features(modality, {})
 
 
 @pytest.mark.parametrize("precision", ["int8", "mixed", "int4"])
