@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from commands import gemma3n, run
 
 ROOT = Path(__file__).parents[1]
 NEW_TOKENS = 128
@@ -72,15 +73,6 @@ def exported(options: argparse.Namespace, model: Path, precision: str, output: P
         kind = ("--precision", precision, "--target", options.target)
         run("export.cli", "--model", model, "--output", output, "--quiet", *kind, *others)
     return output
-
-
-def gemma3n(*arguments: object, check: bool = True) -> int:
-    return run("runtime.cli", *arguments, check=check)
-
-
-def run(module: str, *arguments: object, check: bool = True) -> int:
-    code = f"from gemma3n_onnx.{module} import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=check).returncode
 
 
 def transformers_figures(checkpoint: Path, prompts: list[int], compiled: bool, device: str) -> None:

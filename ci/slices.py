@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from commands import gemma3n, run
 from gemma3n_onnx.export.slicing import load_slices
 from gemma3n_onnx.runtime.bench import Figures, Sizes, measure_apart, plot, table
 
@@ -29,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint = arguments.workdir / "e4b"
     if not checkpoint.exists():
-        run("runtime.cli", "make-checkpoint", "--size", "e4b", "--text-only", "--output", checkpoint)
+        gemma3n("make-checkpoint", "--size", "e4b", "--text-only", "--output", checkpoint)
     budget = None if arguments.memory_budget is None else int(arguments.memory_budget * 1e9)
     kept = (
         arguments.workdir
@@ -50,11 +49,6 @@ def main() -> None:
         shutil.rmtree(artifact)
     print(table(figures))
     plot(figures, kept.with_suffix(".png"))
-
-
-def run(module: str, *arguments: object) -> None:
-    code = f"from gemma3n_onnx.{module} import main; main()"
-    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
 
 
 if __name__ == "__main__":

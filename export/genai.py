@@ -1,5 +1,7 @@
 """`genai_config.json`: lets onnxruntime-genai 0.18 run an artifact's folder as it is.
 
+That of an artifact for CUDA puts all but the embedding, whose tables stay on the host, there.
+
 onnxruntime-genai has no `gemma3n`; its `gemma4` has the same graphs (embedding with a table of per-layer inputs,
 vision, speech, decoder) and wants the vision graph. An artifact without one is a `decoder-pipeline` of two stages.
 """
@@ -38,7 +40,7 @@ def genai_config(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
         model["embedding"] = _embedding(manifest)
         model["vision"] = {
             "filename": manifest.vision.graph.file,
-            "session_options": _SESSION_OPTIONS,
+            "session_options": _options(manifest),
             "inputs": _names(manifest.vision.graph, ["pixel_values"]),
             "outputs": {"image_features": "image_features"},
         }
@@ -63,9 +65,14 @@ def genai_config(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
     }
 
 
-def _decoder_options(manifest: Manifest) -> dict[str, str]:
+def _decoder_options(manifest: Manifest) -> dict[str, Any]:
     """Quantized products are fast with packed weights only."""
-    return {key: value for key, value in _SESSION_OPTIONS.items() if key != NO_PACKING or not manifest.quantization}
+    options = _options(manifest)
+    return {key: value for key, value in options.items() if key != NO_PACKING or not manifest.quantization}
+
+
+def _options(manifest: Manifest) -> dict[str, Any]:
+    return _SESSION_OPTIONS if manifest.target == "cpu" else {**_SESSION_OPTIONS, "provider_options": [{"cuda": {}}]}
 
 
 def _decoder(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
@@ -118,7 +125,7 @@ def _speech(manifest: Manifest) -> dict[str, Any]:
     return {
         "filename": manifest.audio.graph.file,
         "config_filename": "config.json",
-        "session_options": _SESSION_OPTIONS,
+        "session_options": _options(manifest),
         "inputs": {"audio_embeds": "input_features", "attention_mask": "input_features_mask"},
         "outputs": {"audio_features": "audio_features"},
     }

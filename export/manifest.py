@@ -10,7 +10,7 @@ from importlib.metadata import version
 import numpy as np
 import onnx_ir as ir
 
-from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.graphs.config import SLIDING, TextConfig
 from gemma3n_onnx.graphs.decoder import Logits, cache_specs
 from gemma3n_onnx.graphs.embedding import HardRows
 from gemma3n_onnx.runtime import artifact
@@ -61,7 +61,7 @@ def token_ids(checkpoint: Checkpoint) -> TokenIds:
 @dataclass(frozen=True)
 class Exported:
     """The parts of an export. `placements` are the decoder's and the tables'; `encoders` those that it includes;
-    `graphs` has theirs, "decoder", "embedding" and perhaps "prefill"."""
+    `graphs` has theirs, "decoder", "embedding" and perhaps "prefill" and "candidates"."""
 
     checkpoint: Checkpoint
     slice_name: str
@@ -118,6 +118,7 @@ def manifest_of(parts: Exported) -> artifact.Manifest:
         decoder=parts.graphs["decoder"],
         embedding=parts.graphs["embedding"],
         prefill=parts.graphs.get("prefill"),
+        candidates=parts.graphs.get("candidates"),
         caches=_cache_infos(config, parts.logits, precision),
         step_bytes=_step_bytes(parts),
         mmlu=parts.mmlu,
@@ -207,6 +208,7 @@ def _cache_infos(config: TextConfig, logits: Logits, precision: Precision) -> tu
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             window=config.sliding_window if spec.windowed else None,
+            attention_window=config.sliding_window if config.layer_types[spec.layer] == SLIDING else None,
         )
         for spec in cache_specs(config, logits, not precision.device)
     )

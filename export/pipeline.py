@@ -14,6 +14,7 @@ from typing import Any, Protocol, get_args
 
 import onnx_ir as ir
 
+from gemma3n_onnx.graphs.candidates import candidates
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Logits
 from gemma3n_onnx.graphs.embedding import HardRows
@@ -62,7 +63,7 @@ from .weights import (
 )
 from .writer import file_info, staged, write_json
 
-DECODER, PREFILL, EMBEDDING = "decoder.onnx", "prefill.onnx", "embedding.onnx"
+DECODER, PREFILL, EMBEDDING, CANDIDATES = "decoder.onnx", "prefill.onnx", "embedding.onnx", "candidates.onnx"
 HEAD = "lm_head.weight"
 LOGITS: tuple[str, ...] = get_args(Logits)
 MODALITIES = ("text", *ENCODER_MODULES)
@@ -220,7 +221,8 @@ def _trace_graphs(
 ) -> dict[str, _Graph]:
     progress.stage("Tracing the decoder")
     decoder = trace.trace_decoder(config, logits, precision.compute, not precision.device)
-    if precision.device and logits == "last":
+    chooses = precision.device and logits == "last"
+    if chooses:
         ChooseLikeliest()(decoder)
     soft_ids = {FEATURES[m]: soft.token_id for m, soft in source.front_ends.soft_tokens.items()}
     rows_dtype = precision.storage if precision.tokens is None else "fp16"
@@ -230,6 +232,8 @@ def _trace_graphs(
         "decoder": _Graph(DECODER, decoder, {**placements, HEAD: head}),
         "embedding": _Graph(EMBEDDING, embedding, placements),
     }
+    if chooses:
+        graphs["candidates"] = _Graph(CANDIDATES, candidates(config.vocab_size, trace.OPSET), {})
     if of_prefill:
         prefill = trace.trace_decoder(config, logits, precision.compute, not precision.device)
         OnlyCaches()(prefill)

@@ -51,7 +51,8 @@ class GraphInfo:
 class CacheInfo:
     """One KV cache: two buffers [batch, kv_heads, capacity, head_dim], each bound as past and as present.
 
-    `window` positions are kept where it is set (see `kv_window`), all of them where it is None.
+    `window` positions are kept where it is set (see `kv_window`), all of them where it is None. Attention sees the last
+    `attention_window`, or all.
     """
 
     layer: int
@@ -63,6 +64,7 @@ class CacheInfo:
     kv_heads: int
     head_dim: int
     window: int | None
+    attention_window: int | None
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ class Manifest:
     """`token_embeddings` has `vocab_size` rows, then those of the ids from `first_hard_token_id` on, if any.
 
     `quantization` names the matrices of decoder and tables that are quantized; the others are stored as `storage`.
-    `prefill`: a decoder without logits that is faster with prompts, its matrices in int8. `step_bytes`: of weights that
+    `prefill`: a decoder without logits that is faster with prompts, its matrices in int8. `candidates`: the graph that
+    takes the likeliest of logits on a device. `step_bytes`: of weights that
     a decode step reads, as they are in memory. `mmlu`: the published figure of the slice, in percent.
     """
 
@@ -204,6 +207,7 @@ class Manifest:
     decoder: GraphInfo
     embedding: GraphInfo
     prefill: GraphInfo | None
+    candidates: GraphInfo | None
     caches: tuple[CacheInfo, ...]
     step_bytes: int
     mmlu: float | None

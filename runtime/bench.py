@@ -159,7 +159,7 @@ def _check(manifest: Manifest, sizes: Sizes, runs: int) -> None:
 def read_bytes(manifest: Manifest, tokens: int) -> int:
     """Bytes of weights, and of KV caches with `tokens` in them, that one decode step reads."""
     rows = sum(
-        2 * c.kv_heads * c.head_dim * BYTES_PER_VALUE[c.dtype] * min(tokens, c.window or tokens)
+        2 * c.kv_heads * c.head_dim * BYTES_PER_VALUE[c.dtype] * min(tokens, c.attention_window or tokens)
         for c in manifest.caches
     )
     return manifest.step_bytes + rows

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .artifact import NEXT_LOGIT, NEXT_TOKEN, Manifest
+from .candidates import Candidates, Chosen
 from .decoder_io import check_decoder
 from .errors import ArtifactError, OptionError, no_token
 from .kv_cache import CacheMemory, KVCache, MemoryPool
@@ -52,6 +53,7 @@ class Engine:
         self._allocate = functools.partial(CacheMemory.allocate, manifest.caches, profile)
         self._pool = MemoryPool(self._allocate, manifest.max_context)
         self._captures = itertools.count(1)
+        self._candidates = Candidates(folder, manifest, profile)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """A cache with room for at least `capacity` tokens in each row."""
@@ -145,6 +147,7 @@ class Engine:
                 steps,
                 next_token=binding.device_output(NEXT_TOKEN, (rows, 1, 1), "int64"),
                 next_logit=binding.device_output(NEXT_LOGIT, (rows, 1, 1), "fp32"),
+                candidates=self._candidates,
             )
         if not self.profile.captures:
             return steps
@@ -186,6 +189,11 @@ class Decoder:
             cache.memory.bound = engine._bind_steps(cache)
         self._bound: _Steps = cache.memory.bound
 
+    @property
+    def has_candidates(self) -> bool:
+        """Whether `step_candidates` takes less than `step`."""
+        return self._bound.candidates is not None
+
     def step(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
         """tokens [B] int64, running [B] bool -> logits [B, V] fp32, valid until the next step.
 
@@ -203,9 +211,24 @@ class Decoder:
         """
         self._advance(tokens, running)
         likeliest, largest = self._bound.likeliest()
+        self._check_finite(largest, running)
+        return likeliest
+
+    def step_candidates(self, tokens: np.ndarray, running: np.ndarray, wanted: int) -> list[Chosen]:
+        """As `step`, but gives for each row ids and logits, in the order of the ids: the `wanted` largest and all their
+        equals are among them.
+
+        Raises:
+            ProviderError: no token of a running row has a finite logit as the largest.
+        """
+        self._advance(tokens, running)
+        self._check_finite(self._bound.likeliest()[1], running)
+        return self._bound.chosen(wanted)
+
+    @staticmethod
+    def _check_finite(largest: np.ndarray, running: np.ndarray) -> None:
         if not np.isfinite(largest[running]).all():
             raise no_token(float(largest[running][~np.isfinite(largest[running])][0]))
-        return likeliest
 
     def _advance(self, tokens: np.ndarray, running: np.ndarray) -> None:
         engine, bound = self._engine, self._bound
@@ -223,6 +246,7 @@ class _Steps:
     mask_length: int | None = None
     next_token: Buffer | None = None
     next_logit: Buffer | None = None
+    candidates: Candidates | None = None
 
     def host_logits(self) -> np.ndarray:
         return (self.logits.to_host() if isinstance(self.logits, Buffer) else self.logits)[:, 0]
@@ -234,6 +258,13 @@ class _Steps:
         logits = self.host_logits()
         tokens = logits.argmax(-1)
         return tokens, np.take_along_axis(logits, tokens[:, None], 1)[:, 0]
+
+    def chosen(self, wanted: int) -> list[Chosen]:
+        assert self.candidates is not None and isinstance(self.logits, Buffer)
+        if (found := self.candidates.of(self.logits, wanted)) is not None:
+            return found
+        logits = self.host_logits()
+        return [(np.arange(logits.shape[1]), row) for row in logits]
 
 
 def _mask(lengths: np.ndarray, columns: int | None) -> np.ndarray:

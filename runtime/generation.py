@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .candidates import Chosen
 from .engine import Engine
 from .errors import ContextLengthError
 from .kv_cache import KVCache
@@ -91,15 +92,21 @@ class Generation:
         random = [rng_for(self._options.seed) for _ in self._prompts]
         tokens = np.full(len(self._prompts), self._engine.manifest.pad_token_id, dtype=np.int64)
         decoder = self._engine.decoder(self._cache)
-        likeliest: np.ndarray | None = None  # token ids [B], where nothing else of the logits is needed
-        only_likeliest = self._sampler.takes_likeliest and self._options.logprobs is None
+        # What the next tokens are chosen from: ids [B], or the few of each row that are in play, or the logits.
+        likeliest: np.ndarray | None = None
+        few: list[Chosen] | None = None
+        reports = self._options.logprobs is not None
+        only_likeliest = self._sampler.takes_likeliest and not reports
+        wanted = None if reports or not decoder.has_candidates else self._sampler.candidates
         for made in range(1, self._options.max_new_tokens + 1):
             # 3. Choose a token for each running row.
             for row in np.flatnonzero(self._running):
-                if likeliest is None:
-                    chosen = self._sampler.choose(logits[row], self._counts[row], random[row])
-                else:
+                if likeliest is not None:
                     chosen = int(likeliest[row])
+                elif few is not None:
+                    chosen = self._sampler.choose_among(*few[row], random[row])
+                else:
+                    chosen = self._sampler.choose(logits[row], self._counts[row], random[row])
                 token = self._chosen(int(row), chosen, logits[row], made)
                 tokens[row] = chosen
                 if token.finish:
@@ -113,6 +120,8 @@ class Generation:
             step_started = time.perf_counter()
             if only_likeliest:
                 likeliest = decoder.step_likeliest(tokens, self._running)
+            elif wanted is not None:
+                few = decoder.step_candidates(tokens, self._running, wanted)
             else:
                 logits = decoder.step(tokens, self._running)
             self._decode_seconds += time.perf_counter() - step_started

@@ -204,6 +204,12 @@ class Sampler:
         return self.options.temperature == 0 and not self._penalizes
 
     @property
+    def candidates(self) -> int | None:
+        """So many of the largest logits, and the equals of the least of them, are all that the choice is made of; None
+        where it takes them all."""
+        return None if self._penalizes or self.options.temperature == 0 else self.options.top_k
+
+    @property
     def _penalizes(self) -> bool:
         o = self.options
         return (o.repetition_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0)
@@ -221,9 +227,16 @@ class Sampler:
             raise no_token(float(logits[likeliest]))
         if o.temperature == 0:
             return likeliest
+        return self._draw(logits, None, rng)
 
-        logits = apply_temperature(logits, o.temperature)
-        ids: np.ndarray | None = None  # None stands for every id
+    def choose_among(self, ids: np.ndarray, logits: np.ndarray, rng: np.random.Generator) -> int:
+        """As `choose`, from ascending `ids` [n] and their logits [n], the largest of them finite, which have what
+        `candidates` wants."""
+        return self._draw(logits, ids, rng)
+
+    def _draw(self, logits: np.ndarray, ids: np.ndarray | None, rng: np.random.Generator) -> int:
+        """`ids` None stands for every id."""
+        logits = apply_temperature(logits, self.options.temperature)
         for positions_to_keep in self._filters():
             kept = positions_to_keep(logits)
             ids = kept if ids is None else ids[kept]

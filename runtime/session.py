@@ -257,6 +257,10 @@ class Binding:
         self._binding.bind_ortvalue_input(name, buffer._value)
         self._fixed[name] = buffer
 
+    def device_input(self, name: str, buffer: Buffer) -> None:
+        self._binding.bind_ortvalue_input(name, buffer._value)
+        self._kept[name] = buffer
+
     def input(self, name: str, array: np.ndarray, dtype: str) -> None:
         """A host array for the next runs; bf16 comes as uint16 bits."""
         if (fixed := self._fixed.get(name)) is not None:

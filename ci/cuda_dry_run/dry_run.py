@@ -28,6 +28,7 @@ import onnxruntime as ort
 HERE = Path(__file__).parent
 COPIES = {1: "host to device", 2: "device to host", 3: "on the device"}
 PROMPT, CAPACITY = 200, 1000
+EVERY = "*"  # begins what stands for a name where all nodes of a graph are in one place
 
 
 def main() -> None:
@@ -112,7 +113,9 @@ def nodes_of(graph: Path, libraries: str, *, fused: bool) -> dict[str, dict[str,
     for line in log.splitlines():
         if "VerifyEachNodeIsAssignedToAnEp" not in line:
             continue
-        if found := re.search(r"placed on \[(\w+)\]", line):
+        if found := re.search(r"All nodes placed on \[(\w+)\]. Number of nodes: (\d+)", line):
+            nodes[found[1]] = {f"{EVERY}{i}": "node" for i in range(int(found[2]))}
+        elif found := re.search(r"placed on \[(\w+)\]", line):
             provider = found[1]
         elif found := re.search(r"\]\s+(\w+) \((.*)\)\s*$", line):
             nodes[provider][found[2]] = found[1]
@@ -159,9 +162,13 @@ def count(artifact: Path) -> None:
                 decoder.step_likeliest(token, running)
                 show(step)
             good &= not graphs or (library.dry_launches() == 0 and library.dry_graph_launches() == 1)
+            for step in ("first drawn step", "drawn step"):
+                library.dry_reset()
+                decoder.step_candidates(token, running, 64)
+                show(step)
             library.dry_reset()
             decoder.step(token, running)
-            show("sampled step")
+            show("step with all logits")
             del cache, decoder
     print(f"  calls that a capture forbids: {library.dry_forbidden()}")
     sys.exit(not good or library.dry_forbidden() > 0)

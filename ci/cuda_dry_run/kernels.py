@@ -27,7 +27,8 @@ def main() -> None:
             on_device = json.loads(file.read_text())
             model = ir.load(artifact / f"{file.suffixes[-2][1:]}.onnx")
             types = placement.dtypes_of(model)
-            lines |= {placement.signature(node, types) for node in model.graph if node.name in on_device}
+            whole = any(name.startswith("*") for name in on_device)
+            lines |= {placement.signature(node, types) for node in model.graph if whole or node.name in on_device}
     TABLE.write_text(HEAD + "".join(f"{line}\n" for line in sorted(lines)), encoding="utf-8")
 
 

@@ -18,7 +18,9 @@ from gemma3n_onnx.export.reference import decoder_logits, load_decoder, stored_i
 from gemma3n_onnx.export.slicing import whole
 from gemma3n_onnx.runtime import OnnxGemma3n
 from gemma3n_onnx.runtime.artifact import NEXT_LOGIT, NEXT_TOKEN, load_manifest
-from oracle import LONG, TOLERANCE, assert_close, generate_greedily, random_prompt
+from gemma3n_onnx.runtime.candidates import in_order
+from gemma3n_onnx.runtime.engine import Engine, _Steps
+from oracle import LONG, TOLERANCE, WINDOW, assert_close, generate_greedily, random_prompt
 
 STEPS = 24
 WIDE = {ir.DataType.BFLOAT16: ir.DataType.FLOAT}
@@ -67,10 +69,51 @@ def test_it_chooses_the_likeliest_token(model):
     np.testing.assert_array_equal([largest for _, largest in chosen], logits.max(-1))
 
 
+@pytest.mark.parametrize("options", [{"top_k": 40}, {"top_k": 100, "top_p": 0.9, "min_p": 0.01}])
+def test_drawing_among_its_candidates_is_drawing(model, monkeypatch, options):
+    """With the logits in a buffer, as on a device, and one copied to the host that must not be."""
+    options |= {"temperature": 1.5, "max_new_tokens": STEPS}
+    prompts = [random_prompt(40), random_prompt(LONG, seed=1)]
+    draws = [model.generate(prompts, seed=seed, **options) for seed in range(3)]
+
+    def bind_as_on_a_device(engine, cache):
+        binding, rows = engine._bind(engine._session, cache, 0, cache.rows), cache.rows
+        return _Steps(
+            binding,
+            binding.device_output("logits", (rows, 1, engine.manifest.vocab_size), "fp32"),
+            next_token=binding.device_output(NEXT_TOKEN, (rows, 1, 1), "int64"),
+            next_logit=binding.device_output(NEXT_LOGIT, (rows, 1, 1), "fp32"),
+            candidates=engine._candidates,
+        )
+
+    monkeypatch.setattr(Engine, "_bind_steps", bind_as_on_a_device)
+    monkeypatch.setattr(_Steps, "host_logits", lambda _: pytest.fail("the logits were copied"))
+    for seed, expected in enumerate(draws):
+        found = model.generate(prompts, seed=seed, **options)
+        assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+    assert len({tuple(answer.token_ids) for drawn in draws for answer in drawn}) > 3
+
+
+def test_more_candidates_than_there_are_are_taken_from_the_logits():
+    ids, logits = np.array([[5, 1, 9, 3]]), np.array([[4, 2, 2, 2]], np.float32)
+    assert in_order(ids, logits, 2) is None, "equals of the last may be missing"
+    (few,) = in_order(ids, logits, 1)
+    np.testing.assert_array_equal(few[0], [1, 3, 5, 9])
+    np.testing.assert_array_equal(few[1], [2, 2, 4, 2])
+
+
 def test_its_caches_have_one_length_whatever_the_layer(model):
     assert all(cache.window is None for cache in model.manifest.caches)
     cache = model.engine.new_cache(1, 300)
     assert {layer.capacity for layer in cache.layers} == {300}
+    assert {cache.attention_window for cache in model.manifest.caches} == {WINDOW, None}
+
+
+def test_genai_is_told_to_put_it_on_the_device(model):
+    config = json.loads((model.folder / "genai_config.json").read_text())
+    (stages,) = config["model"]["decoder"]["pipeline"]
+    assert stages["transformer"]["session_options"]["provider_options"] == [{"cuda": {}}]
+    assert "provider_options" not in stages["embeddings"]["session_options"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int4"])

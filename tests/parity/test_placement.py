@@ -17,8 +17,9 @@ DEMO = Path(__file__).parents[2] / "demo"
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int4"])
 def test_an_exported_decoder_stays_on_the_device(shallow_checkpoint, exported, precision):
-    model = ir.load(exported(shallow_checkpoint, precision=precision, target="cuda") / "decoder.onnx")
-    assert placement.complaints(model) == []
+    folder = exported(shallow_checkpoint, precision=precision, target="cuda")
+    for name in ("decoder", "candidates"):
+        assert placement.complaints(ir.load(folder / f"{name}.onnx")) == []
 
 
 @pytest.mark.parametrize("name", ["E4B", "E2B"])

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from gemma3n_onnx.export import placement
 from gemma3n_onnx.export.checkpoint import Checkpoint
 from gemma3n_onnx.export.exact import exact_profile
 from gemma3n_onnx.export.trace import DTYPES
@@ -121,7 +122,9 @@ def test_encoders_for_cuda_equal_transformers(shallow_multimodal_checkpoint, exp
     assert parity.rounded == "bf16"
     assert parity.passed and max(parity.errors.values()) <= TOLERANCE
     assert min(parity.cost.values()) > 10 * TOLERANCE, "nothing was computed in bf16"
-    graph = ir.load(folder / manifest.encoders[modality].graph.file).graph
+    model = ir.load(folder / manifest.encoders[modality].graph.file)
+    assert placement.complaints(model) == []
+    graph = model.graph
     products = [node for node in graph if node.op_type == "Gemm"]
     assert len(products) > 20
     assert {value.dtype for node in products for value in (node.inputs[1], node.outputs[0])} == {ir.DataType.BFLOAT16}

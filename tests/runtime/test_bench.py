@@ -64,7 +64,7 @@ def test_a_step_reads_the_weights_of_its_graph_and_what_attention_sees(small_art
     )
     assert manifest.step_bytes == weights
     of_token = {cache.layer: 2 * cache.kv_heads * cache.head_dim * 4 for cache in manifest.caches}
-    windows = {cache.layer: cache.window for cache in manifest.caches}
+    windows = {cache.layer: cache.attention_window for cache in manifest.caches}
     assert {window is None for window in windows.values()} == {True, False}
     for tokens in (1, 10_000):
         seen = sum(size * min(tokens, windows[layer] or tokens) for layer, size in of_token.items())

@@ -1,0 +1,51 @@
+"""The likeliest tokens, taken from logits where they are: a draw among few copies no more than these to the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .artifact import Manifest
+from .session import Binding, Buffer, Profile, Session
+
+Chosen = tuple[np.ndarray, np.ndarray]
+"""Ids [n] int64, ascending, and their logits [n] fp32."""
+
+
+class Candidates:
+    """The graph of an artifact that has one, loaded when a draw first needs it."""
+
+    def __init__(self, folder: Path, manifest: Manifest, profile: Profile) -> None:
+        self._folder, self._info, self._profile = folder, manifest.candidates, profile
+        self._session: Session | None = None
+        self._bound: tuple[Buffer, Binding, Buffer, Buffer] | None = None
+
+    def of(self, logits: Buffer, wanted: int) -> list[Chosen] | None:
+        """Of logits [B, 1, V], for each row what holds the `wanted` largest and all their equals; None where these may
+        be more than the graph gives."""
+        if self._info is None or wanted > (count := int(self._info.outputs[0].shape[-1])):
+            return None
+        _, binding, largest, ids = self._bind(logits, count)
+        binding.run()
+        return in_order(ids.to_host()[:, 0], largest.to_host()[:, 0], wanted)
+
+    def _bind(self, logits: Buffer, count: int) -> tuple[Buffer, Binding, Buffer, Buffer]:
+        assert self._info is not None
+        if self._session is None:
+            self._session = Session(self._folder / self._info.file, self._profile)
+        if self._bound is None or self._bound[0] is not logits:
+            binding, shape = self._session.bind(), (logits.shape[0], 1, count)
+            binding.device_input(self._info.inputs[0].name, logits)
+            largest, ids = (binding.device_output(output.name, shape, output.dtype) for output in self._info.outputs)
+            self._bound = logits, binding, largest, ids
+        return self._bound
+
+
+def in_order(ids: np.ndarray, largest: np.ndarray, wanted: int) -> list[Chosen] | None:
+    """From ids and logits [B, n], from the largest down, those of each row in the order of the ids; None where more
+    tokens than n may equal the last that is wanted."""
+    if (largest[:, wanted - 1] == largest[:, -1]).any():
+        return None
+    order = np.argsort(ids, axis=1)
+    return [(row[at], values[at]) for row, values, at in zip(ids, largest, order)]
