@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -19,8 +20,8 @@ from .answer import read_options
 from .artifact import Manifest, load_manifest, verify_checksums
 from .errors import Gemma3nError, PromptError
 from .fetch import FetchPolicy
-from .generation import Timings
 from .model import OnnxGemma3n
+from .terminal_chat import TerminalChat, describe_timings, line_history
 
 COMMANDS_GROUP = "gemma3n_onnx.commands"
 
@@ -145,6 +146,33 @@ def _load_options(command: Callable[..., None]) -> Callable[..., None]:
     return loading
 
 
+_ANSWER_OPTIONS = (
+    click.option("--system", help="A system prompt."),
+    click.option("--image-size", type=int, help="Pixels that an image is resized to: 256, 512 or 768."),
+    click.option("--long-audio", default="error", show_default=True, help="error, or split clips over 30 s."),
+    click.option("--video-fps", default=1.0, show_default=True, help="Frames taken of each second of a video."),
+    click.option("--max-frames", default=16, show_default=True, help="Frames of one video at most."),
+    click.option("--allow-private-urls", is_flag=True, help="Also fetch from loopback and private addresses."),
+    click.option("--max-new-tokens", default=256, show_default=True),
+    click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token."),
+    click.option("--top-k", type=int),
+    click.option("--top-p", type=float),
+    click.option("--min-p", type=float),
+    click.option("--repetition-penalty", default=1.0, show_default=True),
+    click.option("--presence-penalty", default=0.0, show_default=True),
+    click.option("--frequency-penalty", default=0.0, show_default=True),
+    click.option("--stop", multiple=True, help="Stop before this text; may be given several times."),
+    click.option("--seed", type=int),
+)
+
+
+def _answer_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of how media are read and answers made; `command` gets most of them as they are."""
+    for option in reversed(_ANSWER_OPTIONS):
+        command = option(command)
+    return command
+
+
 def _bytes(gigabytes: float | None) -> int | None:
     return None if gigabytes is None else int(gigabytes * 1e9)
 
@@ -155,23 +183,8 @@ def _bytes(gigabytes: float | None) -> int | None:
 @click.option("--image", "images", multiple=True, help="An image, path or URL; may be given several times.")
 @click.option("--audio", "clips", multiple=True, help="A clip, path or URL; may be given several times.")
 @click.option("--video", "videos", multiple=True, help="A video, path or URL; may be given several times.")
-@click.option("--image-size", type=int, help="Pixels that an image is resized to: 256, 512 or 768.")
-@click.option("--long-audio", default="error", show_default=True, help="error, or split clips over 30 s.")
-@click.option("--video-fps", default=1.0, show_default=True, help="Frames taken of each second of a video.")
-@click.option("--max-frames", default=16, show_default=True, help="Frames of one video at most.")
-@click.option("--allow-private-urls", is_flag=True, help="Also fetch from loopback and private addresses.")
-@click.option("--system", help="A system prompt.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
-@click.option("--max-new-tokens", default=256, show_default=True)
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-k", type=int)
-@click.option("--top-p", type=float)
-@click.option("--min-p", type=float)
-@click.option("--repetition-penalty", default=1.0, show_default=True)
-@click.option("--presence-penalty", default=0.0, show_default=True)
-@click.option("--frequency-penalty", default=0.0, show_default=True)
-@click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
-@click.option("--seed", type=int)
+@_answer_options
 @_load_options
 @click.option("--stats", is_flag=True, help="Print speed and memory to stderr.")
 def run(
@@ -206,6 +219,21 @@ def run(
     click.echo()
     if stats:
         click.echo(describe_timings(answer.result.timings), err=True)
+
+
+@cli.command()
+@_artifact
+@_answer_options
+@_load_options
+def chat(artifact: Path, system: str | None, allow_private_urls: bool, load: dict[str, Any], **options: Any) -> None:
+    """Talk with the model in the folder ARTIFACT. /help lists what can be typed beside messages."""
+    read_options(options)  # a bad option is told before a model is loaded
+    model = OnnxGemma3n.from_pretrained(artifact, fetch=FetchPolicy(allow_private=allow_private_urls), **load)
+    typed = sys.stdin.isatty()
+    if typed:
+        click.echo("/help lists what can be typed beside messages.", err=True)
+    with line_history(Path(click.get_app_dir("gemma3n")) / "history") if typed else contextlib.nullcontext():
+        TerminalChat(model, system, options).run()
 
 
 @cli.command()
@@ -279,14 +307,3 @@ def describe_manifest(manifest: Manifest) -> str:
     lines += [f"{info.bytes:>15,}  {name}" for name, info in manifest.files.items()]
     lines.append(f"{sum(info.bytes for info in manifest.files.values()):>15,}  bytes in all")
     return "\n".join(lines)
-
-
-def describe_timings(timings: Timings) -> str:
-    memory = timings.peak_memory_bytes
-    encoders = f"encoders {timings.encoder_seconds:.2f} s | " if timings.encoder_seconds >= 0.01 else ""
-    return (
-        f"{encoders}prefill {timings.prefill_tokens} tokens, {timings.prefill_tokens_per_second:.1f} tok/s | "
-        f"first token after {timings.time_to_first_token:.2f} s | "
-        f"decode {timings.decode_tokens} tokens, {timings.decode_tokens_per_second:.1f} tok/s | "
-        f"peak memory {'unknown' if memory is None else f'{memory / 2**30:.2f} GiB'}"
-    )

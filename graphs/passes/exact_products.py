@@ -38,10 +38,10 @@ def _in_rows(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _in_bf16(graph: ir.Graph, node: ir.Node) -> None:
-    x, weight = node.inputs
-    if weight is None or weight.dtype != ir.DataType.BFLOAT16:
+    x, weight = node.inputs[:2]
+    assert x is not None and weight is not None
+    if weight.dtype != ir.DataType.BFLOAT16:
         return
-    assert x is not None
     narrow = x.producer()
     assert narrow is not None
     (widen,) = node.outputs[0].consumers()

@@ -1,0 +1,142 @@
+"""A conversation in a terminal: what `gemma3n chat` does."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .errors import Gemma3nError
+from .generation import Timings
+from .model import OnnxGemma3n
+
+HELP = """\
+/image SOURCE    attach an image, path or URL, to the next message; also /audio and /video
+/system TEXT     begin anew with a system prompt, without TEXT with none
+/reset           begin anew
+/stats           speed and memory of the last answer
+/help            these lines
+/exit            leave; Ctrl-D does too
+A line that ends with \\ goes on in the next one. Ctrl-C stops an answer."""
+MEDIA = ("image", "audio", "video")
+PROMPT, CONTINUATION = "> ", "  "
+HISTORY_LINES = 1000
+
+
+class TerminalChat:
+    """Lines in, answers out. `options` are those of `OnnxGemma3n.generate`."""
+
+    def __init__(self, model: OnnxGemma3n, system: str | None, options: dict[str, Any]) -> None:
+        self._model, self._options = model, options
+        self._chat = model.chat(system)
+        self._attached: list[dict[str, str]] = []
+        self._timings: Timings | None = None
+
+    def run(self) -> None:
+        """Until the input ends or /exit."""
+        with contextlib.suppress(EOFError):
+            while True:
+                try:
+                    message = _read_message()
+                except KeyboardInterrupt:
+                    click.echo()
+                    continue
+                if message == "/exit":
+                    return
+                try:
+                    self._handle(message)
+                except Gemma3nError as error:
+                    click.echo(f"Error: {error}", err=True)
+
+    def _handle(self, message: str) -> None:
+        command, _, rest = message.partition(" ")
+        rest = rest.strip()
+        match command:
+            case "":
+                return
+            case "/help":
+                click.echo(HELP)
+            case "/reset":
+                self._chat.reset()
+                self._attached = []
+            case "/system":
+                self._chat = self._model.chat(rest or None)
+                self._attached = []
+            case "/stats":
+                click.echo("No answer yet." if self._timings is None else describe_timings(self._timings))
+            case "/image" | "/audio" | "/video":
+                self._attach(command[1:], rest)
+            case _ if message.startswith("/") and command[1:].isalpha():
+                click.echo(f"There is no command {command}; /help lists them.", err=True)
+            case _:
+                self._answer(message)
+
+    def _attach(self, kind: str, source: str) -> None:
+        source = source.strip("'\"")
+        if not source:
+            click.echo(f"Give a path or a URL: /{kind} SOURCE.", err=True)
+            return
+        if source.startswith("~"):
+            source = str(Path(source).expanduser())
+        self._attached.append({"type": kind, kind: source})
+
+    def _answer(self, message: str) -> None:
+        attached, self._attached = self._attached, []
+        content = [*attached, {"type": "text", "text": message}] if attached else message
+        turn = self._chat.stream(content, **self._options)
+        pieces = iter(turn)
+        try:
+            for piece in pieces:
+                click.echo(piece, nl=False)
+            self._timings = turn.result.timings
+        except KeyboardInterrupt:
+            pieces.close()
+            click.echo(" (stopped; message and answer are forgotten)", nl=False)
+        click.echo()
+
+
+def _read_message() -> str:
+    """A line, or several that a backslash joins. EOFError: the input has ended."""
+    lines = [_read_line(PROMPT)]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(_read_line(CONTINUATION))
+    return "\n".join(lines).strip()
+
+
+def _read_line(prompt: str) -> str:
+    return input(prompt if sys.stdin.isatty() else "")
+
+
+@contextlib.contextmanager
+def line_history(path: Path) -> Iterator[None]:
+    """Meanwhile lines can be edited and called back, those of earlier conversations too, where the system can."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    readline.set_history_length(HISTORY_LINES)
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
+
+
+def describe_timings(timings: Timings) -> str:
+    memory = timings.peak_memory_bytes
+    encoders = f"encoders {timings.encoder_seconds:.2f} s | " if timings.encoder_seconds >= 0.01 else ""
+    return (
+        f"{encoders}prefill {timings.prefill_tokens} tokens, {timings.prefill_tokens_per_second:.1f} tok/s | "
+        f"first token after {timings.time_to_first_token:.2f} s | "
+        f"decode {timings.decode_tokens} tokens, {timings.decode_tokens_per_second:.1f} tok/s | "
+        f"peak memory {'unknown' if memory is None else f'{memory / 2**30:.2f} GiB'}"
+    )
