@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .answer import Answer, GenerationResult, read_options
@@ -128,7 +128,7 @@ class Turn:
     ) -> None:
         self.chat, self.answer, self.messages, self.rendered, self.prompt = chat, answer, messages, rendered, prompt
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str, None, None]:
         ended = False
         try:
             self.chat._require_current(self)

@@ -101,8 +101,9 @@ class Engine:
             self._run(binding, np.array([ids[chunk.start : chunk.stop]]), embeds, cache.lengths)
         return np.concatenate(parts, axis=1)[0]
 
-    def decoder(self, cache: KVCache) -> Decoder:
-        return Decoder(self, cache)
+    def decoder(self, cache: KVCache, rows: int | None = None) -> Decoder:
+        """Steps of the first `rows` of a cache, or of all."""
+        return Decoder(self, cache, cache.rows if rows is None else rows)
 
     def _require_logits(self, wanted: str) -> None:
         if self.manifest.logits != wanted:
@@ -136,8 +137,8 @@ class Engine:
         cache.bind(binding, first_row, rows)
         return binding
 
-    def _bind_steps(self, cache: KVCache) -> _Steps:
-        manifest, rows = self.manifest, cache.rows
+    def _bind_steps(self, cache: KVCache, rows: int) -> _Steps:
+        manifest = self.manifest
         binding = self._bind(self._session, cache, 0, rows)
         if self.profile.device == "cpu":
             return _Steps(binding, self._output(binding, rows, 1))
@@ -181,13 +182,13 @@ class Engine:
 
 
 class Decoder:
-    """One token a step for every row of a cache. What is bound is bound once."""
+    """One token a step for each of the first `rows` of a cache, B in all. What is bound is bound once."""
 
-    def __init__(self, engine: Engine, cache: KVCache) -> None:
-        self._engine, self._cache = engine, cache
-        if cache.memory.bound is None:
-            cache.memory.bound = engine._bind_steps(cache)
-        self._bound: _Steps = cache.memory.bound
+    def __init__(self, engine: Engine, cache: KVCache, rows: int) -> None:
+        self._engine, self._cache, self._rows = engine, cache, rows
+        if rows not in cache.memory.bound:
+            cache.memory.bound[rows] = engine._bind_steps(cache, rows)
+        self._bound: _Steps = cache.memory.bound[rows]
 
     @property
     def has_candidates(self) -> bool:
@@ -232,9 +233,9 @@ class Decoder:
 
     def _advance(self, tokens: np.ndarray, running: np.ndarray) -> None:
         engine, bound = self._engine, self._bound
-        lengths = self._cache.lengths.copy()
+        lengths = self._cache.lengths[: self._rows].copy()
         engine._run(bound.binding, tokens[:, None], engine._embed(tokens)[:, None], lengths, bound.mask_length)
-        self._cache.lengths[running] = lengths[running]
+        self._cache.lengths[: self._rows][running] = lengths[running]
 
 
 @dataclass(frozen=True)

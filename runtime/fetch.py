@@ -53,13 +53,15 @@ class FetchPolicy:
     """What may be read, and how much of it.
 
     `max_bytes` limits what is held in memory (URLs, data URLs, base64), not local files, which are read in
-    place. `timeout_seconds` is for a whole fetch: name, connection, redirects and body.
+    place. `timeout_seconds` is for a whole fetch: name, connection, redirects and body. `files_under`: the folder that
+    local files must be in, which relative paths begin at; None for any.
     """
 
     max_bytes: int = 64 << 20
     timeout_seconds: float = 30.0
     allow_private: bool = False
     allow_files: bool = True
+    files_under: Path | None = None
 
 
 def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
@@ -75,7 +77,9 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source)
     if isinstance(source, os.PathLike):
-        return _open_file(os.fspath(source), policy)
+        if (path := _allowed_path(os.fspath(source), policy)) is None:
+            raise UrlRefusedError(f"{shorten(os.fspath(source))!r} is not in {policy.files_under}; move it there.")
+        return _open_file(path, policy)
     if not isinstance(source, str):
         raise MediaError(
             f"Media cannot be read from {type(source).__name__}; give a path, a URL, a data URL, base64 text or bytes."
@@ -88,8 +92,8 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
         return io.BytesIO(decode_data_url(source.strip(), policy))
     if rest.startswith("//") and scheme.isalnum():
         raise UrlRefusedError(f"{shorten(source)!r} is neither an http nor an https URL; use one, or a local path.")
-    if policy.allow_files and _exists(source):
-        return _open_file(source, policy)
+    if policy.allow_files and (path := _allowed_path(source, policy)) is not None and _exists(path):
+        return _open_file(path, policy)
     if len(source) >= SHORTEST_BASE64 and BASE64.fullmatch(source):
         return io.BytesIO(decode_base64(source, policy))
     if not policy.allow_files:
@@ -179,6 +183,18 @@ def is_public(address: IPAddress) -> bool:
         if address in network:
             return is_public(ipaddress.IPv4Address(int(address) >> shift & 0xFFFFFFFF))
     return address in GLOBAL_UNICAST and address not in TEREDO and address.is_global
+
+
+def _allowed_path(path: str, policy: FetchPolicy) -> str | None:
+    """Where `path` leads; None where that is not in the folder of the policy."""
+    if policy.files_under is None:
+        return path
+    folder = policy.files_under.resolve()
+    try:
+        found = (folder / path).resolve()
+    except (OSError, ValueError):
+        return None
+    return str(found) if found.is_relative_to(folder) else None
 
 
 def _exists(path: str) -> bool:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from .candidates import Chosen
+from .choosing import Chooser
 from .engine import Engine
 from .errors import ContextLengthError
 from .kv_cache import KVCache
 from .prefix_cache import PrefixCache
-from .sampling import GenerationOptions, Sampler, TokenCounts, TokenLogprob, log_probabilities, rng_for
+from .sampling import GenerationOptions, TokenLogprob
 from .slots import PromptTokens
 
 
@@ -74,9 +75,8 @@ class Generation:
         check_context(engine.manifest.max_context, longest, options.max_new_tokens)
         self._engine, self._options, self._prompts = engine, options, prompts
         self._cache = cache or engine.new_cache(len(prompts), longest + options.max_new_tokens)
-        self._counts = [TokenCounts([*cached_ids, *prompt.ids]) for prompt in prompts]
+        self._choosers = [Chooser(options, [*cached_ids, *prompt.ids]) for prompt in prompts]
         self._running = np.ones(len(prompts), dtype=bool)
-        self._sampler = Sampler(options)
         self._encoder_seconds = self._prefill_seconds = self._decode_seconds = self._first_token = 0.0
         self._decode_tokens = self._cached_tokens = 0
         self._kept_prompts = kept_prompts if cache is None and len(prompts) == 1 else None
@@ -88,26 +88,24 @@ class Generation:
         # 1. Prefill, row by row: no padding, and memory that does not grow with the batch.
         started = time.perf_counter()
         logits = np.stack([self._prefill(row, prompt) for row, prompt in enumerate(self._prompts)])
-        # 2. One stream of random numbers for each row.
-        random = [rng_for(self._options.seed) for _ in self._prompts]
+        # 2. What the next tokens are chosen from: ids [B], or the few of each row that are in play, or the logits.
         tokens = np.full(len(self._prompts), self._engine.manifest.pad_token_id, dtype=np.int64)
         decoder = self._engine.decoder(self._cache)
-        # What the next tokens are chosen from: ids [B], or the few of each row that are in play, or the logits.
         likeliest: np.ndarray | None = None
         few: list[Chosen] | None = None
-        reports = self._options.logprobs is not None
-        only_likeliest = self._sampler.takes_likeliest and not reports
-        wanted = None if reports or not decoder.has_candidates else self._sampler.candidates
+        only_likeliest = self._choosers[0].takes_likeliest
+        wanted = self._choosers[0].candidates if decoder.has_candidates else None
         for made in range(1, self._options.max_new_tokens + 1):
             # 3. Choose a token for each running row.
             for row in np.flatnonzero(self._running):
+                chooser, logprob = self._choosers[row], None
                 if likeliest is not None:
-                    chosen = int(likeliest[row])
+                    chosen = chooser.took(int(likeliest[row]))
                 elif few is not None:
-                    chosen = self._sampler.choose_among(*few[row], random[row])
+                    chosen = chooser.choose_among(*few[row])
                 else:
-                    chosen = self._sampler.choose(logits[row], self._counts[row], random[row])
-                token = self._chosen(int(row), chosen, logits[row], made)
+                    chosen, logprob = chooser.choose(logits[row])
+                token = GeneratedToken(int(row), chosen, logprob, self._finish(chosen, made))
                 tokens[row] = chosen
                 if token.finish:
                     self.stop(int(row))
@@ -147,16 +145,10 @@ class Generation:
         self._prefill_seconds += time.perf_counter() - encoded + copied - started
         return logits
 
-    def _chosen(self, row: int, token: int, logits: np.ndarray, made: int) -> GeneratedToken:
-        self._counts[row].add(token)
-        wanted = self._options.logprobs
-        logprob = None if wanted is None else log_probabilities(logits, token, wanted)
-        finish = None
+    def _finish(self, token: int, made: int) -> str | None:
         if token in self._engine.manifest.eos_token_ids:
-            finish = "stop"
-        elif made == self._options.max_new_tokens:
-            finish = "length"
-        return GeneratedToken(row, token, logprob, finish)
+            return "stop"
+        return "length" if made == self._options.max_new_tokens else None
 
     @property
     def timings(self) -> Timings:

@@ -32,12 +32,12 @@ class LayerCache:
 
 @dataclass
 class CacheMemory:
-    """The buffers of a cache, and what the decoder is bound to them with, once it is."""
+    """The buffers of a cache, and what the decoder is bound to the first so many rows with, once it is."""
 
     rows: int
     capacity: int
     layers: list[LayerCache]
-    bound: Any = None
+    bound: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
     def allocate(cls, infos: tuple[CacheInfo, ...], profile: Profile, rows: int, capacity: int) -> CacheMemory:
@@ -82,6 +82,15 @@ class KVCache:
         for buffer, values in zip(buffers, windows, strict=True):
             buffer.array()[:] = values
         self.lengths[:] = tokens
+
+    def fill_row(self, row: int, other: KVCache) -> None:
+        """Makes `row` hold what the one row of `other`, of less capacity, does."""
+        tokens = int(other.lengths[0])
+        for ours, theirs in zip(self.layers, other.layers):
+            held = theirs.capacity if ours.info.window is not None else tokens
+            ours.key.array()[row, :, :held] = theirs.key.array()[0, :, :held]
+            ours.value.array()[row, :, :held] = theirs.value.array()[0, :, :held]
+        self.lengths[row] = tokens
 
     @property
     def _windowed(self) -> list[LayerCache]:

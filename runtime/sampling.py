@@ -6,11 +6,11 @@ The order and the definitions are those of transformers' logits processors
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,6 +32,18 @@ def _require_real(name: str, value: Any, accepts: Callable[[float], bool], limit
         raise OptionError(f"{name} must be a number {limits}, not {value!r}.")
 
 
+class Constraint(Protocol):
+    """What may come next in one row, such as the continuations of a text that are JSON of a schema."""
+
+    def allow(self, logits: np.ndarray) -> np.ndarray:
+        """A copy of logits [V], -inf for what may not come next."""
+        ...
+
+    def take(self, token: int) -> None:
+        """`token` was chosen."""
+        ...
+
+
 @dataclass(frozen=True)
 class GenerationOptions:
     """How tokens are chosen and when to stop; a value out of range is an OptionError that names it.
@@ -45,6 +57,8 @@ class GenerationOptions:
     seed: None draws differently each time.
     logprobs: None reports none, 0 the chosen token's log-probability, N also those of the N most likely
         tokens.
+    logit_bias: added to the logits of these tokens before anything else.
+    constraint: makes, for each row, what says which tokens may come next.
     """
 
     max_new_tokens: int = 256
@@ -58,6 +72,8 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    constraint: Callable[[], Constraint] | None = None
 
     def __post_init__(self) -> None:
         _require_integer("max_new_tokens", self.max_new_tokens, 1)
@@ -75,6 +91,11 @@ class GenerationOptions:
             _require_integer("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
             _require_integer("logprobs", self.logprobs, 0, 20)
+        for token, bias in (self.logit_bias or {}).items():
+            _require_integer("A token id of logit_bias", token, 0)
+            _require_real(f"logit_bias of token {token}", bias, lambda x: -100 <= x <= 100, "from -100 to 100")
+        if self.constraint is not None and not callable(self.constraint):
+            raise OptionError(f"constraint must be callable, not {self.constraint!r}.")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
             raise OptionError(f"stop must be a string or several, none of them empty, not {self.stop!r}.")
@@ -125,6 +146,15 @@ def penalize(
     penalized = logits.copy()
     penalized[counts.ids] = seen
     return penalized
+
+
+def apply_bias(logits: np.ndarray, bias: Mapping[int, float]) -> np.ndarray:
+    """Logits [V] with what is given for some tokens added; an id beyond the vocabulary is an OptionError."""
+    if (largest := max(bias)) >= len(logits):
+        raise OptionError(f"logit_bias names the token {largest}; the largest id is {len(logits) - 1}.")
+    biased = logits.copy()
+    biased[list(bias)] += np.fromiter(bias.values(), np.float32, len(bias))
+    return biased
 
 
 def apply_temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
@@ -201,13 +231,18 @@ class Sampler:
     @property
     def takes_likeliest(self) -> bool:
         """Whether the choice is always the largest logit as the model gives it."""
-        return self.options.temperature == 0 and not self._penalizes
+        return self.options.temperature == 0 and not self._changes
 
     @property
     def candidates(self) -> int | None:
         """So many of the largest logits, and the equals of the least of them, are all that the choice is made of; None
         where it takes them all."""
-        return None if self._penalizes or self.options.temperature == 0 else self.options.top_k
+        return None if self._changes or self.options.temperature == 0 else self.options.top_k
+
+    @property
+    def _changes(self) -> bool:
+        """Whether logits of single tokens are changed before they are compared."""
+        return self._penalizes or bool(self.options.logit_bias) or self.options.constraint is not None
 
     @property
     def _penalizes(self) -> bool:
@@ -220,6 +255,8 @@ class Sampler:
         -inf excludes a token. ProviderError: a logit is NaN or +inf, or every token is excluded.
         """
         o = self.options
+        if o.logit_bias:
+            logits = apply_bias(logits, o.logit_bias)
         if self._penalizes:
             logits = penalize(logits, counts, o.repetition_penalty, o.presence_penalty, o.frequency_penalty)
         likeliest = int(logits.argmax())  # the first NaN, where there is one

@@ -88,13 +88,12 @@ class TerminalChat:
         attached, self._attached = self._attached, []
         content = [*attached, {"type": "text", "text": message}] if attached else message
         turn = self._chat.stream(content, **self._options)
-        pieces = iter(turn)
         try:
-            for piece in pieces:
-                click.echo(piece, nl=False)
+            with contextlib.closing(iter(turn)) as pieces:
+                for piece in pieces:
+                    click.echo(piece, nl=False)
             self._timings = turn.result.timings
         except KeyboardInterrupt:
-            pieces.close()
             click.echo(" (stopped; message and answer are forgotten)", nl=False)
         click.echo()
 

@@ -76,8 +76,8 @@ def test_drawing_among_its_candidates_is_drawing(model, monkeypatch, options):
     prompts = [random_prompt(40), random_prompt(LONG, seed=1)]
     draws = [model.generate(prompts, seed=seed, **options) for seed in range(3)]
 
-    def bind_as_on_a_device(engine, cache):
-        binding, rows = engine._bind(engine._session, cache, 0, cache.rows), cache.rows
+    def bind_as_on_a_device(engine, cache, rows):
+        binding = engine._bind(engine._session, cache, 0, rows)
         return _Steps(
             binding,
             binding.device_output("logits", (rows, 1, engine.manifest.vocab_size), "fp32"),

@@ -26,7 +26,7 @@ class Encoders:
     """The part of a manifest that media are read by."""
 
     modalities = ("text", "vision", "audio")
-    vision = VisionInfo(graph("pixels"), SoftTokens("<i>", 7, 2, "(", ")"), (4, 6, 8), 6, 1 / 255)
+    vision = VisionInfo(graph("pixels"), SoftTokens("<i>", 7, 2, "(", ")"), (4, 6, 8), 6, 1 / 255, "fp32")
 
     class Audio:
         graph = graph("features", "mask")
