@@ -49,7 +49,7 @@ class Answer:
         self._prompts = [[*cached_ids, *prompt.ids] for prompt in prompts]
         self._options = options
         self._generation = Generation(engine, prompts, options, cache, cached_ids, kept_prompts)
-        self._rows = [_Row(tokenizer, options) for _ in prompts]
+        self._rows = [AnswerText(tokenizer, options) for _ in prompts]
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -86,7 +86,7 @@ class Answer:
         return self.results()[0]
 
 
-class _Row:
+class AnswerText:
     """What has been made of one answer so far."""
 
     def __init__(self, tokenizer: Tokenizer, options: GenerationOptions) -> None:

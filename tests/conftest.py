@@ -1,8 +1,10 @@
 """Fixtures that several rooms' tests share."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import one_core  # noqa: F401  # before anything that starts threads
 import oracle_stubs  # noqa: F401  # before anything that imports transformers
@@ -46,3 +48,20 @@ def small_full_artifact(small_full_checkpoint: Path, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("small_full_artifact") / "artifact"
     export(Checkpoint.open(small_full_checkpoint), folder, ExportOptions(), TerminalProgress(quiet=True))
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_artifact(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """`demo_artifact(slice)`: the exported demo, made once for all processes; tests must not write into it."""
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent
+
+    def exported(name: str) -> Path:
+        path = folder / f"demo-{name}"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                export(Checkpoint.open("demo"), path, ExportOptions(slice=name), TerminalProgress(quiet=True))
+        return path
+
+    return exported

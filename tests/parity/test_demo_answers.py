@@ -11,9 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma3n_onnx.export.checkpoint import Checkpoint
-from gemma3n_onnx.export.pipeline import ExportOptions, export
-from gemma3n_onnx.export.progress import TerminalProgress
 from gemma3n_onnx.export.slicing import load_slices
 from gemma3n_onnx.runtime import MediaOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.messages import items_of
@@ -36,14 +33,12 @@ SAME_NATS = 1e-3  # of fp32 log-probabilities, summed over a whole answer
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory):
+def demo(demo_artifact):
     """`demo(slice)`: the exported demo, loaded."""
 
     @functools.cache
     def load(name: str) -> tuple[Path, OnnxGemma3n]:
-        folder = tmp_path_factory.mktemp("demo") / name
-        export(Checkpoint.open(DEMO), folder, ExportOptions(slice=name), TerminalProgress(quiet=True))
-        return folder, OnnxGemma3n.from_pretrained(folder)
+        return demo_artifact(name), OnnxGemma3n.from_pretrained(demo_artifact(name))
 
     return load
 

@@ -1,0 +1,313 @@
+"""From a request to jobs, and from what they tell to OpenAI's objects."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
+from gemma3n_onnx.runtime.media import MediaOptions
+from gemma3n_onnx.runtime.sampling import Constraint, GenerationOptions, TokenLogprob
+from gemma3n_onnx.runtime.slots import PromptTokens
+
+from . import tools
+from .grammar import ANY_OBJECT
+from .library import Served
+from .protocol import ChatRequest, CompletionRequest, Sampling, Tool
+from .scheduler import End, Event, Failure, Job, Piece
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request, read: its prompts, each to be answered `n` times."""
+
+    prompts: list[PromptTokens]
+    options: GenerationOptions
+    n: int
+    tools: list[Tool] = field(default_factory=list)
+
+
+def read_chat(request: ChatRequest, served: Served) -> Work:
+    """Reads media and tokenizes.
+
+    Raises:
+        Gemma3nError: what is wrong with the request.
+    """
+    may_call = tools.chosen(request.tools, request.tool_choice)
+    messages = tools.spoken(request.messages, may_call)
+    media = MediaOptions(
+        image_size=request.image_size,
+        long_audio=request.long_audio,  # type: ignore[arg-type]
+        video_fps=request.video_fps,
+        max_frames=request.max_frames,
+    )
+    prompt = served.model.encode(messages, media)
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    if request.top_logprobs is not None and not request.logprobs:
+        raise OptionError("top_logprobs needs logprobs to be true.")
+    wanted = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    options = _options(request, served, [prompt], wanted, logprobs)
+    if (constraint := _constraint(request, may_call, served)) is not None:
+        options = replace(options, constraint=constraint)
+    return Work([prompt], options, request.n, may_call)
+
+
+def read_completion(request: CompletionRequest, served: Served) -> Work:
+    """Errors as of `read_chat`."""
+    given = request.prompt
+    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+    prompts = [served.model.encode(prompt) for prompt in (given if several else [given])]
+    return Work(prompts, _options(request, served, prompts, request.max_tokens, request.logprobs), request.n)
+
+
+def _options(
+    request: Sampling, served: Served, prompts: Sequence[PromptTokens], max_tokens: int | None, logprobs: int | None
+) -> GenerationOptions:
+    """Without a number of tokens, as many as there is room for."""
+    room = served.scheduler.context - max(map(len, prompts))
+    stop = request.stop if request.stop is not None else ()
+    return GenerationOptions(
+        max_new_tokens=max(room, 1) if max_tokens is None else max_tokens,
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        seed=request.seed,
+        logprobs=logprobs,
+        logit_bias=request.logit_bias,
+    )
+
+
+def _constraint(request: ChatRequest, may_call: Sequence[Tool], served: Served) -> Callable[[], Constraint] | None:
+    wanted = request.response_format
+    if may_call and request.tool_choice != "auto":
+        if wanted is not None and wanted.type != "text":
+            raise OptionError("A call is JSON of its own; leave response_format out, or set tool_choice to 'none'.")
+        return served.grammars.json_of(tools.schema_of(may_call))
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return served.grammars.json_of(ANY_OBJECT)
+    if wanted.json_schema is None:
+        raise OptionError("response_format is json_schema and holds no json_schema; give one.")
+    return served.grammars.json_of(wanted.json_schema.schema_)
+
+
+class Answering:
+    """The jobs of one request, told to the event loop that made it."""
+
+    def __init__(self, work: Work, served: Served, deadline: float) -> None:
+        """Raises BusyError and ContextLengthError, as `Scheduler.submit`."""
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+        def telling(index: int) -> Callable[[Event], None]:
+            return lambda event: loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        self._jobs = [
+            Job(prompt, work.options, telling(index), sample=index % work.n, deadline=deadline)
+            for index, prompt in enumerate(prompt for prompt in work.prompts for _ in range(work.n))
+        ]
+        served.scheduler.submit(self._jobs)
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    async def events(self) -> AsyncIterator[tuple[int, Piece | End]]:
+        """With the number of the choice, as they come; ends when all have ended. Raises the first failure."""
+        open_jobs = len(self._jobs)
+        while open_jobs:
+            index, event = await self._events.get()
+            if isinstance(event, Failure):
+                raise event.error
+            yield index, event
+            open_jobs -= isinstance(event, End)
+
+    def cancel(self) -> None:
+        for job in self._jobs:
+            job.cancel()
+
+
+@dataclass
+class Choice:
+    """What has come of one answer."""
+
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    end: End | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def take(self, event: Piece | End) -> None:
+        if isinstance(event, End):
+            self.end = event
+            return
+        self.pieces.append(event.text)
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+
+
+async def collect(answering: Answering) -> list[Choice]:
+    choices = [Choice() for _ in range(len(answering))]
+    async for index, event in answering.events():
+        choices[index].take(event)
+    return choices
+
+
+def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
+    """A prompt counts once for its `n` answers."""
+    ends = [choice.end for choice in choices if choice.end is not None]
+    prompt, made = sum(end.prompt_tokens for end in ends[::n]), sum(end.new_tokens for end in ends)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in ends[::n])},
+    }
+
+
+def envelope(kind: str, prefix: str, model: str) -> dict[str, Any]:
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def chat_choice(index: int, choice: Choice, work: Work, served: Served) -> dict[str, Any]:
+    assert choice.end is not None
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    finish = choice.end.finish
+    if work.tools and finish == "stop" and (calls := tools.calls_in(choice.text, work.tools)):
+        message |= {"content": None, "tool_calls": calls}
+        finish = "tool_calls"
+    logprobs = {"content": [chat_logprob(of, served) for of in choice.logprobs], "refusal": None}
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": None if work.options.logprobs is None else logprobs,
+        "finish_reason": finish,
+    }
+
+
+def chat_logprob(of: TokenLogprob, served: Served) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        token = served.model.tokenizer.decode([token_id], skip_special=False)
+        return {"token": token, "logprob": logprob, "bytes": [*token.encode()]}
+
+    return {**entry(of.token_id, of.logprob), "top_logprobs": [entry(*likely) for likely in of.top]}
+
+
+def completion_choice(index: int, choice: Choice, work: Work, served: Served) -> dict[str, Any]:
+    finish = None if choice.end is None else choice.end.finish
+    logprobs = None if work.options.logprobs is None else completion_logprobs(choice.logprobs, served)
+    return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": finish}
+
+
+def completion_logprobs(found: Sequence[TokenLogprob], served: Served) -> dict[str, Any]:
+    def text(token_id: int) -> str:
+        return served.model.tokenizer.decode([token_id], skip_special=False)
+
+    tokens = [text(of.token_id) for of in found]
+    offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [of.logprob for of in found],
+        "top_logprobs": [{text(token_id): logprob for token_id, logprob in of.top} for of in found],
+        "text_offset": offsets,
+    }
+
+
+class ChatStream:
+    """The chunks of a streamed chat answer. Text that may turn out to be a call is held until it has ended."""
+
+    def __init__(self, work: Work, served: Served, count: int, *, with_usage: bool) -> None:
+        self._work, self._served, self._with_usage = work, served, with_usage
+        self._head = envelope("chat.completion.chunk", "chatcmpl", served.name)
+        self._choices = [Choice() for _ in range(count)]
+        self._told = [0] * count
+        self._holds = [bool(work.tools)] * count
+
+    def first(self) -> list[dict[str, Any]]:
+        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self._choices))]
+
+    def next(self, index: int, event: Piece | End) -> list[dict[str, Any]]:
+        choice = self._choices[index]
+        choice.take(event)
+        if isinstance(event, End):
+            return self._last(index, choice)
+        self._holds[index] = self._holds[index] and tools.may_be_calls(choice.text)
+        if self._holds[index]:
+            return []
+        return self._text(index, choice)
+
+    def usage(self) -> list[dict[str, Any]]:
+        if not self._with_usage:
+            return []
+        return [{**self._head, "choices": [], "usage": usage(self._choices, self._work.n)}]
+
+    def _text(self, index: int, choice: Choice) -> list[dict[str, Any]]:
+        """What has not been told, as one chunk."""
+        told, self._told[index] = self._told[index], len(choice.pieces)
+        text = "".join(choice.pieces[told:])
+        found = choice.logprobs[told:]
+        if not text and not found:
+            return []
+        logprobs = {"content": [chat_logprob(of, self._served) for of in found], "refusal": None} if found else None
+        return [self._chunk(index, {"content": text}, logprobs=logprobs)]
+
+    def _last(self, index: int, choice: Choice) -> list[dict[str, Any]]:
+        whole = chat_choice(index, choice, self._work, self._served)
+        calls = whole["message"].get("tool_calls")
+        deltas = (
+            [self._chunk(index, {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})]
+            if calls
+            else self._text(index, choice)
+        )
+        return [*deltas, self._chunk(index, {}, finish=whole["finish_reason"])]
+
+    def _chunk(
+        self, index: int, delta: Mapping[str, Any], finish: str | None = None, logprobs: Any = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        chunk: dict[str, Any] = {**self._head, "choices": [choice]}
+        return {**chunk, "usage": None} if self._with_usage else chunk
+
+
+class CompletionStream:
+    """The chunks of a streamed completion."""
+
+    def __init__(self, work: Work, served: Served, count: int, *, with_usage: bool) -> None:
+        self._work, self._served, self._with_usage = work, served, with_usage
+        self._head = envelope("text_completion", "cmpl", served.name)
+        self._choices = [Choice() for _ in range(count)]
+
+    def first(self) -> list[dict[str, Any]]:
+        return []
+
+    def next(self, index: int, event: Piece | End) -> list[dict[str, Any]]:
+        self._choices[index].take(event)
+        now = Choice()
+        now.take(event)
+        if isinstance(event, Piece) and not event.text and event.logprob is None:
+            return []
+        chunk: dict[str, Any] = {
+            **self._head,
+            "choices": [completion_choice(index, now, self._work, self._served)],
+        }
+        return [{**chunk, "usage": None} if self._with_usage else chunk]
+
+    def usage(self) -> list[dict[str, Any]]:
+        if not self._with_usage:
+            return []
+        return [{**self._head, "choices": [], "usage": usage(self._choices, self._work.n)}]
+
+
+def error_body(error: Gemma3nError | str, kind: str, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": str(error), "type": kind, "param": None, "code": code}}

@@ -1,0 +1,29 @@
+"""An application, served until it is interrupted."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from gemma3n_onnx.runtime.errors import OptionError
+
+
+def run_app(app: FastAPI, host: str, port: int) -> None:
+    """Raises OptionError where nothing can listen there."""
+    sockets = [_listen(host, port)]
+    uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=5)).run(sockets)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        reason = "another program listens there" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+        raise OptionError(f"Nothing can be served at {host}:{port}: {reason}; choose others.") from error
+    return listening
