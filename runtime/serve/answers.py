@@ -68,6 +68,9 @@ def _options(
     request: Sampling, served: Served, prompts: Sequence[PromptTokens], max_tokens: int | None, logprobs: int | None
 ) -> GenerationOptions:
     """Without a number of tokens, as many as there is room for."""
+    largest = served.model.manifest.vocab_size - 1
+    if request.logit_bias and max(request.logit_bias) > largest:
+        raise OptionError(f"logit_bias names the token {max(request.logit_bias)}; the largest id is {largest}.")
     room = served.scheduler.context - max(map(len, prompts))
     stop = request.stop if request.stop is not None else ()
     return GenerationOptions(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -297,8 +296,7 @@ def test_what_a_prompt_shares_with_an_earlier_one_is_not_run(server):
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_are_openais(server, request_, kind, told, stream):
     with pytest.raises(kind, match=told) as caught:
-        answer = chat(server, **({"messages": message(SUM), "model": E2B, "stream": stream} | request_))
-        [*answer]
+        chat(server, **({"messages": message(SUM), "model": E2B, "stream": stream} | request_))
     assert {"message", "type", "code", "param"} <= {*caught.value.body}
 
 
@@ -314,9 +312,8 @@ def test_health_metrics_and_the_page(server):
     chat(server, message(SUM))
     assert E2B in httpx.get(f"{server.url}/health").json()["loaded"]
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    made = next(
-        float(line.split()[-1]) for line in lines if line.startswith('gemma3n_new_tokens_total{model="demo-E2B')
-    )
+    of_model = 'gemma3n_new_tokens_total{model="demo-E2B"}'
+    made = next(float(line.split()[-1]) for line in lines if line.startswith(of_model))
     assert made > 3 and any(line.startswith("gemma3n_first_token_seconds_count") for line in lines)
     page = httpx.get(server.url).text
     assert "<textarea" in page and "http://" not in page and "https://" not in page
@@ -408,4 +405,4 @@ def test_a_schemas_numbers_are_told_apart(server):
         .message.content
         for seed in range(20)
     }
-    assert answers <= {"10", "11", "12"} and math.isfinite(len(answers)) and len(answers) > 1
+    assert answers <= {"10", "11", "12"} and len(answers) > 1
