@@ -19,6 +19,7 @@ import click
 from gemma3n_onnx.runtime.cli import exit_with_message
 from gemma3n_onnx.runtime.generation import peak_memory_bytes
 
+from .consumers import LAYOUTS
 from .precision import PRECISIONS, PREFILLS, TABLE_BITS, TARGETS, QuantizationOptions
 from .scheme import BLOCKS, METHODS
 
@@ -72,6 +73,7 @@ _force = click.option("--force", is_flag=True, help="Replace the output if it ex
     help="Logits of the last position, or of all (for evaluation).",
 )
 @click.option("--modalities", help="Comma-separated: text,vision,audio; by default all that the checkpoint has.")
+@click.option("--layout", default="native", show_default=True, help=f"For which consumer: {_known(LAYOUTS)}.")
 @click.option("--output", type=_PATH, help="The folder to write; by default named after model and slice.")
 @click.option("--report", type=_PATH, help="A JSON file to write: what quantizing each tensor costs, by itself.")
 @click.option("--report-prompts", type=_PATH, help="Prompts to measure that on, one a line, instead of ours.")
@@ -92,6 +94,7 @@ def export_command(
     target: str,
     logits: str,
     modalities: str | None,
+    layout: str,
     output: Path | None,
     report: Path | None,
     report_prompts: Path | None,
@@ -107,7 +110,7 @@ def export_command(
 
     chosen = None if modalities is None else _split(modalities)
     quantization = QuantizationOptions(block_size, quantizer, embedding_bits, ple_bits, prefill)
-    options = ExportOptions(slice_name, table, precision, quantization, target, logits, chosen, force)  # type: ignore[arg-type]
+    options = ExportOptions(slice_name, table, precision, quantization, target, logits, chosen, layout, force)  # type: ignore[arg-type]
     check_options(options)
     lines = None if report is None else check_report(report, report_prompts, options)
     if output is not None:

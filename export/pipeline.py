@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -25,8 +25,9 @@ from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 from gemma3n_onnx.runtime import artifact
 from gemma3n_onnx.runtime.artifact import Manifest
 
-from . import slicing, trace
+from . import consumers, slicing, trace
 from .checkpoint import ENCODER_MODULES, Checkpoint
+from .consumers import Layout, adapt, layout_of
 from .encoders import (
     FEATURES,
     Encoder,
@@ -63,7 +64,6 @@ from .weights import (
 )
 from .writer import file_info, staged, write_json
 
-DECODER, PREFILL, EMBEDDING, CANDIDATES = "decoder.onnx", "prefill.onnx", "embedding.onnx", "candidates.onnx"
 HEAD = "lm_head.weight"
 LOGITS: tuple[str, ...] = get_args(Logits)
 MODALITIES = ("text", *ENCODER_MODULES)
@@ -87,12 +87,15 @@ class ExportOptions:
     target: str = "cpu"
     logits: Logits = "last"
     modalities: tuple[str, ...] | None = None
-    """Those of the checkpoint where None; text is always among them."""
+    """Those of the checkpoint, or of the layout, where None; text is always among them."""
+    layout: str = consumers.NATIVE
     force: bool = False
 
 
 @dataclass(frozen=True)
 class ExportSummary:
+    """`manifest` describes what was written; it lies beside it for this project's runtime only."""
+
     folder: Path
     manifest: Manifest
     seconds: float
@@ -107,22 +110,32 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     started = time.monotonic()
     check_options(options)
     precision = precision_for(options.precision, options.target, options.quantization)
+    layout = layout_of(options.layout, options.precision)
+    if not layout.native:
+        precision = replace(precision, prefill=None)
     chosen = choose_slice(checkpoint, options.slice, options.matformer_config)
-    source = _read_source(checkpoint, chosen, options.modalities)
+    source = _read_source(checkpoint, chosen, options.modalities or layout.modalities)
     placements = text_placements(chosen.config, precision, source.hard_rows)
 
     of_prefill = prefill_placements(chosen.config, precision, placements) if options.logits == "last" else {}
     needed = _needed_bytes([placements, of_prefill], source, precision)
 
     with staged(output, force=options.force, needed_bytes=needed) as folder:
-        graphs = _trace_graphs(chosen.config, source, precision, options.logits, placements, of_prefill, progress)
-        for graph in graphs.values():
-            attach(graph.model, graph.weights)
-            ir.save(graph.model, folder / graph.file)
+        inner = folder / layout.folder
+        inner.mkdir(exist_ok=True)
+        traced = _Traced(chosen.config, source, precision, options.logits, layout)
+        graphs = _trace_graphs(traced, placements, of_prefill, progress)
+        infos = {}
+        for name, graph in graphs.items():
+            infos[name] = graph_info(layout.files.get(name, ""), graph.model)
+            if name in layout.files:
+                attach(graph.model, graph.weights)
+                ir.save(graph.model, inner / layout.files[name])
         progress.stage("Writing weights")
         weights = [placements, of_prefill, _encoder_weights(graphs)]
-        files = _write_weights(folder, checkpoint, chosen, source, weights, progress)
-        _copy_companions(checkpoint, folder, chosen.hf_config(checkpoint.config))
+        files = _write_weights(inner, checkpoint, chosen, source, weights, progress)
+        config = consumers.config_of(layout, chosen.hf_config(checkpoint.config), precision)
+        _copy_companions(checkpoint, folder, config)
         manifest = manifest_of(
             Exported(
                 checkpoint=checkpoint,
@@ -138,13 +151,15 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
                 hard_rows=source.hard_rows,
                 front_ends=source.front_ends,
                 encoders=source.encoders,
-                graphs={name: graph_info(graph.file, graph.model) for name, graph in graphs.items()},
+                graphs=infos,
             )
         )
-        write_json(folder / GENAI_CONFIG, genai_config(manifest, chosen.config))
-        small = {p.name: file_info(p) for p in sorted(folder.iterdir()) if p.name not in files}
-        manifest = manifest.with_files({**small, **files})
-        artifact.save_manifest(folder, manifest)
+        if layout.native:
+            write_json(folder / GENAI_CONFIG, genai_config(manifest, chosen.config))
+        paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in files)
+        manifest = manifest.with_files({**{path.name: file_info(path) for path in paths}, **files})
+        if layout.native:
+            artifact.save_manifest(folder, manifest)
     return ExportSummary(output, manifest, time.monotonic() - started)
 
 
@@ -180,7 +195,6 @@ def _read_source(checkpoint: Checkpoint, chosen: slicing.Slice, modalities: Coll
 class _Graph:
     """A traced graph and where each of its weights lies."""
 
-    file: str
     model: ir.Model
     weights: Mapping[str, AnyPlacement]
 
@@ -193,6 +207,7 @@ def check_options(options: ExportOptions) -> None:
         SliceError: the CSV breaks a rule, or the slice is not in it.
     """
     precision_for(options.precision, options.target, options.quantization)
+    consumers.check_layout(options.layout, options.precision, options.target, options.logits, options.modalities)
     if options.logits not in LOGITS:
         raise ExportOptionError(f"Unknown logits {options.logits!r}; choose {' or '.join(LOGITS)}.")
     if unknown := sorted(set(options.modalities or ()) - set(MODALITIES)):
@@ -210,42 +225,51 @@ def choose_slice(checkpoint: Checkpoint, name: str | None, table: Path | None) -
     return slicing.resolve(spec, checkpoint.text_config)
 
 
+@dataclass(frozen=True)
+class _Traced:
+    """What the graphs of an export follow from."""
+
+    config: TextConfig
+    source: _Source
+    precision: Precision
+    logits: Logits
+    layout: Layout
+
+
 def _trace_graphs(
-    config: TextConfig,
-    source: _Source,
-    precision: Precision,
-    logits: Logits,
+    of: _Traced,
     placements: Mapping[str, AnyPlacement],
     of_prefill: Mapping[str, AnyPlacement],
     progress: Progress,
 ) -> dict[str, _Graph]:
+    config, precision, source = of.config, of.precision, of.source
     progress.stage("Tracing the decoder")
-    decoder = trace.trace_decoder(config, logits, precision.compute, not precision.device)
-    chooses = precision.device and logits == "last"
+    windows = of.layout.native and not precision.device
+    decoder = trace.trace_decoder(config, of.logits, precision.compute, windows)
+    chooses = precision.device and of.logits == "last"
     if chooses:
         ChooseLikeliest()(decoder)
     soft_ids = {FEATURES[m]: soft.token_id for m, soft in source.front_ends.soft_tokens.items()}
     rows_dtype = precision.storage if precision.tokens is None else "fp16"
-    embedding = trace.trace_embedding(config, rows_dtype, precision.compute, source.hard_rows, soft_ids)
+    embedding = trace.trace_embedding(
+        config, rows_dtype, precision.compute, source.hard_rows, soft_ids if of.layout.native else {}
+    )
+    adapt(of.layout, decoder, embedding, config)
     head = table_of(placements, TOKENS).first_rows(config.vocab_size)
-    graphs = {
-        "decoder": _Graph(DECODER, decoder, {**placements, HEAD: head}),
-        "embedding": _Graph(EMBEDDING, embedding, placements),
-    }
+    graphs = {"decoder": _Graph(decoder, {**placements, HEAD: head}), "embedding": _Graph(embedding, placements)}
     if chooses:
-        graphs["candidates"] = _Graph(CANDIDATES, candidates(config.vocab_size, trace.OPSET), {})
+        graphs["candidates"] = _Graph(candidates(config.vocab_size, trace.OPSET), {})
     if of_prefill:
-        prefill = trace.trace_decoder(config, logits, precision.compute, not precision.device)
+        prefill = trace.trace_decoder(config, of.logits, precision.compute, windows)
         OnlyCaches()(prefill)
-        graphs["prefill"] = _Graph(PREFILL, prefill, {**placements, **of_prefill})
+        graphs["prefill"] = _Graph(prefill, {**placements, **of_prefill})
     for modality, encoder in source.encoders.items():
         progress.stage(f"Tracing the {modality} encoder")
         model = encoder.trace()
         storage_of = partial(precision.of_encoder, products=products(model))
         if (dtype := precision.encoder_products) != "fp32":
             NarrowProducts(IR_DTYPES[dtype])(model)
-        weights = lay_out(encoder.data_file, weight_shapes(model), storage_of)
-        graphs[modality] = _Graph(encoder.file, model, weights)
+        graphs[modality] = _Graph(model, lay_out(encoder.data_file, weight_shapes(model), storage_of))
     return graphs
 
 

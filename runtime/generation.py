@@ -136,7 +136,7 @@ class Generation:
         encoded = time.perf_counter()
         if self._kept_prompts and kept:
             # Images and clips come before the question as a rule: what follows them is likely to change.
-            for part in prompt.split_after_slots():
+            for part in prompt.split((prompt.end_of_slots, kept.shared - self._cached_tokens)):
                 logits = self._engine.prefill(self._cache, row, part.ids, part.slots, kept.remember)
             self._kept_prompts.keep(kept)
         else:

@@ -2,7 +2,8 @@
 
 Full-length caches are appended to, so any beginning of them is that of a shorter prompt. Windowed caches drop what
 leaves the window: they are copied at some positions on the way, the ends of prefill chunks, which lie the further
-apart the further they are from both ends of the prompt.
+apart the further they are from both ends of the prompt. Where two prompts part, a chunk of the second one ends, so that
+the third finds a copy there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ import numpy as np
 from .kv_cache import KVCache
 
 
+WORTH_SHARING = 32
+"""Tokens that a chunk of their own does not cost more time than it will save."""
+
+
 @dataclass
 class KeptPrompt:
     """`keys` of a prompt's tokens, the `cache` that it was run into, and copies of its windowed caches by the number of
@@ -23,21 +28,25 @@ class KeptPrompt:
     keys: list[Hashable]
     cache: KVCache
     windows: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    shared: int = 0
+    """Tokens that it begins with as some earlier prompt does: where other prompts are likely to part from it."""
 
     def remember(self, tokens: int) -> None:
         """To be called when the first `tokens` are in the cache, in rising order."""
         self.windows[tokens] = self.cache.copy_windows()
         for position in _superfluous(sorted(self.windows)):
-            del self.windows[position]
+            if position != self.shared:
+                del self.windows[position]
 
     def usable(self, keys: Sequence[Hashable]) -> int:
         """The largest remembered position up to which `keys` are the same."""
-        shared = 0
-        for ours, theirs in zip(self.keys, keys):
-            if ours != theirs:
-                break
-            shared += 1
+        shared = self.shared_with(keys)
         return max((position for position in self.windows if position <= shared), default=0)
+
+    def shared_with(self, keys: Sequence[Hashable]) -> int:
+        """How many of the first keys are the same."""
+        differing = (i for i, (ours, theirs) in enumerate(zip(self.keys, keys)) if ours != theirs)
+        return next(differing, min(len(self.keys), len(keys)))
 
 
 class PrefixCache:
@@ -50,11 +59,15 @@ class PrefixCache:
     def begin(self, keys: list[Hashable], cache: KVCache) -> KeptPrompt:
         """A prompt that is going to be run into `cache`, of one row, which is filled with the longest beginning of it
         that is kept. At least one token is left to be run."""
+        shared = max((kept.shared_with(keys[:-1]) for kept in self._kept), default=0)
         best = max(self._kept, key=lambda kept: kept.usable(keys[:-1]), default=None)
-        if best is None or not (tokens := best.usable(keys[:-1])):
-            return KeptPrompt(keys, cache)
+        tokens = 0 if best is None else best.usable(keys[:-1])
+        shared = shared if shared - tokens >= WORTH_SHARING else 0
+        if best is None or not tokens:
+            return KeptPrompt(keys, cache, shared=shared)
         cache.fill_from(best.cache, tokens, best.windows[tokens])
-        return KeptPrompt(keys, cache, {at: windows for at, windows in best.windows.items() if at <= tokens})
+        windows = {at: windows for at, windows in best.windows.items() if at <= tokens}
+        return KeptPrompt(keys, cache, windows, shared)
 
     def keep(self, prompt: KeptPrompt) -> None:
         """To be called when the prompt has been run. It takes the places of those that it begins with."""

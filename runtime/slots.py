@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -55,10 +56,18 @@ class PromptTokens:
         rest = (replace(slot, start=slot.start - count) for slot in self.slots)
         return PromptTokens(self.ids[count:], tuple(slot for slot in rest if slot.stop > 0))
 
-    def split_after_slots(self) -> list[PromptTokens]:
-        """The prompt up to its last slot's end, and the rest; itself where that makes no two parts."""
-        end = max((slot.stop for slot in self.slots), default=0)
-        return [PromptTokens(self.ids[:end], self.slots), self.after(end)] if 0 < end < len(self) else [self]
+    @property
+    def end_of_slots(self) -> int:
+        """The position after the last slot, 0 without any."""
+        return max((slot.stop for slot in self.slots), default=0)
+
+    def split(self, positions: Iterable[int]) -> list[PromptTokens]:
+        """The prompt in parts that end at those of `positions` that lie within it."""
+        borders = [0, *sorted({position for position in positions if 0 < position < len(self)}), len(self)]
+        return [self.after(start)._first(stop - start) for start, stop in pairwise(borders)]
+
+    def _first(self, count: int) -> PromptTokens:
+        return PromptTokens(self.ids[:count], tuple(slot for slot in self.slots if slot.start < count))
 
 
 def fill(rows: np.ndarray, first: int, slots: Sequence[Slot], features: Callable[[Slot], np.ndarray]) -> None:

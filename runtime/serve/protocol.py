@@ -90,7 +90,7 @@ class ResponseFormat(BaseModel):
 
 
 class ChatRequest(Sampling):
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -220,7 +220,8 @@ class Scheduler:
             between(tokens)
 
         cached = int(staged.lengths[0])
-        for part in prompt.after(cached).encoded().split_after_slots():
+        rest = prompt.after(cached).encoded()
+        for part in rest.split((rest.end_of_slots, kept.shared - cached if kept else 0)):
             logits = engine.prefill(staged, 0, part.ids, part.slots, after_chunk)
         self._cache.fill_row(row, staged)
         if self._kept and kept is not None:

@@ -1,0 +1,61 @@
+"""Gives `per_layer_inputs` a last axis of their own for the layers' channels: [B, S, L * C] becomes [B, S, L, C].
+
+Matches: a graph that has them as an input, which is then joined again, or as an output.
+Refuses: nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+_NAME = "per_layer_inputs"
+
+
+class SplitLayers(InPlacePass):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def call(self, model: ir.Model) -> PassResult:
+        graph = model.graph
+        for value in (*graph.inputs, *graph.outputs):
+            if value.name == _NAME:
+                self._split(graph, value, taken=value in graph.inputs)
+                return PassResult(model, modified=True)
+        return PassResult(model, modified=False)
+
+    def _split(self, graph: ir.Graph, flat: ir.Value, *, taken: bool) -> None:
+        assert flat.shape is not None and flat.dtype is not None
+        batch, length, width = flat.shape
+        assert isinstance(width, int)
+        apart = [batch, length, self.layers, width // self.layers]
+        if taken:
+            split = ir.Value(name=_NAME, type=ir.TensorType(flat.dtype), shape=ir.Shape(apart))
+            graph.inputs[graph.inputs.index(flat)] = split
+            joined = _reshaped(graph, split, [0, 0, width])
+            flat.name = None
+            flat.replace_all_uses_with(joined)
+            node = joined.producer()
+            assert node is not None
+            graph.insert_before(graph[0], node)
+            joined.name = f"{_NAME}.flat"
+        else:
+            flat.name = f"{_NAME}.flat"
+            split = _reshaped(graph, flat, [0, 0, *apart[2:]])  # type: ignore[list-item]
+            split.name, split.type, split.shape = _NAME, ir.TensorType(flat.dtype), ir.Shape(apart)
+            node = split.producer()
+            assert node is not None
+            graph.append(node)
+            graph.outputs[graph.outputs.index(flat)] = split
+
+
+def _reshaped(graph: ir.Graph, value: ir.Value, sizes: list[int]) -> ir.Value:
+    """A node that is in no graph yet."""
+    name = f"{_NAME}.sizes"
+    tensor = ir.tensor(sizes, dtype=ir.DataType.INT64, name=name)
+    of_sizes = ir.Value(
+        name=name, shape=ir.Shape([len(sizes)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
+    )
+    graph.register_initializer(of_sizes)
+    return ir.node("Reshape", [value, of_sizes], name=f"{_NAME}.reshape").outputs[0]
