@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.graphs.passes.borrow_last import BorrowLast
 from gemma3n_onnx.graphs.passes.name_axes import NameAxes
 from gemma3n_onnx.graphs.passes.split_layers import SplitLayers
 from gemma3n_onnx.graphs.passes.take_ids import TakeIds
@@ -85,6 +86,8 @@ def layout_of(name: str, precision: str) -> Layout:
 
 def adapt(layout: Layout, decoder: ir.Model, embedding: ir.Model, config: TextConfig) -> None:
     """The decoder, and where it stays a graph of its own the embedding, as the consumer takes them."""
+    if not layout.native:
+        BorrowLast()(decoder)  # their ONNX Runtime may be older than what this project's runtime asks for
     if layout.name == OPTIMUM:
         TakeIds(embedding)(decoder)
         NameAxes(_AXES)(decoder)
@@ -94,14 +97,19 @@ def adapt(layout: Layout, decoder: ir.Model, embedding: ir.Model, config: TextCo
             NameAxes(_AXES)(model)
 
 
-def config_of(layout: Layout, config: dict[str, Any], precision: Precision) -> dict[str, Any]:
-    """`config.json` of the consumer, from that of transformers."""
+def configs_of(layout: Layout, config: dict[str, Any], precision: Precision) -> dict[str, dict[str, Any]]:
+    """`config.json` of the consumer, from that of transformers, and what else it wants to be told, by file."""
     if layout.name == OPTIMUM:
         text = config.get("text_config", config)
-        return {**text, "model_type": _OPTIMUM_TYPE, "architectures": ["Gemma3ForCausalLM"]}
+        return {"config.json": {**text, "model_type": _OPTIMUM_TYPE, "architectures": ["Gemma3ForCausalLM"]}}
     if layout.name == TRANSFORMERS_JS:
-        return {**config, "transformers.js_config": {"dtype": _DTYPES[precision.name]}}
-    return config
+        processor = {"processor_class": "Gemma3nProcessor"}
+        counts = {"image_seq_length": "vision_soft_tokens_per_image", "audio_seq_length": "audio_soft_tokens_per_image"}
+        return {
+            "config.json": {**config, "transformers.js_config": {"dtype": _DTYPES[precision.name]}},
+            "processor_config.json": processor | {ours: config[key] for ours, key in counts.items() if key in config},
+        }
+    return {"config.json": config}
 
 
 _DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Protocol, get_args
 
 import onnx_ir as ir
 
@@ -134,8 +134,9 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
         progress.stage("Writing weights")
         weights = [placements, of_prefill, _encoder_weights(graphs)]
         files = _write_weights(inner, checkpoint, chosen, source, weights, progress)
-        config = consumers.config_of(layout, chosen.hf_config(checkpoint.config), precision)
-        _copy_companions(checkpoint, folder, config)
+        _copy_companions(checkpoint, folder)
+        for name, config in consumers.configs_of(layout, chosen.hf_config(checkpoint.config), precision).items():
+            write_json(folder / name, config)
         manifest = manifest_of(
             Exported(
                 checkpoint=checkpoint,
@@ -310,9 +311,8 @@ def _write_weights(
     return {file: stream.write_file(file, of_file, blocks, scales.get(file, 1.0)) for file, of_file in by_file.items()}
 
 
-def _copy_companions(checkpoint: Checkpoint, folder: Path, config: dict[str, Any]) -> None:
+def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     for path in checkpoint.tokenizer_files():
         shutil.copyfile(path, folder / path.name)
     if (template := checkpoint.chat_template()) is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    write_json(folder / "config.json", config)

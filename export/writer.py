@@ -26,7 +26,10 @@ ALIGNMENT = 4096  # of large tensors, so that they can be mapped in place
 
 
 # What tells a folder that --force may replace from one that holds something else.
-MARKERS = {"artifact": (MANIFEST,), "checkpoint": ("model.safetensors", "model.safetensors.index.json")}
+MARKERS = {
+    "artifact": (MANIFEST, "model.onnx", "onnx/decoder_model_merged*.onnx"),
+    "checkpoint": ("model.safetensors", "model.safetensors.index.json"),
+}
 
 
 def check_output(output: Path, *, force: bool, kind: str = "artifact") -> Path:
@@ -43,7 +46,7 @@ def check_output(output: Path, *, force: bool, kind: str = "artifact") -> Path:
             raise ExportError(f"{output} exists already; give another output folder, or replace it with --force.")
         if exists and not output.is_dir():
             raise ExportError(f"{output} is a file and will not be replaced; give another output folder.")
-        if exists and any(output.iterdir()) and not any((output / name).is_file() for name in MARKERS[kind]):
+        if exists and any(output.iterdir()) and not any(any(output.glob(name)) for name in MARKERS[kind]):
             raise ExportError(
                 f"{output} is no {kind} (it holds no {MARKERS[kind][0]}) and will not be replaced; "
                 "give another output folder."
@@ -168,7 +171,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
+    for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("r+b") as stream:
             os.fsync(stream.fileno())
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from .kv_cache import KVCache
 
-
 WORTH_SHARING = 32
 """Tokens that a chunk of their own does not cost more time than it will save."""
 
