@@ -47,6 +47,7 @@ def main() -> None:
         kept.write_text(json.dumps([asdict(of) for of in figures], indent=1))
         print(table(figures[-1:]), flush=True)
         shutil.rmtree(artifact)
+    figures.sort(key=lambda of: of.read_bytes)
     print(table(figures))
     plot(figures, kept.with_suffix(".png"))
 

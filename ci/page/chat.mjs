@@ -1,0 +1,47 @@
+// Drives the page as a person would: attaches, asks, reads the answers; every request must go to the server.
+import assert from "node:assert";
+import chromium from "@sparticuz/chromium";
+import puppeteer from "puppeteer-core";
+
+const [url, picture, sound, screenshot] = process.argv.slice(2);
+const browser = await puppeteer.launch({
+  args: chromium.args, executablePath: await chromium.executablePath(), headless: "shell",
+  defaultViewport: { width: 900, height: 700 },
+});
+try {
+  const page = await browser.newPage();
+  const elsewhere = [];
+  page.on("request", request => {
+    const { protocol, origin } = new URL(request.url());
+    if (protocol.startsWith("http") && origin !== url) elsewhere.push(request.url());
+  });
+  page.on("pageerror", error => { throw error; });
+  await page.goto(url);
+  await page.waitForFunction(() => document.querySelector("#model").options.length === 1);
+
+  let answers = 0;
+  async function ask(text, file) {
+    if (file) {
+      await (await page.$("#files")).uploadFile(file);
+      await page.waitForSelector("#attached figure");
+    }
+    await page.type("#text", text);
+    await page.click("#send");
+    answers += 1;
+    await page.waitForFunction(n => document.querySelectorAll("article[data-done]").length === n, { timeout: 60000 }, answers);
+    const shown = await page.$$eval("article[data-done]", all => all.at(-1).firstChild.textContent);
+    console.log(`${text} ${shown}`);
+    return shown;
+  }
+
+  assert.equal(await ask("What is in the picture?", picture), "A red circle, a yellow star and a blue square.");
+  const counted = "A red circle and a yellow star and a blue square: three shapes.";
+  assert.equal(await ask("How many shapes are there?"), counted);
+  await page.screenshot({ path: screenshot });
+  await page.click("#reset");
+  answers = 0;
+  assert.equal(await ask("What do you hear?", sound), "Three high beeps.");
+  assert.deepEqual(elsewhere, []);
+} finally {
+  await browser.close();
+}
