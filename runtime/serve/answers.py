@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
@@ -112,11 +113,11 @@ class Answering:
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-        def telling(index: int) -> Callable[[Event], None]:
-            return lambda event: loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+        def tell(index: int, event: Event) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         self._jobs = [
-            Job(prompt, work.options, telling(index), sample=index % work.n, deadline=deadline)
+            Job(prompt, work.options, partial(tell, index), sample=index % work.n, deadline=deadline)
             for index, prompt in enumerate(prompt for prompt in work.prompts for _ in range(work.n))
         ]
         served.scheduler.submit(self._jobs)

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -58,6 +59,7 @@ class Failure:
 
 
 Event = Piece | End | Failure
+Choice = tuple[int, TokenLogprob | None]
 
 
 @dataclass(eq=False)
@@ -259,21 +261,19 @@ class Scheduler:
                 self._fail(self._rows[row].job, error)
                 self._leave(row)
 
-    def _choices(
-        self, tokens: np.ndarray, running: np.ndarray
-    ) -> dict[int, Callable[[], tuple[int, TokenLogprob | None]]]:
+    def _choices(self, tokens: np.ndarray, running: np.ndarray) -> dict[int, Callable[[], Choice]]:
         """Runs a step; for each row what chooses from it."""
         decoder = self.model.engine.decoder(self._cache, len(tokens))
         choosers = {row: state.chooser for row, state in self._rows.items()}
         if all(chooser.takes_likeliest for chooser in choosers.values()):
             likeliest = decoder.step_likeliest(tokens, running)
-            return {row: lambda row=row: (choosers[row].took(int(likeliest[row])), None) for row in choosers}
+            return {row: partial(_took, chooser, likeliest[row]) for row, chooser in choosers.items()}
         wanted = [chooser.candidates for chooser in choosers.values()]
         if decoder.has_candidates and None not in wanted:
             few = decoder.step_candidates(tokens, running, max(count for count in wanted if count is not None))
-            return {row: lambda row=row: (choosers[row].choose_among(*few[row]), None) for row in choosers}
+            return {row: partial(_chose_among, chooser, *few[row]) for row, chooser in choosers.items()}
         logits = decoder.step(tokens, running)
-        return {row: lambda row=row: choosers[row].choose(logits[row]) for row in choosers}
+        return {row: partial(chooser.choose, logits[row]) for row, chooser in choosers.items()}
 
     def _advance(self, row: int, token: int, logprob: TokenLogprob | None) -> None:
         state = self._rows[row]
@@ -305,3 +305,11 @@ class Scheduler:
     def _leave(self, row: int) -> None:
         self._rows.pop(row, None)
         self._cache.truncate(row, 0)
+
+
+def _took(chooser: Chooser, token: np.int64) -> Choice:
+    return chooser.took(int(token)), None
+
+
+def _chose_among(chooser: Chooser, ids: np.ndarray, logits: np.ndarray) -> Choice:
+    return chooser.choose_among(ids, logits), None
