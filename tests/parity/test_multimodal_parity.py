@@ -7,9 +7,11 @@ import base64
 import numpy as np
 import pytest
 
+from gemma3n_onnx.export.exact import exact_profile
 from gemma3n_onnx.export.trace import DTYPES
 from gemma3n_onnx.runtime import MediaOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.audio import fit
+from gemma3n_onnx.runtime.encoders import Encoders
 from gemma3n_onnx.runtime.session import PROFILES, Session
 from media import RATE_HZ, encoded, gradient, sound, speech, video
 from multimodal import (
@@ -222,6 +224,8 @@ def test_all_logits_equal_transformers_at_every_position(shallow_multimodal_chec
 def test_embedding_graph_agrees_with_the_engine_bit_for_bit(shallow_multimodal_checkpoint, exported, precision, target):
     folder = exported(shallow_multimodal_checkpoint, precision=precision, target=target)
     model = OnnxGemma3n.from_pretrained(folder, "cpu", prefill_chunk=4096)
+    # Encoders for CUDA compute in bf16, which the CPU lacks.
+    model.encoders = Encoders(folder, model.manifest, exact_profile(PROFILES["cpu"]))
     prompt = model.encode([TEXT_FIRST], OPTIONS)
     prompt = type(prompt)([*prompt.ids, *random_prompt(20, vocab_size=1280)], prompt.slots)
     manifest = model.manifest
