@@ -25,7 +25,8 @@ from .precision import Precision
 
 NATIVE, OPTIMUM, TRANSFORMERS_JS = "native", "optimum", "transformers.js"
 LAYOUTS = (NATIVE, OPTIMUM, TRANSFORMERS_JS)
-_SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized", "int4": "_q4"}
+# Of transformers.js, by precision: its name of the dtype, and what its files' names end in.
+_JS_DTYPES = {"fp32": ("fp32", ""), "fp16": ("fp16", "_fp16"), "int8": ("q8", "_quantized"), "int4": ("q4", "_q4")}
 _AXES = {
     "batch": "batch_size",
     "new_tokens": "sequence_length",
@@ -46,9 +47,9 @@ def check_layout(layout: str, precision: str, target: str, logits: str, modaliti
         raise ExportOptionError(f"--layout {layout} is for --target cpu and --logits last; leave these two out.")
     if layout == OPTIMUM and set(modalities or ()) - {"text"}:
         raise ExportOptionError("--layout optimum is for text; leave --modalities out.")
-    if layout == TRANSFORMERS_JS and precision not in _SUFFIXES:
+    if layout == TRANSFORMERS_JS and precision not in _JS_DTYPES:
         raise ExportOptionError(
-            f"transformers.js has no name for precision {precision}; choose one of {', '.join(_SUFFIXES)}."
+            f"transformers.js has no name for precision {precision}; choose one of {', '.join(_JS_DTYPES)}."
         )
 
 
@@ -71,7 +72,7 @@ def layout_of(name: str, precision: str) -> Layout:
     if name == OPTIMUM:
         return Layout(name, "", {"decoder": "model.onnx"}, ("text",))
     if name == TRANSFORMERS_JS:
-        suffix = _SUFFIXES[precision]
+        suffix = _JS_DTYPES[precision][1]
         names = {
             "decoder": "decoder_model_merged",
             "embedding": "embed_tokens",
@@ -106,10 +107,7 @@ def configs_of(layout: Layout, config: dict[str, Any], precision: Precision) -> 
         processor = {"processor_class": "Gemma3nProcessor"}
         counts = {"image_seq_length": "vision_soft_tokens_per_image", "audio_seq_length": "audio_soft_tokens_per_image"}
         return {
-            "config.json": {**config, "transformers.js_config": {"dtype": _DTYPES[precision.name]}},
+            "config.json": {**config, "transformers.js_config": {"dtype": _JS_DTYPES[precision.name][0]}},
             "processor_config.json": processor | {ours: config[key] for ours, key in counts.items() if key in config},
         }
     return {"config.json": config}
-
-
-_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}

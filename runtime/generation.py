@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .artifact import Manifest
 from .candidates import Chosen
 from .choosing import Chooser
 from .engine import Engine
@@ -105,7 +106,8 @@ class Generation:
                     chosen = chooser.choose_among(*few[row])
                 else:
                     chosen, logprob = chooser.choose(logits[row])
-                token = GeneratedToken(int(row), chosen, logprob, self._finish(chosen, made))
+                finish = finish_of(self._engine.manifest, self._options, chosen, made)
+                token = GeneratedToken(int(row), chosen, logprob, finish)
                 tokens[row] = chosen
                 if token.finish:
                     self.stop(int(row))
@@ -135,20 +137,12 @@ class Generation:
         prompt = prompt.encoded()
         encoded = time.perf_counter()
         if self._kept_prompts and kept:
-            # Images and clips come before the question as a rule: what follows them is likely to change.
-            for part in prompt.split((prompt.end_of_slots, kept.shared - self._cached_tokens)):
-                logits = self._engine.prefill(self._cache, row, part.ids, part.slots, kept.remember)
-            self._kept_prompts.keep(kept)
+            logits = self._kept_prompts.run(self._engine, kept, prompt)
         else:
             logits = self._engine.prefill(self._cache, row, prompt.ids, prompt.slots)
         self._encoder_seconds += encoded - copied
         self._prefill_seconds += time.perf_counter() - encoded + copied - started
         return logits
-
-    def _finish(self, token: int, made: int) -> str | None:
-        if token in self._engine.manifest.eos_token_ids:
-            return "stop"
-        return "length" if made == self._options.max_new_tokens else None
 
     @property
     def timings(self) -> Timings:
@@ -162,6 +156,13 @@ class Generation:
             time_to_first_token=self._first_token,
             peak_memory_bytes=peak_memory_bytes(),
         )
+
+
+def finish_of(manifest: Manifest, options: GenerationOptions, token: int, made: int) -> str | None:
+    """Why an answer ends with its `made`-th token, as `GeneratedToken.finish`."""
+    if token in manifest.eos_token_ids:
+        return "stop"
+    return "length" if made == options.max_new_tokens else None
 
 
 def check_context(max_context: int, prompt_tokens: int, max_new_tokens: int) -> None:

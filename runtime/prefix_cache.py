@@ -8,12 +8,14 @@ the third finds a copy there.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from .engine import Engine
 from .kv_cache import KVCache
+from .slots import PromptTokens
 
 WORTH_SHARING = 32
 """Tokens that a chunk of their own does not cost more time than it will save."""
@@ -67,6 +69,26 @@ class PrefixCache:
         cache.fill_from(best.cache, tokens, best.windows[tokens])
         windows = {at: windows for at, windows in best.windows.items() if at <= tokens}
         return KeptPrompt(keys, cache, windows, shared)
+
+    def run(
+        self, engine: Engine, prompt: KeptPrompt, rest: PromptTokens, after_chunk: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """Runs what follows the tokens that the cache of `prompt` already has, and keeps it; logits [V] after the last.
+
+        Images and clips come before the question as a rule, so that a chunk ends behind them: what follows them is
+        likely to change. `after_chunk` as of `Engine.prefill`.
+        """
+
+        def remember(tokens: int) -> None:
+            prompt.remember(tokens)
+            if after_chunk is not None:
+                after_chunk(tokens)
+
+        done = int(prompt.cache.lengths[0])
+        for part in rest.split((rest.end_of_slots, prompt.shared - done)):
+            logits = engine.prefill(prompt.cache, 0, part.ids, part.slots, remember)
+        self.keep(prompt)
+        return logits
 
     def keep(self, prompt: KeptPrompt) -> None:
         """To be called when the prompt has been run. It takes the places of those that it begins with."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -228,89 +229,107 @@ def completion_logprobs(found: Sequence[TokenLogprob], served: Served) -> dict[s
     }
 
 
-class ChatStream:
-    """The chunks of a streamed chat answer. Text that may turn out to be a call is held until it has ended."""
+class Chunks(ABC):
+    """The chunks of a streamed answer: `first`, then `next` for each event, then `usage`."""
 
-    def __init__(self, work: Work, served: Served, count: int, *, with_usage: bool) -> None:
+    object: str
+    prefix: str
+
+    def __init__(self, work: Work, served: Served, *, with_usage: bool) -> None:
         self._work, self._served, self._with_usage = work, served, with_usage
-        self._head = envelope("chat.completion.chunk", "chatcmpl", served.name)
-        self._choices = [Choice() for _ in range(count)]
-        self._told = [0] * count
-        self._holds = [bool(work.tools)] * count
-
-    def first(self) -> list[dict[str, Any]]:
-        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self._choices))]
-
-    def next(self, index: int, event: Piece | End) -> list[dict[str, Any]]:
-        choice = self._choices[index]
-        choice.take(event)
-        if isinstance(event, End):
-            return self._last(index, choice)
-        self._holds[index] = self._holds[index] and tools.may_be_calls(choice.text)
-        if self._holds[index]:
-            return []
-        return self._text(index, choice)
-
-    def usage(self) -> list[dict[str, Any]]:
-        if not self._with_usage:
-            return []
-        return [{**self._head, "choices": [], "usage": usage(self._choices, self._work.n)}]
-
-    def _text(self, index: int, choice: Choice) -> list[dict[str, Any]]:
-        """What has not been told, as one chunk."""
-        told, self._told[index] = self._told[index], len(choice.pieces)
-        text = "".join(choice.pieces[told:])
-        found = choice.logprobs[told:]
-        if not text and not found:
-            return []
-        logprobs = {"content": [chat_logprob(of, self._served) for of in found], "refusal": None} if found else None
-        return [self._chunk(index, {"content": text}, logprobs=logprobs)]
-
-    def _last(self, index: int, choice: Choice) -> list[dict[str, Any]]:
-        whole = chat_choice(index, choice, self._work, self._served)
-        calls = whole["message"].get("tool_calls")
-        deltas = (
-            [self._chunk(index, {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})]
-            if calls
-            else self._text(index, choice)
-        )
-        return [*deltas, self._chunk(index, {}, finish=whole["finish_reason"])]
-
-    def _chunk(
-        self, index: int, delta: Mapping[str, Any], finish: str | None = None, logprobs: Any = None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        chunk: dict[str, Any] = {**self._head, "choices": [choice]}
-        return {**chunk, "usage": None} if self._with_usage else chunk
-
-
-class CompletionStream:
-    """The chunks of a streamed completion."""
-
-    def __init__(self, work: Work, served: Served, count: int, *, with_usage: bool) -> None:
-        self._work, self._served, self._with_usage = work, served, with_usage
-        self._head = envelope("text_completion", "cmpl", served.name)
-        self._choices = [Choice() for _ in range(count)]
+        self._head = envelope(self.object, self.prefix, served.name)
+        self._choices = [Choice() for _ in range(len(work.prompts) * work.n)]
 
     def first(self) -> list[dict[str, Any]]:
         return []
 
     def next(self, index: int, event: Piece | End) -> list[dict[str, Any]]:
         self._choices[index].take(event)
-        now = Choice()
-        now.take(event)
-        if isinstance(event, Piece) and not event.text and event.logprob is None:
-            return []
-        chunk: dict[str, Any] = {
-            **self._head,
-            "choices": [completion_choice(index, now, self._work, self._served)],
-        }
-        return [{**chunk, "usage": None} if self._with_usage else chunk]
+        return [self._whole(choice) for choice in self._parts(index, event)]
 
     def usage(self) -> list[dict[str, Any]]:
         if not self._with_usage:
             return []
         return [{**self._head, "choices": [], "usage": usage(self._choices, self._work.n)}]
+
+    def _whole(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+        chunk: dict[str, Any] = {**self._head, "choices": [choice]}
+        return {**chunk, "usage": None} if self._with_usage else chunk
+
+    @abstractmethod
+    def _parts(self, index: int, event: Piece | End) -> list[dict[str, Any]]:
+        """What a choice, which has taken the event, then tells."""
+
+
+class ChatChunks(Chunks):
+    """Text that may turn out to be a call is held until it has ended."""
+
+    object, prefix = "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, work: Work, served: Served, *, with_usage: bool) -> None:
+        super().__init__(work, served, with_usage=with_usage)
+        self._told = [0] * len(self._choices)
+        self._holds = [bool(work.tools)] * len(self._choices)
+
+    def first(self) -> list[dict[str, Any]]:
+        delta = {"role": "assistant", "content": ""}
+        return [self._whole(_delta(index, delta)) for index in range(len(self._choices))]
+
+    def _parts(self, index: int, event: Piece | End) -> list[dict[str, Any]]:
+        choice = self._choices[index]
+        if isinstance(event, End):
+            return self._last(index, choice)
+        self._holds[index] = self._holds[index] and tools.may_be_calls(choice.text)
+        return [] if self._holds[index] else self._text(index, choice)
+
+    def _text(self, index: int, choice: Choice) -> list[dict[str, Any]]:
+        """What has not been told."""
+        told, self._told[index] = self._told[index], len(choice.pieces)
+        text = "".join(choice.pieces[told:])
+        found = choice.logprobs[told:]
+        if not text and not found:
+            return []
+        logprobs = {"content": [chat_logprob(of, self._served) for of in found], "refusal": None} if found else None
+        return [_delta(index, {"content": text}, logprobs=logprobs)]
+
+    def _last(self, index: int, choice: Choice) -> list[dict[str, Any]]:
+        whole = chat_choice(index, choice, self._work, self._served)
+        calls = whole["message"].get("tool_calls")
+        if calls:
+            deltas = [_delta(index, {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})]
+        else:
+            deltas = self._text(index, choice)
+        return [*deltas, _delta(index, {}, finish=whole["finish_reason"])]
+
+
+def _delta(index: int, delta: Mapping[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+
+class CompletionChunks(Chunks):
+    object, prefix = "text_completion", "cmpl"
+
+    def _parts(self, index: int, event: Piece | End) -> list[dict[str, Any]]:
+        if isinstance(event, Piece) and not event.text and event.logprob is None:
+            return []
+        now = Choice()
+        now.take(event)
+        return [completion_choice(index, now, self._work, self._served)]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the API's two kinds of answer."""
+
+    object: str
+    prefix: str
+    read: Callable[[Any, Served], Work]
+    choice: Callable[[int, Choice, Work, Served], dict[str, Any]]
+    stream: type[Chunks]
+
+
+CHAT = Kind("chat.completion", "chatcmpl", read_chat, chat_choice, ChatChunks)
+COMPLETION = Kind("text_completion", "cmpl", read_completion, completion_choice, CompletionChunks)
 
 
 def error_body(error: Gemma3nError | str, kind: str, code: str | None = None) -> dict[str, Any]:

@@ -22,22 +22,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gemma3n_onnx.runtime.errors import ArtifactError, ContextLengthError, Gemma3nError, ProviderError
 
 from .answers import (
+    CHAT,
+    COMPLETION,
     Answering,
-    ChatStream,
-    CompletionStream,
+    Chunks,
+    Kind,
     Work,
-    chat_choice,
     collect,
-    completion_choice,
     envelope,
     error_body,
     read_chat,
-    read_completion,
     usage,
 )
 from .library import Library, Served, UnknownModelError
 from .metrics import Metrics
-from .protocol import ChatRequest, CompletionRequest
+from .protocol import ChatRequest, CompletionRequest, Sampling
 from .scheduler import BusyError, DeadlineError
 
 log = logging.getLogger(__name__)
@@ -95,29 +94,11 @@ def create_app(library: Library, limits: Limits, api_key: str | None = None) -> 
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest, http: Request) -> Response:
-        with_usage = bool(request.stream_options and request.stream_options.include_usage)
-        async with service.held(request.model) as served:
-            work = await service.read(read_chat, request, served)
-            if request.stream:
-                count = len(work.prompts) * work.n
-                return service.stream(work, served, ChatStream(work, served, count, with_usage=with_usage))
-            choices = await service.answer(work, served, http)
-        listed = [chat_choice(i, choice, work, served) for i, choice in enumerate(choices)]
-        body = {**envelope("chat.completion", "chatcmpl", served.name), "choices": listed}
-        return JSONResponse({**body, "usage": usage(choices, work.n)})
+        return await service.complete(CHAT, request, http)
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: Request) -> Response:
-        with_usage = bool(request.stream_options and request.stream_options.include_usage)
-        async with service.held(request.model) as served:
-            work = await service.read(read_completion, request, served)
-            if request.stream:
-                count = len(work.prompts) * work.n
-                return service.stream(work, served, CompletionStream(work, served, count, with_usage=with_usage))
-            choices = await service.answer(work, served, http)
-        listed = [completion_choice(i, choice, work, served) for i, choice in enumerate(choices)]
-        body = {**envelope("text_completion", "cmpl", served.name), "choices": listed}
-        return JSONResponse({**body, "usage": usage(choices, work.n)})
+        return await service.complete(COMPLETION, request, http)
 
     @app.post("/v1/audio/transcriptions")
     async def transcriptions(
@@ -162,6 +143,18 @@ class _Service:
         finally:
             self._library.release(served)
 
+    async def complete(self, kind: Kind, request: Sampling, http: Request) -> Response:
+        """An answer of either kind, whole or streamed."""
+        async with self.held(request.model) as served:
+            work = await self.read(kind.read, request, served)
+            if request.stream:
+                with_usage = bool(request.stream_options and request.stream_options.include_usage)
+                return self.stream(work, served, kind.stream(work, served, with_usage=with_usage))
+            choices = await self.answer(work, served, http)
+        listed = [kind.choice(i, choice, work, served) for i, choice in enumerate(choices)]
+        body = {**envelope(kind.object, kind.prefix, served.name), "choices": listed}
+        return JSONResponse({**body, "usage": usage(choices, work.n)})
+
     async def read(self, reader: Callable[[Any, Served], Work], request: Any, served: Served) -> Work:
         async with self._reading:
             return await asyncio.to_thread(reader, request, served)
@@ -183,7 +176,7 @@ class _Service:
             collecting.cancel()
             answering.cancel()
 
-    def stream(self, work: Work, served: Served, chunks: ChatStream | CompletionStream) -> Response:
+    def stream(self, work: Work, served: Served, chunks: Chunks) -> Response:
         answering = self._begin(work, served)
         self._library.hold_too(served)
 

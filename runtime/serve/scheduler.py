@@ -18,7 +18,7 @@ import numpy as np
 from gemma3n_onnx.runtime.answer import AnswerText
 from gemma3n_onnx.runtime.choosing import Chooser
 from gemma3n_onnx.runtime.errors import Gemma3nError, ProviderError
-from gemma3n_onnx.runtime.generation import check_context
+from gemma3n_onnx.runtime.generation import check_context, finish_of
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 from gemma3n_onnx.runtime.prefix_cache import PrefixCache
 from gemma3n_onnx.runtime.sampling import GenerationOptions, TokenLogprob
@@ -215,19 +215,13 @@ class Scheduler:
             return engine.prefill(self._cache, row, prompt.ids, prompt.slots, between), 0
         staged = engine.new_cache(1, len(prompt))
         kept = self._kept.begin(prompt.keys(), staged) if self._kept else None
-
-        def after_chunk(tokens: int) -> None:
-            if kept is not None:
-                kept.remember(tokens)
-            between(tokens)
-
         cached = int(staged.lengths[0])
         rest = prompt.after(cached).encoded()
-        for part in rest.split((rest.end_of_slots, kept.shared - cached if kept else 0)):
-            logits = engine.prefill(staged, 0, part.ids, part.slots, after_chunk)
-        self._cache.fill_row(row, staged)
         if self._kept and kept is not None:
-            self._kept.keep(kept)
+            logits = self._kept.run(engine, kept, rest, between)
+        else:
+            logits = engine.prefill(staged, 0, rest.ids, rest.slots, between)
+        self._cache.fill_row(row, staged)
         return logits, cached
 
     def _step(self) -> None:
@@ -279,11 +273,7 @@ class Scheduler:
         state = self._rows[row]
         state.token, state.made = token, state.made + 1
         self.counts.new_tokens += 1
-        finish = None
-        if token in self.model.manifest.eos_token_ids:
-            finish = "stop"
-        elif state.made == state.job.options.max_new_tokens:
-            finish = "length"
+        finish = finish_of(self.model.manifest, state.job.options, token, state.made)
         state.job.tell(Piece(state.text.push(token, logprob, finish), logprob))
         if state.text.finish is not None:
             state.job.tell(End(state.text.finish, len(state.job.prompt), state.cached_tokens, state.made))
