@@ -24,6 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from gemma3n_onnx.export.trace_cache import kept_on_disk
 from gemma3n_onnx.graphs.audio import AudioConfig, AudioEncoder
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Decoder, Logits
@@ -117,6 +118,7 @@ def _shapes_of_widths(config: TextConfig) -> dict[str, tuple[int, ...]]:
 
 
 @functools.lru_cache(maxsize=8)
+@kept_on_disk
 def _trace_decoder(config: TextConfig, logits: Logits, compute: str, windows: bool) -> ir.Model:
     with torch.device("meta"):
         outline = Decoder(config, logits, windows)
@@ -136,6 +138,7 @@ def _trace_decoder(config: TextConfig, logits: Logits, compute: str, windows: bo
 
 
 @functools.lru_cache(maxsize=8)
+@kept_on_disk
 def _trace_embedding(
     config: TextConfig, storage: str, compute: str, hard_rows: HardRows | None, soft_tokens: tuple[tuple[str, int], ...]
 ) -> ir.Model:
@@ -151,6 +154,7 @@ def _trace_embedding(
 
 
 @functools.lru_cache(maxsize=8)
+@kept_on_disk
 def _trace_audio(config: AudioConfig) -> ir.Model:
     clips, frames = AXES["clips"], AXES["frames"]
     arguments = (
@@ -164,6 +168,7 @@ def _trace_audio(config: AudioConfig) -> ir.Model:
 
 
 @functools.lru_cache(maxsize=2)
+@kept_on_disk
 def _trace_vision(config: VisionConfig) -> ir.Model:
     pixels = torch.empty(AXES["images"], 3, AXES["height"], AXES["width"], device="meta")
     model = _trace(lambda: VisionEncoder(config), "fp32", (pixels,), ["pixel_values"], ["image_features"])

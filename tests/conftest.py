@@ -1,6 +1,6 @@
 """Fixtures that several rooms' tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,20 @@ from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
 from support import SMALL, text_checkpoint
+
+
+def _common(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder of all processes of this run."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if hasattr(request.config, "workerinput") else folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trace_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Traces of this run, and no others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GEMMA3N_CACHE", str(_common(tmp_path_factory, request) / "traces"))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -53,9 +67,7 @@ def small_full_artifact(small_full_checkpoint: Path, tmp_path_factory: pytest.Te
 @pytest.fixture(scope="session")
 def demo_artifact(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[str], Path]:
     """`demo_artifact(slice)`: the exported demo, made once for all processes; tests must not write into it."""
-    folder = tmp_path_factory.getbasetemp()
-    if hasattr(request.config, "workerinput"):
-        folder = folder.parent
+    folder = _common(tmp_path_factory, request)
 
     def exported(name: str) -> Path:
         path = folder / f"demo-{name}"

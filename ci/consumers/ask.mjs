@@ -3,7 +3,7 @@ import { AutoProcessor, Gemma3nForConditionalGeneration, RawImage, env } from "@
 
 const [folder, name, picture] = process.argv.slice(2);
 env.allowRemoteModels = false;
-env.localModelPath = folder;
+env.localModelPath = folder; // the folder that the export's folder is in
 const processor = await AutoProcessor.from_pretrained(name);
 const model = await Gemma3nForConditionalGeneration.from_pretrained(name, { device: "cpu" });
 
@@ -11,8 +11,11 @@ async function ask(content, image = null) {
   const prompt = processor.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true });
   const inputs = await processor(prompt, image, null, { add_special_tokens: false });
   const whole = await model.generate({ ...inputs, max_new_tokens: 24, do_sample: false });
-  console.log([...whole.slice(null, [inputs.input_ids.dims.at(-1), null]).data].join(" "));
+  return [...whole.slice(null, [inputs.input_ids.dims.at(-1), null]).data];
 }
 
-await ask([{ type: "text", text: "What is 3 plus 4?" }]);
-await ask([{ type: "image" }, { type: "text", text: "What is in the picture?" }], await RawImage.read(picture));
+const tokens = [
+  await ask([{ type: "text", text: "What is 3 plus 4?" }]),
+  await ask([{ type: "image" }, { type: "text", text: "What is in the picture?" }], await RawImage.read(picture)),
+];
+for (const answer of tokens) console.log(answer.join(" "));

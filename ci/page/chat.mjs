@@ -1,11 +1,16 @@
-// Drives the page as a person would: attaches, asks, reads the answers; every request must go to the server.
+// Drives the page as a person would: attaches, records, asks, reads the answers; every request must go to the server.
+// The microphone is Chromium's fake one, which plays the sound.
 import assert from "node:assert";
 import chromium from "@sparticuz/chromium";
 import puppeteer from "puppeteer-core";
 
 const [url, picture, sound, screenshot] = process.argv.slice(2);
 const browser = await puppeteer.launch({
-  args: chromium.args, executablePath: await chromium.executablePath(), headless: "shell",
+  args: [
+    ...chromium.args, "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+    `--use-file-for-fake-audio-capture=${sound}%noloop`,
+  ],
+  executablePath: await chromium.executablePath(), headless: "shell",
   defaultViewport: { width: 900, height: 700 },
 });
 try {
@@ -41,6 +46,14 @@ try {
   await page.click("#reset");
   answers = 0;
   assert.equal(await ask("What do you hear?", sound), "Three high beeps.");
+  await page.click("#reset");
+  answers = 0;
+  await page.click("#record");
+  await page.waitForSelector("#record.recording");
+  await new Promise(resolve => setTimeout(resolve, 4000));
+  await page.click("#record");
+  await page.waitForSelector("#attached figure");
+  assert.equal(await ask("What do you hear?"), "Three high beeps.");
   assert.deepEqual(elsewhere, []);
 } finally {
   await browser.close();

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import onnx_ir as ir
 import pytest
@@ -78,7 +79,9 @@ def test_every_size_derived_from_the_frames_is_recognisable_in_a_trace() -> None
     assert math.ceil(steps / FULL.reduction_factor) % chunks == 0
 
 
-def test_a_fixed_size_in_the_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fixed_size_in_the_graph_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GEMMA3N_CACHE", str(tmp_path))
+
     def fixed(size: ops.Size, by: int) -> ops.Size:
         number = -(-size.number // by)
         return ops.Size(number, torch.tensor([number]))

@@ -1,6 +1,7 @@
 """What a traced graph must be, whatever its weights."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -82,7 +83,8 @@ def test_ffn_widths_do_not_leak_between_slices(model: ir.Model) -> None:
     assert tuple(model.graph.initializers[name].shape.numpy()) == (32, 64)
 
 
-def test_a_fixed_size_in_a_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fixed_size_in_a_graph_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GEMMA3N_CACHE", str(tmp_path))
     monkeypatch.setattr(ops, "count_to", lambda size: torch.arange(size.number))
     trace._trace_decoder.cache_clear()
     with pytest.raises(AssertionError, match=str(1009 * 2003)):

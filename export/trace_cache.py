@@ -1,0 +1,80 @@
+"""Traced graphs on disk, for later exports: a trace takes up to a minute and depends only on code and configuration.
+
+The folder is `GEMMA3N_CACHE`, by default `~/.cache/gemma3n-onnx`. A file's name is the hash of everything that the
+graph is made from, so none is ever wrong; all may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import ParamSpec
+
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+import gemma3n_onnx.graphs
+
+P = ParamSpec("P")
+_MADE_BY = ("onnx-ir", "onnxscript", "torch")
+_INPUTS = "gemma3n_onnx.inputs"
+
+
+def kept_on_disk(trace: Callable[P, ir.Model]) -> Callable[P, ir.Model]:
+    """Of a function whose arguments have a repr that tells all of them. A folder that cannot be used is not."""
+
+    @functools.wraps(trace)
+    def kept(*arguments: P.args, **named: P.kwargs) -> ir.Model:
+        told = repr((trace.__name__, arguments, sorted(named.items()), _code()))
+        path = folder() / f"{hashlib.sha256(told.encode()).hexdigest()}.onnx"
+        with contextlib.suppress(OSError, DecodeError, KeyError):
+            return _load(path)
+        model = trace(*arguments, **named)
+        with contextlib.suppress(OSError):
+            _save(model, path)
+        return model
+
+    return kept
+
+
+def folder() -> Path:
+    return Path(os.environ.get("GEMMA3N_CACHE") or Path.home() / ".cache" / "gemma3n-onnx")
+
+
+@functools.cache
+def _code() -> str:
+    """What traces, and its versions."""
+    digest = hashlib.sha256()
+    graphs = sorted(source for path in gemma3n_onnx.graphs.__path__ for source in Path(path).glob("*.py"))
+    for source in (*graphs, Path(__file__).with_name("trace.py")):
+        digest.update(source.read_bytes())
+    return f"{digest.hexdigest()} {[version(name) for name in _MADE_BY]}"
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    """Parameters, which have no data, pass as inputs after the graph's own."""
+    model = model.clone()
+    graph = model.graph
+    model.metadata_props[_INPUTS] = str(len(graph.inputs))
+    for name, value in [*graph.initializers.items()]:
+        if value.const_value is None:
+            graph.inputs.append(graph.initializers.pop(name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+        ir.save(model, Path(beside) / path.name)
+        os.replace(Path(beside) / path.name, path)
+
+
+def _load(path: Path) -> ir.Model:
+    model = ir.load(path)
+    graph = model.graph
+    for value in graph.inputs[int(model.metadata_props.pop(_INPUTS)) :]:
+        graph.inputs.remove(value)
+        graph.initializers[value.name] = value  # type: ignore[index]
+    return model
