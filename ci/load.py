@@ -44,7 +44,7 @@ def main() -> None:
     code = "from gemma3n_onnx.runtime.cli import main; main()"
     serve = ["serve", options.artifact, "--port", "8766", "--rows", options.rows, "--context", 1024]
     command = [sys.executable, "-c", code, *map(str, serve), "--queue", str(2 * options.clients)]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         good = asyncio.run(load(options, server.pid))
     finally:
