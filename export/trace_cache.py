@@ -32,18 +32,19 @@ def kept_on_disk(trace: Callable[P, ir.Model]) -> Callable[P, ir.Model]:
     @functools.wraps(trace)
     def kept(*arguments: P.args, **named: P.kwargs) -> ir.Model:
         told = repr((trace.__name__, arguments, sorted(named.items()), _code()))
-        path = folder() / f"{hashlib.sha256(told.encode()).hexdigest()}.onnx"
-        with contextlib.suppress(OSError, DecodeError, KeyError):
-            return _load(path)
+        name = f"{hashlib.sha256(told.encode()).hexdigest()}.onnx"
+        with contextlib.suppress(OSError, RuntimeError, DecodeError, KeyError):
+            return _load(_folder() / name)
         model = trace(*arguments, **named)
-        with contextlib.suppress(OSError):
-            _save(model, path)
+        with contextlib.suppress(OSError, RuntimeError):
+            _save(model, _folder() / name)
         return model
 
     return kept
 
 
-def folder() -> Path:
+def _folder() -> Path:
+    """RuntimeError: there is no home."""
     return Path(os.environ.get("GEMMA3N_CACHE") or Path.home() / ".cache" / "gemma3n-onnx")
 
 

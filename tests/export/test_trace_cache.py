@@ -72,3 +72,13 @@ def test_a_folder_that_cannot_be_written_does_not_matter(
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("GEMMA3N_CACHE", str(tmp_path / "file" / "cache"))
     assert traced() == first
+
+
+def test_a_user_without_a_home_has_no_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    first = traced()
+    monkeypatch.delenv("GEMMA3N_CACHE")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert traced() == first
