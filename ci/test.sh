@@ -11,4 +11,4 @@ bash ci/install_oracles.sh
 ruff check .
 ruff format --check .
 bash ci/mypy.sh
-python -m pytest -rP -n 2 --dist loadfile
+python -m pytest -rP -n 2 --dist loadfile --no-loadscope-reorder

@@ -30,6 +30,7 @@ def test_the_demos_decoder_stays_on_the_device(name):
     assert placement.complaints(decoder(config)) == []
 
 
+@pytest.mark.full_size
 def test_e2bs_decoder_stays_on_the_device():
     _, config = text_config("e2b", "bf16", {})
     model = decoder(config)
