@@ -9,14 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# Of OpenAI's own, without effect on an answer that this server could give.
-WITHOUT_EFFECT = ("metadata", "prediction", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
-
 
 class Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str
+    # OpenAI's own, without effect on an answer that this server could give.
     metadata: Any = None
     prediction: Any = None
     prompt_cache_key: Any = None
