@@ -395,7 +395,8 @@ class Tower(nn.Module):
         self.msfa = Fusion(sum(widths[i] for i in FUSED_STAGES), config.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        fine, coarse = (list(self._maps(pixel_values))[i] for i in FUSED_STAGES)
+        maps = list(self._maps(pixel_values))
+        fine, coarse = (maps[i] for i in FUSED_STAGES)
         return self.msfa(fine[0], coarse[0], fine[1], coarse[1])
 
     def _maps(self, pixel_values: Tensor) -> Iterator[tuple[Tensor, Grid]]:
