@@ -24,11 +24,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from gemma3n_onnx.export.repeat import repeat_parts
 from gemma3n_onnx.export.trace_cache import kept_on_disk
 from gemma3n_onnx.graphs.audio import AudioConfig, AudioEncoder
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Decoder, Logits
 from gemma3n_onnx.graphs.embedding import Embedding, HardRows
+from gemma3n_onnx.graphs.repeated import one_of_each
 from gemma3n_onnx.graphs.vision import VisionConfig, VisionEncoder
 
 OPSET = 23
@@ -188,7 +190,7 @@ def _trace(
         for name, buffer in part._buffers.items():
             if buffer is not None and not name.startswith("inverse_frequency"):
                 part._buffers[name] = buffer.to(dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
+    with one_of_each(module) as kinds, FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         for part in module.modules():
             for name, weight in part._parameters.items():
                 assert weight is not None
@@ -205,8 +207,10 @@ def _trace(
         )
     assert program is not None
     model = program.model
+    repeat_parts(model, kinds)
     _forget_sizes(model)
-    _simplify(model, [name for name in parameters if name in model.graph.initializers])  # none that is never used
+    used = [name for name in parameters if name in model.graph.initializers and model.graph.initializers[name].uses()]
+    _simplify(model, used)
     _check_no_size_is_fixed(model)
     return model
 

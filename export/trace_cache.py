@@ -53,7 +53,7 @@ def _code() -> str:
     """What traces, and its versions."""
     digest = hashlib.sha256()
     graphs = sorted(source for path in gemma3n_onnx.graphs.__path__ for source in Path(path).glob("*.py"))
-    for source in (*graphs, Path(__file__).with_name("trace.py")):
+    for source in (*graphs, *(Path(__file__).with_name(name) for name in ("trace.py", "repeat.py"))):
         digest.update(source.read_bytes())
     return f"{digest.hexdigest()} {[version(name) for name in _MADE_BY]}"
 

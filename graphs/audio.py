@@ -26,6 +26,7 @@ from . import ops
 from .config import ConfigError, count
 from .embedder import MultimodalEmbedder
 from .layers import Linear, RMSNorm, Weight
+from .repeated import repeated
 
 _EPS = 1e-6  # of the norms that do not follow `rms_norm_eps`
 _CLAMP = 1e10
@@ -399,7 +400,7 @@ class AudioTower(nn.Module):
         chunks = self._chunks(mask)
         x = self.subsample_conv_projection(features)
         for block in self.conformer:
-            x = block(x, self.positions, chunks)
+            x = repeated(block.forward, x, self.positions, chunks)
         return x
 
     def _chunks(self, mask: Tensor) -> Chunks:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from . import ops
 from .config import FULL, SLIDING, TextConfig
 from .layers import Linear, RMSNorm
+from .repeated import repeated
 
 Logits = Literal["last", "all"]
 
@@ -152,6 +153,7 @@ class Attention(nn.Module):
     """Grouped-query attention. A KV-shared layer has no K and V of its own and reads its donor's present."""
 
     v_norm: Tensor
+    not_repeated = ("kind", "window", "windowed_cache")
 
     def __init__(self, config: TextConfig, layer: int, windowed_cache: bool) -> None:
         super().__init__()
@@ -174,23 +176,21 @@ class Attention(nn.Module):
         normed = ops.rms_norm(ops.reshape(x, -1, self.head_dim), norm, self.q_norm.eps)
         return ops.reshape(normed, batch, -1, x.shape[1])
 
-    def query(self, x: Tensor, step: Step) -> Tensor:
-        return ops.rotary_embedding(
-            self.heads_of(self.q_proj(x), self.q_norm.weight, step.batch), *step.rope[self.kind], self.heads
-        )
+    def query(self, x: Tensor, batch: ops.Size, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [T, H], rope [B, S, D / 2] -> [B, S, N * D]."""
+        return ops.rotary_embedding(self.heads_of(self.q_proj(x), self.q_norm.weight, batch), *rope, self.heads)
 
-    def key_and_value(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """x [T, H] -> keys and values [B, S, K * D] of its own."""
-        key = ops.rotary_embedding(
-            self.heads_of(self.k_proj(x), self.k_norm.weight, step.batch), *step.rope[self.kind], self.kv_heads
-        )
-        return key, self.heads_of(self.v_proj(x), self.v_norm, step.batch)
+    def key_and_value(self, x: Tensor, batch: ops.Size, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """x [T, H], rope [B, S, D / 2] -> keys and values [B, S, K * D] of its own."""
+        key = ops.rotary_embedding(self.heads_of(self.k_proj(x), self.k_norm.weight, batch), *rope, self.kv_heads)
+        return key, self.heads_of(self.v_proj(x), self.v_norm, batch)
 
     def produce(self, x: Tensor, past: tuple[Tensor, Tensor], step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] -> attention [T, N * D] (before `o_proj`) and the present K, V [B, K, C, D]."""
+        of_step = x, step.batch, step.rope[self.kind]
         output, present_key, present_value = ops.attend_and_cache(
-            self.query(x, step),
-            *self.key_and_value(x, step),
+            repeated(self.query, *of_step),
+            *repeated(self.key_and_value, *of_step),
             *past,
             step.last_position[FULL],
             step.total_length[FULL],
@@ -203,7 +203,7 @@ class Attention(nn.Module):
 
     def read(self, x: Tensor, donor: tuple[Tensor, Tensor], step: Step) -> Tensor:
         """x [T, H] -> attention [T, N * D] (before `o_proj`) over the donor's present K, V [B, K, C, D]."""
-        query = self.query(x, step)
+        query = repeated(self.query, x, step.batch, step.rope[self.kind])
         if step.nothing is None:
             step.nothing = ops.no_rows(query, self.kv_heads * self.head_dim)
         output = ops.attend_to_cache(
@@ -326,7 +326,7 @@ class Decoder(nn.Module):
         present: list[Tensor] = []
         last_producer = self.config.num_kv_layers - 1
         for i, layer in enumerate(self.layers):
-            predictions, normed = layer.before_attention(streams, active)
+            predictions, normed = repeated(layer.before_attention, streams, active)
             if i <= last_producer:
                 pair = (past[2 * i], past[2 * i + 1])
                 attention, *pair_out = layer.self_attn.produce(normed, pair, step)
@@ -342,7 +342,7 @@ class Decoder(nn.Module):
                 )
                 of_layer = ops.split(per_layer, self.config.num_layers)
                 step = _narrow(step, last)
-            streams, active = layer.after_attention(predictions, normed, attention, of_layer[i])
+            streams, active = repeated(layer.after_attention, predictions, normed, attention, of_layer[i])
 
         logits = self.lm_head(self.norm(self._merge(streams))).float()
         if (cap := self.config.final_logit_softcapping) is not None:

@@ -26,6 +26,7 @@ from . import ops
 from .config import ConfigError, count
 from .embedder import MultimodalEmbedder
 from .layers import Linear, RMSNorm, Weight
+from .repeated import repeated
 
 ARCHITECTURE = "mobilenetv5_300m_enc"
 TOWER = "vision_tower.timm_model."
@@ -404,7 +405,7 @@ class Tower(nn.Module):
         x, grid = self.conv_stem(pixel_values)
         for stage in self.blocks:
             for block in stage:
-                x, grid = block(x, grid)
+                x, grid = repeated(block.forward, x, grid)
             yield x, grid
 
 

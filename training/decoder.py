@@ -91,13 +91,13 @@ class SequenceDecoder(Decoder):
             predictions, normed = layer.before_attention(streams, active)
             own = layer.self_attn
             if i < self.config.num_kv_layers:
-                key, value = own.key_and_value(normed, step)
+                key, value = own.key_and_value(normed, step.batch, step.rope[own.kind])
                 present.append((here.pad(key[0]), here.pad(value[0])))
             if i == self.config.num_kv_layers - 1:
                 predictions, normed, per_layer = (x[wanted[batch.there]] for x in (predictions, normed, per_layer))
                 of_layer = ops.split(per_layer, self.config.num_layers)
                 here, (step, visible) = at_wanted, self._at(at_wanted, batch)
-            query = here.pad(own.query(normed, step)[0])
+            query = here.pad(own.query(normed, step.batch, step.rope[own.kind])[0])
             donor = present[self.config.kv_source(i)]
             if i in lessons:
                 taught.append(lessons[i].loss(own, query if here is at_wanted else lessons[i].part_of(query), donor[0]))

@@ -1,0 +1,145 @@
+"""Parts of a module that repeat: a graph is traced through one of each kind.
+
+A trace costs about the same for each operation, and most operations are in layers that differ only in their weights.
+Where a module calls `repeated`, a trace holds the operations of the first call of each kind, between two marks, and
+one node for each later call. `export.repeat` replaces that node by the same operations on the call's own weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.onnx.ops import symbolic_multi_out
+
+DOMAIN = "gemma3n_onnx.repeated"
+BEGIN, END, CALL = "Begin", "End", "Call"
+KIND = "kind"
+
+T = TypeVar("T")
+
+
+@dataclass
+class Kind:
+    """What the first call of a kind returned: `outputs` has tensors only as positions among the inputs or the results,
+    `results` the latter's dtypes and shapes."""
+
+    number: int
+    parameters: list[str]
+    """Of the first call's module, by their names in the whole model."""
+    outputs: Any = None
+    results: list[tuple[torch.dtype, torch.Size]] = field(default_factory=list)
+
+
+Kinds = dict[Any, Kind]
+_KINDS: ContextVar[Kinds | None] = ContextVar("kinds", default=None)
+
+
+@contextmanager
+def one_of_each(model: nn.Module) -> Iterator[Kinds]:
+    """Within, `repeated` traces one call of each kind. Yields the kinds that were found."""
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        module.repeated_parameters = [prefix + key for key, _ in module.named_parameters()]  # type: ignore[assignment]
+        module.repeated_signature = _signature(module)  # type: ignore[assignment]
+    kinds: Kinds = {}
+    token = _KINDS.set(kinds)
+    try:
+        yield kinds
+    finally:
+        _KINDS.reset(token)
+
+
+def repeated(method: Callable[..., T], *inputs: Any) -> T:
+    """`method(*inputs)`, of a module that may have others of its kind.
+
+    The method reads no tensor but `inputs` (tensors, and dataclasses and tuples of them) and its module's own, and
+    changes nothing.
+    """
+    kinds = _KINDS.get()
+    if kinds is None:
+        return method(*inputs)
+    module: Any = method.__self__  # type: ignore[attr-defined]
+    tensors: list[Tensor] = []
+    form = _take_out(inputs, tensors)
+    key = (module.repeated_signature, method.__name__, repr(form), *((x.dtype, x.shape) for x in tensors))
+    if (kind := kinds.get(key)) is None:
+        kind = kinds[key] = Kind(len(kinds), module.repeated_parameters)
+        return _define(kind, method, form, tensors)
+    called = _mark(CALL, kind, [*tensors, *module.parameters()], kind.results)
+    return _put_in(kind.outputs, [*tensors, *called])
+
+
+def _define(kind: Kind, method: Callable[..., T], form: Any, tensors: Sequence[Tensor]) -> T:
+    begun = _mark(BEGIN, kind, tensors, [(x.dtype, x.shape) for x in tensors])
+    made = method(*_put_in(form, begun))
+    outputs = list(begun)
+    kind.outputs = _take_out(made, outputs)
+    results = outputs[len(begun) :]
+    kind.results = [(x.dtype, x.shape) for x in results]
+    return _put_in(kind.outputs, [*tensors, *_mark(END, kind, results, kind.results)])
+
+
+def _mark(
+    mark: str, kind: Kind, inputs: Sequence[Tensor], outputs: Sequence[tuple[torch.dtype, torch.Size]]
+) -> Sequence[Tensor]:
+    return symbolic_multi_out(
+        f"{DOMAIN}::{mark}",
+        inputs,
+        {KIND: kind.number},
+        dtypes=[dtype for dtype, _ in outputs],
+        shapes=[shape for _, shape in outputs],
+        version=1,
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    index: int
+
+
+def _take_out(value: Any, tensors: list[Tensor]) -> Any:
+    """`value` with a `_Place` for each tensor; those that are not among `tensors` yet are added to them."""
+    if isinstance(value, Tensor):
+        for index, known in enumerate(tensors):
+            if known is value:
+                return _Place(index)
+        tensors.append(value)
+        return _Place(len(tensors) - 1)
+    if isinstance(value, tuple):
+        return tuple(_take_out(part, tensors) for part in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {f.name: _take_out(getattr(value, f.name), tensors) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **parts)
+    return value
+
+
+def _put_in(form: Any, tensors: Sequence[Tensor]) -> Any:
+    """The inverse of `_take_out`."""
+    if isinstance(form, _Place):
+        return tensors[form.index]
+    if isinstance(form, tuple):
+        return tuple(_put_in(part, tensors) for part in form)
+    if dataclasses.is_dataclass(form) and not isinstance(form, type):
+        parts = {f.name: _put_in(getattr(form, f.name), tensors) for f in dataclasses.fields(form)}
+        return dataclasses.replace(form, **parts)
+    return form
+
+
+def _signature(module: nn.Module) -> str:
+    """Everything that decides what `repeated` methods of a module compute, but the values of its parameters. Settings
+    that only its other methods read may be named in `not_repeated` of its class."""
+    told = []
+    for name, part in module.named_modules():
+        left_out = getattr(part, "not_repeated", ())
+        settings = {k: v for k, v in vars(part).items() if not k.startswith(("_", "repeated_")) and k not in left_out}
+        shapes = [(key, x.dtype, tuple(x.shape)) for key, x in part.named_parameters(recurse=False)]
+        constants = [(key, x.dtype, x.tolist()) for key, x in part.named_buffers(recurse=False)]
+        told.append((name, type(part).__qualname__, settings, shapes, constants))
+    return repr(told)
