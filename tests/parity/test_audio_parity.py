@@ -98,11 +98,15 @@ class Case:
         self.session = session(self.config, self.weights, folder)
 
     def theirs(self, features: Tensor, mask: Tensor) -> np.ndarray:
-        """What is scattered over the placeholders, [n, soft tokens, G]."""
+        """What the text model reads where all ids are placeholders, [n, soft tokens, G]."""
         ids = torch.full((len(mask), self.config.soft_tokens), self.oracle.config.audio_token_id)
-        with torch.no_grad():
-            made = self.oracle(input_ids=ids, input_features=features, input_features_mask=mask, use_cache=False)
-        return made.audio_hidden_states.numpy()
+        read: list[Tensor] = []
+        hook = self.oracle.language_model.register_forward_pre_hook(
+            lambda _, __, named: read.append(named["inputs_embeds"]), with_kwargs=True
+        )
+        with torch.no_grad(), hook:
+            self.oracle(input_ids=ids, input_features=features, input_features_mask=mask, use_cache=False)
+        return read[0].numpy()
 
     def eager(self, features: Tensor, mask: Tensor) -> np.ndarray:
         return encode(self.ours, features, mask)
