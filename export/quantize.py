@@ -9,11 +9,13 @@ Shape legend: N rows, K columns, G = K / block groups of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .scheme import Scheme
+from .threads import one_thread_an_operation
 
 _AT_ONCE = 1 << 18  # values, so that a pass over them finds them in the processor's cache
 _SEARCHED = torch.linspace(0.8, 1.1, 7)
@@ -34,7 +36,8 @@ class Quantized:
 def quantize(values: Tensor, scheme: Scheme) -> Quantized:
     """values [N, K], K a multiple of the block."""
     rows = max(1, _AT_ONCE // values.shape[1])
-    parts = [_quantize(some, scheme) for some in values.split(rows)]
+    with one_thread_an_operation() as pool:
+        parts = [*pool.map(partial(_quantize, scheme=scheme), values.split(rows))]
     zeros = torch.cat([part.zeros for part in parts if part.zeros is not None]) if scheme.has_zeros else None
     return Quantized(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]), zeros)
 

@@ -22,6 +22,7 @@ from .errors import CheckpointError, ExportError
 from .quantize import dequantize, quantize, quantize_rows
 from .scheme import PerRow, Scheme, Storage
 from .slicing import Slice, TensorCut
+from .threads import one_thread_an_operation
 from .trace import DTYPES
 from .writer import ALIGNMENT, HashedFile
 
@@ -271,7 +272,7 @@ class WeightStream:
             CheckpointError: a tensor holds NaN or infinity.
             ExportError: a value does not fit into the target dtype.
         """
-        with HashedFile(self.folder / name) as file:
+        with HashedFile(self.folder / name) as file, one_thread_an_operation():
             for tensor, place in placements.items():
                 file.pad_to(place.offset)
                 if isinstance(place, QuantizedPlacement):
@@ -353,11 +354,16 @@ def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:
     if scale != 1.0:
         source = source.float() * scale
     target = source.to(DTYPES[dtype])
-    if not torch.isfinite(target).all():
-        if not torch.isfinite(source).all():
+    if not _all_finite(target):
+        if not _all_finite(source):
             raise CheckpointError(f"Tensor {name} holds NaN or infinity; the checkpoint is damaged, download it again.")
         raise ExportError(f"Tensor {name} does not fit into {dtype}; choose --precision bf16 or fp32.")
     return target.view(torch.uint16).numpy() if dtype == "bf16" else target.numpy()
+
+
+def _all_finite(values: torch.Tensor) -> bool:
+    """NaN and infinity both come through to the extremes, which take a tenth of the time of `isfinite`."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def as_stored(values: torch.Tensor, storage: Storage) -> torch.Tensor:

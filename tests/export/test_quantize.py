@@ -14,11 +14,13 @@ from gemma3n_onnx.export.errors import CheckpointError, ExportError, ExportOptio
 from gemma3n_onnx.export.precision import QuantizationOptions, precision_for
 from gemma3n_onnx.export.quantize import dequantize, pack, quantize, unpack
 from gemma3n_onnx.export.scheme import METHODS, PerRow, Scheme
+from gemma3n_onnx.export.threads import one_thread_an_operation
 from gemma3n_onnx.export.weights import (
     Placement,
     QuantizedPlacement,
     RowsPlacement,
     WeightStream,
+    _all_finite,
     as_stored,
     attach,
     lay_out,
@@ -314,3 +316,40 @@ def test_quantized_and_plain_tensors_lie_one_after_another() -> None:
     assert places["c"].nbytes == 32 * 32 + 32 * 2 + 32
     ends = [place.end for place in places.values()]
     assert all(place.offset >= end for place, end in zip([*places.values()][1:], ends))
+
+
+def test_threads_change_nothing() -> None:
+    values = torch.randn(700, 2048, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    made = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        made.append(quantize(values, Scheme(4, 128, "search")))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert torch.equal(made[0].codes, made[1].codes) and torch.equal(made[0].scales, made[1].scales)
+
+
+def test_the_number_of_threads_comes_back_after_an_error() -> None:
+    before = torch.get_num_threads()
+
+    def fail() -> None:
+        with one_thread_an_operation(), one_thread_an_operation():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_found_anywhere(value: float, dtype: torch.dtype) -> None:
+    for count in (1, 7, 1000):
+        values = torch.linspace(-3, 3, count).to(dtype)
+        assert _all_finite(values)
+        for place in {0, count // 2, count - 1}:
+            spoiled = values.clone()
+            spoiled[place] = value
+            assert not _all_finite(spoiled)
