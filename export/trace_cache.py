@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ParamSpec
 
 import onnx_ir as ir
+from filelock import FileLock
 from google.protobuf.message import DecodeError
 
 import gemma3n_onnx.graphs
@@ -24,6 +25,7 @@ import gemma3n_onnx.graphs
 P = ParamSpec("P")
 _MADE_BY = ("onnx-ir", "onnxscript", "torch")
 _INPUTS = "gemma3n_onnx.inputs"
+_LONGEST_TRACE_S = 300.0
 
 
 def kept_on_disk(trace: Callable[P, ir.Model]) -> Callable[P, ir.Model]:
@@ -33,14 +35,23 @@ def kept_on_disk(trace: Callable[P, ir.Model]) -> Callable[P, ir.Model]:
     def kept(*arguments: P.args, **named: P.kwargs) -> ir.Model:
         told = repr((trace.__name__, arguments, sorted(named.items()), _code()))
         name = f"{hashlib.sha256(told.encode()).hexdigest()}.onnx"
-        with contextlib.suppress(OSError, RuntimeError, DecodeError, KeyError):
-            return _load(_folder() / name)
-        model = trace(*arguments, **named)
-        with contextlib.suppress(OSError, RuntimeError):
-            _save(model, _folder() / name)
-        return model
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError, RuntimeError):
+                stack.enter_context(_alone(_folder() / name))
+            with contextlib.suppress(OSError, RuntimeError, DecodeError, KeyError):
+                return _load(_folder() / name)
+            model = trace(*arguments, **named)
+            with contextlib.suppress(OSError, RuntimeError):
+                _save(model, _folder() / name)
+            return model
 
     return kept
+
+
+def _alone(path: Path) -> FileLock:
+    """Waits for another process that makes the same trace."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_suffix(".lock"), timeout=_LONGEST_TRACE_S)
 
 
 def _folder() -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,6 +19,10 @@ def comparable(model: ir.Model) -> bytes:
     for name in [name for name, value in model.graph.initializers.items() if value.const_value is None]:
         model.graph.inputs.append(model.graph.initializers.pop(name))
     return ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+
+
+def files(folder: Path) -> list[Path]:
+    return list(folder.glob("*.onnx"))
 
 
 class Tracer:
@@ -66,7 +72,7 @@ def test_a_real_trace_is_read_as_it_was_made(folder: Path, monkeypatch: pytest.M
 def test_what_is_kept_is_not_made_again(folder: Path, tracer: Tracer) -> None:
     first = tracer.traced()
     assert tracer.traced() == first
-    assert tracer.count == len(list(folder.iterdir())) == 1
+    assert tracer.count == len(files(folder)) == 1
 
 
 def test_another_configuration_or_code_is_another_trace(
@@ -75,17 +81,31 @@ def test_another_configuration_or_code_is_another_trace(
     assert tracer.traced(2) != tracer.traced(3)
     monkeypatch.setattr(trace_cache, "_code", lambda: "newer")
     tracer.traced(2)
-    assert tracer.count == len(list(folder.iterdir())) == 3
+    assert tracer.count == len(files(folder)) == 3
 
 
 @pytest.mark.parametrize("left", [0.0, 0.1, 0.5, 0.99])
 def test_a_damaged_file_is_made_again(folder: Path, tracer: Tracer, left: float) -> None:
     first = tracer.traced()
-    (file,) = folder.iterdir()
+    (file,) = files(folder)
     whole = file.read_bytes()
     file.write_bytes(whole[: int(left * len(whole))])
     assert tracer.traced() == first
     assert file.read_bytes() == whole
+
+
+def test_processes_that_want_the_same_trace_make_it_once(folder: Path, tracer: Tracer) -> None:
+    """One makes it while the others wait; threads stand for processes, as each call opens the lock anew."""
+
+    def slowly(width: int) -> ir.Model:
+        time.sleep(0.3)
+        return tracer.make(width)
+
+    slowly.__name__ = "make"
+    kept = trace_cache.kept_on_disk(slowly)
+    with ThreadPoolExecutor(3) as pool:
+        made = {comparable(model) for model in pool.map(kept, [2, 2, 2])}
+    assert len(made) == tracer.count == 1
 
 
 def test_a_folder_that_cannot_be_written_does_not_matter(
