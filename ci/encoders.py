@@ -3,7 +3,7 @@ factor, error.
 
 Makes a checkpoint whose encoders are those of E2B and E4B (and whose decoder is a stub), exports it, and lets two
 processes take turns on as many threads each: ONNX Runtime, and torch eager or ONNX Runtime with another precision.
-Needs the tests' oracles (`bash ci/install_oracles.sh`), about 12 GB of disk and 12 GiB of memory:
+Needs the tests' oracles (`bash ci/install.sh`), about 12 GB of disk and 12 GiB of memory:
 
     python ci/encoders.py --workdir DIR [--rounds 5] [--precision fp32] [--beside torch]
 """
@@ -11,7 +11,6 @@ Needs the tests' oracles (`bash ci/install_oracles.sh`), about 12 GB of disk and
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import subprocess
 import sys
@@ -163,7 +162,6 @@ def load_ours(encoder: str, folder: Path) -> Callable[..., np.ndarray]:
 
 def load_torch(encoder: str, folder: Path) -> Callable[..., np.ndarray]:
     """timm's or transformers' encoder with transformers' embedder, in fp32."""
-    importlib.import_module("oracle_stubs")  # before transformers
     from gemma3n_onnx.export.checkpoint import Checkpoint
     from gemma3n_onnx.export.reference import load_encoder
 

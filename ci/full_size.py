@@ -18,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-TESTS = Path(__file__).parents[1] / "tests"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,8 +142,7 @@ def _gemma3n(*arguments: object) -> list[str]:
 
 
 def _python(module: str, function: str, *arguments: object) -> list[str]:
-    stubs = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import oracle_stubs; " if module == "runtime.cli" else ""
-    code = f"{stubs}from gemma3n_onnx.{module} import {function}; {function}()"
+    code = f"from gemma3n_onnx.{module} import {function}; {function}()"
     return [sys.executable, "-c", code, *map(str, arguments)]
 
 

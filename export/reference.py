@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from .layout import PER_LAYER, TOKENS
 from .rounding import IN_BF16, of_storage, rounded
 from .scheme import PerRow, Scheme, Storage
 from .slicing import Slice, TensorCut
+from .torchvision_shim import complete_torchvision
 from .weights import as_stored, as_torch, read_cut
 
 Encode = Callable[..., np.ndarray]
@@ -55,23 +57,24 @@ def _from_transformers(*names: str) -> list[Any]:
     """Names of transformers' Gemma 3n.
 
     Raises:
-        ExportError: transformers cannot be imported, for instance because of a torchvision for another torch.
+        ExportError: transformers cannot be imported.
     """
+    complete_torchvision()
     try:
         import transformers
         from transformers.models.gemma3n import modeling_gemma3n
 
         return [getattr(transformers, name, None) or getattr(modeling_gemma3n, name) for name in names]
     except (ImportError, RuntimeError) as error:
-        raise ExportError(f"transformers cannot be imported here ({_first_line(error)}); {TORCHVISION}.") from error
+        raise ExportError(
+            f"transformers cannot be imported here ({_first_line(error)}); install a release of it, and of the package "
+            "that it names, that fit this torch."
+        ) from error
 
 
 def check_transformers() -> None:
     """Raises ExportError where transformers' Gemma 3n cannot be imported."""
     _from_transformers("Gemma3nForCausalLM")
-
-
-TORCHVISION = "install a torchvision that fits this torch, or none"
 
 
 def _first_line(error: Exception) -> str:
@@ -118,21 +121,26 @@ class _WithHardRows(nn.Module):
 
 
 class _RowsFromCheckpoint(nn.Module):
-    """Stands in for `embed_tokens_per_layer`: scaled rows of ids, read from the file."""
+    """Stands in for `embed_tokens_per_layer`: scaled rows of ids, read from the file.
+
+    Ids above the table read row 0, as in transformers from 5.23 on; before, only its multimodal model did that, and its
+    text model failed on them.
+    """
 
     def __init__(self, checkpoint: Checkpoint, chosen: Slice, storage: Storage) -> None:
         super().__init__()
         self._checkpoint, self.storage = checkpoint, storage
         self._cut = chosen.source_of(PER_LAYER)
+        self._count = checkpoint.spec(self._cut.source).shape[0]
         self._scale = chosen.config.hidden_size_per_layer_input**0.5
 
     def forward(self, ids: Tensor) -> Tensor:
-        return as_stored(self._rows(ids.reshape(-1).tolist()), self.storage).reshape(*ids.shape, -1)
+        in_table = torch.where(ids < self._count, ids, 0)
+        return as_stored(self._rows(in_table.reshape(-1).tolist()), self.storage).reshape(*ids.shape, -1)
 
     def sampled_error(self, storage: Storage, count: int = 64) -> float:
         """The norm of what storing changes in some rows, as a share of their norm."""
-        table_rows = self._checkpoint.spec(self._cut.source).shape[0]
-        rows = self._rows(range(0, table_rows, max(table_rows // count, 1)))
+        rows = self._rows(range(0, self._count, max(self._count // count, 1)))
         return float((as_stored(rows, storage) - rows).norm() / rows.norm())
 
     def _rows(self, ids: Iterable[int]) -> Tensor:
@@ -189,16 +197,22 @@ def prefilled_logits(
     """
     with torch.no_grad():
         decoder = load(storages[0])
+        cache = _name_of_cache(decoder)
         with rounding_inputs(decoder, storages[0]) if int8 else nullcontext():
-            pasts = [decoder(torch.tensor([ids[:-last]]), logits_to_keep=1).past_key_values for ids in prompts]
+            pasts = [decoder(torch.tensor([ids[:-last]]), logits_to_keep=1)[cache] for ids in prompts]
         del decoder
         decoder = load(storages[1])
         rests = [torch.tensor([ids[-last:]]) for ids in prompts]
         with rounding_inputs(decoder, storages[1]) if int8 else nullcontext():
             return [
-                decoder(rest, past_key_values=past, logits_to_keep=last).logits[0].numpy()
+                decoder(rest, **{cache: past}, logits_to_keep=last).logits[0].numpy()
                 for rest, past in zip(rests, pasts)
             ]
+
+
+def _name_of_cache(decoder: nn.Module) -> str:
+    """Of transformers' argument and output: `past_key_values` became `cache` in 5.24."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 def load_encoder(
@@ -273,8 +287,8 @@ def _build_tower(section: Any, modality: str) -> nn.Module:
         return auto_model.from_config(section)
     except (ImportError, RuntimeError) as error:
         raise ExportError(
-            f"transformers cannot build the {modality} encoder here ({_first_line(error)}); install timm and a "
-            "torchvision that fits this torch, or name the others with --modalities."
+            f"transformers cannot build the {modality} encoder here ({_first_line(error)}); "
+            "install the extra `verify`, or name the others with --modalities."
         ) from error
 
 

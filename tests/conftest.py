@@ -1,5 +1,6 @@
 """Fixtures that several rooms' tests share."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,12 +8,15 @@ import pytest
 from filelock import FileLock
 
 import one_core  # noqa: F401  # before anything that starts threads
-import oracle_stubs  # noqa: F401  # before anything that imports transformers
 from gemma3n_onnx.export.checkpoint import Checkpoint
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
+from gemma3n_onnx.export.torchvision_shim import complete_torchvision
 from support import SMALL, text_checkpoint
+
+os.environ["NUMBA_DISABLE_JIT"] = "1"  # of librosa, which would compile what no test asks it for
+complete_torchvision()  # before a test imports transformers
 
 
 def _common(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:

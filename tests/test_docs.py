@@ -12,7 +12,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -25,19 +26,15 @@ NOT_HERE = {
     "bash ci/quickstart.sh",
     "bash ci/test.sh",
     "bash ci/install.sh",
+    "TORCH_INDEX=https://download.pytorch.org/whl/cu130 bash ci/install.sh",
+    "bash ci/lock.sh",
+    "bash ci/newest.sh",
     "python3 -m venv .venv",
     ". .venv/bin/activate",
 }
 BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]*)(#[^)]+)?\)|<img src=\"([^\"]+)\"")
 PORT = 8000
-# Of this environment's torchvision (see oracle_stubs.py), which only transformers meets.
-GEMMA3N = """\
-#!/bin/sh
-[ "$1" != verify ] || exec python -c "import sys; sys.path.append('{tests}'); import oracle_stubs
-from gemma3n_onnx.runtime.cli import main; main()" "$@"
-exec {bin}/gemma3n "$@"
-"""
 BEGIN = """\
 set -euo pipefail
 server=
@@ -82,12 +79,37 @@ def script_of(page: str, port: int) -> str:
     return BEGIN.replace("PORT", str(port)) + "".join(parts).replace(f":{PORT}/", f":{port}/")
 
 
+def tracked_files() -> list[str]:
+    """What git tracks and the working tree has: whoever ran a page's commands here has files of the same names."""
+    listed = subprocess.run(["git", "ls-files", "-z"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    return [name for name in listed.split("\0") if name and (ROOT / name).exists()]
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """pip's settings with which the environments that pages make get the versions of this one."""
+    file = tmp_path_factory.mktemp("constraints") / "versions.txt"
+    installed = {each.name: each.version for each in distributions() if "+" not in each.version}
+    file.write_text("".join(f"{name}=={number}\n" for name, number in installed.items() if name != "gemma3n-onnx"))
+    return {"PIP_CONSTRAINT": str(file), "PIP_BUILD_CONSTRAINT": str(file)}
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Nobody else is given it meanwhile: it is bound, and not listened at, which lets a server do so."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
 @pytest.fixture
 def workspace(request: pytest.FixtureRequest, tmp_path: Path, demo_artifact: Callable[[str], Path]) -> Path:
     """A copy of the repository, Google's checkpoint played by the demo, and what the quick start has made."""
     folder = tmp_path / "repository"
-    not_ours = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "artifacts")
-    shutil.copytree(ROOT, folder, ignore=not_ours)
+    for name in tracked_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
     (folder / "google").mkdir()
     (folder / "google" / "gemma-3n-E4B-it").symlink_to(folder / "demo")
     Image.open(folder / "demo" / "picture.png").convert("RGB").save(folder / "photo.jpg")
@@ -97,20 +119,16 @@ def workspace(request: pytest.FixtureRequest, tmp_path: Path, demo_artifact: Cal
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page(page: str, workspace: Path, tmp_path: Path) -> None:
+def test_page(page: str, workspace: Path, port: int, locked: dict[str, str]) -> None:
     text = (ROOT / page).read_text()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        script = script_of(text, free.getsockname()[1])
+    script = script_of(text, port)
     commands = Path(sys.executable).parent
-    (tmp_path / "gemma3n").write_text(GEMMA3N.format(tests=ROOT / "tests", bin=commands))
-    (tmp_path / "gemma3n").chmod(0o755)
-    path = f"{tmp_path}:{commands}:{os.environ['PATH']}"
+    path = f"{commands}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", script],
         check=False,
         cwd=workspace,
-        env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **locked, "PATH": path, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -7,8 +7,10 @@ import base64
 import numpy as np
 import pytest
 
+from gemma3n_onnx.export.checkpoint import Checkpoint
 from gemma3n_onnx.export.exact import exact_profile
 from gemma3n_onnx.export.trace import DTYPES
+from gemma3n_onnx.export.verify import describe, verify
 from gemma3n_onnx.runtime import MediaOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.audio import fit
 from gemma3n_onnx.runtime.encoders import Encoders
@@ -55,6 +57,17 @@ def test_full_depth_with_images_and_speech_equals_transformers(multimodal_checkp
     generated = model.generate([TEXT_FIRST], max_new_tokens=32, image_size=SIZE)
     assert list(generated.token_ids) == ours.tokens[: len(generated.token_ids)]
     assert len(set(ours.tokens)) > 8, "a loop of few tokens would prove little"
+
+
+def test_verify_reads_every_id_of_the_vocabulary(model, shallow_multimodal_checkpoint):
+    """Those above the per-layer table too, which read its row 0; a continuation may hold them."""
+    checkpoint = Checkpoint.open(shallow_multimodal_checkpoint)
+    rows, count = model.manifest.per_layer_embeddings.rows, model.manifest.vocab_size
+    assert rows < count
+    prompt = [*random_prompt(WINDOW), *range(rows, count, (count - rows) // 20), count - 1]
+    parity = verify(model, checkpoint, None, None, [prompt], 4)
+    print(describe(parity))
+    assert parity.passed and parity.graph.errors.greedy_agreement == 1
 
 
 @pytest.mark.parametrize("size", [512, 768])
