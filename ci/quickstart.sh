@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 bash ci/install.sh
 gemma3n-export --model demo --slice E2B --output artifacts/demo-E2B --force
-gemma3n verify artifacts/demo-E2B --model demo --modalities text,audio
+gemma3n verify artifacts/demo-E2B --model demo
 gemma3n run artifacts/demo-E2B "What is 3 plus 4?"
 gemma3n run artifacts/demo-E2B "What is in the picture?" --image demo/picture.png
 gemma3n run artifacts/demo-E2B "What do you hear?" --audio demo/sound.wav
