@@ -22,7 +22,7 @@ def test_an_exported_decoder_stays_on_the_device(shallow_checkpoint, exported, p
         assert placement.complaints(ir.load(folder / f"{name}.onnx")) == []
 
 
-@pytest.mark.parametrize("name", ["E4B", "E2B"])
+@pytest.mark.parametrize("name", ["E4B", pytest.param("E2B", marks=pytest.mark.full_size)])
 def test_the_demos_decoder_stays_on_the_device(name):
     checkpoint = Checkpoint.open(DEMO)
     table = slicing.load_slices(None, checkpoint.slice_table)
@@ -44,9 +44,9 @@ def decoder(config) -> ir.Model:
     return model
 
 
-def test_what_windows_of_caches_would_cost_is_found():
+def test_what_windows_of_caches_would_cost_is_found(small_checkpoint):
     """The resident length of a window is known to the device, and attention wants it on the host."""
-    told = placement.complaints(trace.trace_decoder(Checkpoint.open(DEMO).text_config, "last", "bf16"))
+    told = placement.complaints(trace.trace_decoder(Checkpoint.open(small_checkpoint).text_config, "last", "bf16"))
     assert any("on the host, which the device makes" in complaint for complaint in told)
     assert any("on the device, which the host makes" in complaint for complaint in told)
 
