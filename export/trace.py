@@ -12,7 +12,7 @@ import functools
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import onnx_ir as ir
@@ -209,10 +209,17 @@ def _trace(
     model = program.model
     repeat_parts(model, kinds)
     _forget_sizes(model)
-    used = [name for name in parameters if name in model.graph.initializers and model.graph.initializers[name].uses()]
-    _simplify(model, used)
+    _simplify(model, _read_of(model.graph, parameters))
     _check_no_size_is_fixed(model)
     return model
+
+
+def _read_of(graph: ir.Graph, parameters: Sequence[str]) -> list[str]:
+    """The parameters that a node reads; the others leave the graph."""
+    for name in parameters:
+        if name in graph.initializers and not graph.initializers[name].uses():
+            del graph.initializers[name]
+    return [name for name in parameters if name in graph.initializers]
 
 
 def _forget_sizes(model: ir.Model) -> None:

@@ -59,8 +59,8 @@ def one_of_each(model: nn.Module) -> Iterator[Kinds]:
 def repeated(method: Callable[..., T], *inputs: Any) -> T:
     """`method(*inputs)`, of a module that may have others of its kind.
 
-    The method reads no tensor but `inputs` (tensors, and dataclasses and tuples of them) and its module's own, and
-    changes nothing.
+    The method reads no tensor but `inputs` (tensors, and dataclasses and tuples of them) and its module's own, changes
+    nothing, and calls nothing that is `repeated` itself. What it returns is not yet an output of the whole model.
     """
     kinds = _KINDS.get()
     if kinds is None:
@@ -133,8 +133,9 @@ def _put_in(form: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def _signature(module: nn.Module) -> str:
-    """Everything that decides what `repeated` methods of a module compute, but the values of its parameters. Settings
-    that only its other methods read may be named in `not_repeated` of its class."""
+    """What decides what `repeated` methods of a module compute, but the values of its parameters. Attributes that begin
+    with an underscore are left out, and those that its class names in `not_repeated`: only other methods may read
+    them."""
     told = []
     for name, part in module.named_modules():
         left_out = getattr(part, "not_repeated", ())
