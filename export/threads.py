@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
+_lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
+_users = 0
 
 
 @contextmanager
@@ -18,15 +21,29 @@ def one_thread_an_operation() -> Iterator[ThreadPoolExecutor]:
     Threads that share an operation wait for each other at its end: where operations are short, after every few
     microseconds, and beside other work each time until the slowest gets its turn.
     """
-    global _pool  # noqa: PLW0603  # as torch's number of threads is
-    if _pool is not None:
-        yield _pool
-        return
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
+    pool = _enter()
     try:
-        with ThreadPoolExecutor(count) as _pool:
-            yield _pool
+        yield pool
     finally:
-        _pool = None
-        torch.set_num_threads(count)
+        _leave()
+
+
+# The pool belongs to the process, as torch's number of threads does, and to whoever is within.
+def _enter() -> ThreadPoolExecutor:
+    global _pool, _users  # noqa: PLW0603
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(torch.get_num_threads())
+            torch.set_num_threads(1)
+        _users += 1
+        return _pool
+
+
+def _leave() -> None:
+    global _pool, _users  # noqa: PLW0603
+    with _lock:
+        _users -= 1
+        if _users == 0 and _pool is not None:
+            _pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(_pool._max_workers)
+            _pool = None

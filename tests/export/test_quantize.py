@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -318,20 +320,34 @@ def test_quantized_and_plain_tensors_lie_one_after_another() -> None:
     assert all(place.offset >= end for place, end in zip([*places.values()][1:], ends))
 
 
-def test_threads_change_nothing() -> None:
-    values = torch.randn(700, 2048, generator=torch.Generator().manual_seed(0))
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
-    made = []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        made.append(quantize(values, Scheme(4, 128, "search")))
-        assert torch.get_num_threads() == threads
+    yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def test_threads_change_nothing(threads: Callable[[int], None]) -> None:
+    values = torch.randn(700, 2048, generator=torch.Generator().manual_seed(0))
+    made = []
+    for count in (1, 3):
+        threads(count)
+        made.append(quantize(values, Scheme(4, 128, "search")))
+        assert torch.get_num_threads() == count
     assert torch.equal(made[0].codes, made[1].codes) and torch.equal(made[0].scales, made[1].scales)
 
 
-def test_the_number_of_threads_comes_back_after_an_error() -> None:
-    before = torch.get_num_threads()
+def test_callers_at_once_share_the_workers(threads: Callable[[int], None]) -> None:
+    threads(3)
+    values = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    with ThreadPoolExecutor(4) as callers:
+        made = [*callers.map(lambda _: quantize(values, Scheme(4, 128, "search")).codes, range(200))]
+    assert all(torch.equal(codes, made[0]) for codes in made)
+    assert torch.get_num_threads() == 3
+
+
+def test_the_number_of_threads_comes_back_after_an_error(threads: Callable[[int], None]) -> None:
+    threads(3)
 
     def fail() -> None:
         with one_thread_an_operation(), one_thread_an_operation():
@@ -340,7 +356,7 @@ def test_the_number_of_threads_comes_back_after_an_error() -> None:
 
     with pytest.raises(KeyError):
         fail()
-    assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
