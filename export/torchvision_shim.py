@@ -22,9 +22,7 @@ def complete_torchvision() -> None:
         return
     try:
         importlib.import_module("torchvision")
-    except ImportError:
-        return
-    except RuntimeError as error:
+    except Exception as error:
         if "torchvision::nms" not in str(error):
             return
         library = torch.library.Library("torchvision", "DEF")

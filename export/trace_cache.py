@@ -1,4 +1,4 @@
-"""Traced graphs on disk, for later exports: a trace takes up to a minute and depends only on code and configuration.
+"""Traced graphs on disk, for later exports: a trace takes up to a minute and depends on code and configuration only.
 
 The folder is `GEMMA3N_CACHE`, by default `~/.cache/gemma3n-onnx`. A file's name is the hash of everything that the
 graph is made from, so none is ever wrong; all may be deleted at any time.
@@ -35,11 +35,13 @@ def kept_on_disk(trace: Callable[P, ir.Model]) -> Callable[P, ir.Model]:
     def kept(*arguments: P.args, **named: P.kwargs) -> ir.Model:
         told = repr((trace.__name__, arguments, sorted(named.items()), _code()))
         name = f"{hashlib.sha256(told.encode()).hexdigest()}.onnx"
+        if (model := _load(name)) is not None:
+            return model
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError, RuntimeError):
                 stack.enter_context(_alone(_folder() / name))
-            with contextlib.suppress(OSError, RuntimeError, DecodeError, KeyError):
-                return _load(_folder() / name)
+            if (model := _load(name)) is not None:
+                return model
             model = trace(*arguments, **named)
             with contextlib.suppress(OSError, RuntimeError):
                 _save(model, _folder() / name)
@@ -83,10 +85,13 @@ def _save(model: ir.Model, path: Path) -> None:
         os.replace(Path(beside) / path.name, path)
 
 
-def _load(path: Path) -> ir.Model:
-    model = ir.load(path)
-    graph = model.graph
-    for value in graph.inputs[int(model.metadata_props.pop(_INPUTS)) :]:
-        graph.inputs.remove(value)
-        graph.initializers[value.name] = value  # type: ignore[index]
-    return model
+def _load(name: str) -> ir.Model | None:
+    """None where there is no such file, or a damaged one."""
+    with contextlib.suppress(OSError, RuntimeError, DecodeError, KeyError):
+        model = ir.load(_folder() / name)
+        graph = model.graph
+        for value in graph.inputs[int(model.metadata_props.pop(_INPUTS)) :]:
+            graph.inputs.remove(value)
+            graph.initializers[value.name] = value  # type: ignore[index]
+        return model
+    return None
