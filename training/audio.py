@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +18,7 @@ from .optimizer import Optimizer, split
 from .progress import Progress
 from .sounds import KINDS, Sound, random_sound
 from .words import Words
+from .workers import in_processes
 
 TOKEN_SECONDS = 0.16
 LATENCY_SECONDS = 0.05
@@ -49,9 +49,8 @@ class Clip:
 
 def clip_set(seed: int, count: int, log_mel: LogMelInfo) -> list[Clip]:
     """`count` random sounds, rounded up to a multiple of `CHUNK`; equal arguments, equal sounds."""
-    with ProcessPoolExecutor(2) as pool:
-        chunks = pool.map(_chunk, [(seed, number, log_mel) for number in range(-(-count // CHUNK))])
-        parts = [part for chunk in chunks for part in chunk]
+    chunks = in_processes(_chunk, [(seed, number, log_mel) for number in range(-(-count // CHUNK))])
+    parts = [part for chunk in chunks for part in chunk]
     return [Clip(sound, *map(torch.from_numpy, arrays)) for sound, *arrays in parts]
 
 

@@ -7,7 +7,6 @@ high resolution, now fixed, make of whole pictures. The classifiers are thrown a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +23,7 @@ from .pictures import COLOURS, MAX_THINGS, SHAPES, Picture, random_picture
 from .progress import Progress
 from .questions import NUMBERS
 from .words import Words
+from .workers import in_processes
 
 SIDE = 256
 CROP = 8  # cells to a side
@@ -71,8 +71,7 @@ class PictureSet:
 
 def picture_set(seed: int, count: int) -> PictureSet:
     """`count` random pictures, rounded up to a multiple of `CHUNK`; equal arguments, equal pictures."""
-    with ProcessPoolExecutor(2) as pool:
-        chunks = list(pool.map(_chunk, [(seed, number) for number in range(-(-count // CHUNK))]))
+    chunks = in_processes(_chunk, [(seed, number) for number in range(-(-count // CHUNK))])
     pictures = [picture for chunk in chunks for picture in chunk[0]]
     pixels, fine, cells = (torch.from_numpy(np.concatenate([chunk[i] for chunk in chunks])) for i in (1, 2, 3))
     return PictureSet(pictures, pixels, fine.long(), {name: cells[:, i].long() for i, name in enumerate(CLASSES)})
