@@ -35,7 +35,19 @@ class NoProgress:
 def load_oracle(folder: Path) -> Gemma3nForCausalLM:
     oracle = Gemma3nForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     oracle.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    read_row_0_above_the_table(oracle)
     return oracle
+
+
+def read_row_0_above_the_table(oracle: Gemma3nForCausalLM) -> None:
+    """Has a text model do so with ids above the per-layer table, as transformers' does from 5.23 on, and its multimodal
+    model always has."""
+
+    def in_table(table: torch.nn.Embedding, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        (ids,) = arguments
+        return (torch.where(ids < table.num_embeddings, ids, 0),)
+
+    oracle.model.embed_tokens_per_layer.register_forward_pre_hook(in_table)
 
 
 def oracle_logits(oracle: Gemma3nForCausalLM, ids: Sequence[int], last: int | None = None) -> np.ndarray:

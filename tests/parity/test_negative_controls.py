@@ -65,6 +65,9 @@ def other_donor(kind):
         producers = [a for a in attentions if a.layer_type == kind and not a.is_kv_shared_layer]
         producers[-1].store_full_length_kv = False
         producers[-2].store_full_length_kv = True
+        for attention in attentions:
+            if attention.layer_type == kind and attention.is_kv_shared_layer:
+                attention.kv_shared_layer_index = producers[-2].layer_idx  # what counts before transformers 5.23
 
     return change
 

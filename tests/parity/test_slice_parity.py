@@ -12,7 +12,15 @@ from safetensors.numpy import load_file
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
 from gemma3n_onnx.runtime import OnnxGemma3n
-from oracle import LONG, TOLERANCE, assert_close, generate_greedily, oracle_logits, random_prompt
+from oracle import (
+    LONG,
+    TOLERANCE,
+    assert_close,
+    generate_greedily,
+    oracle_logits,
+    random_prompt,
+    read_row_0_above_the_table,
+)
 
 # FFN widths in eighths of the checkpoint's, run by run, and the skipped layers.
 SKIPPED = tuple(range(20, 25))
@@ -68,6 +76,7 @@ def sliced_oracle(checkpoint: Path, widths: list[int], skipped: tuple[int, ...])
 
     oracle = Gemma3nForCausalLM._from_config(Gemma3nTextConfig(**config), attn_implementation="eager").eval()
     oracle.load_state_dict({n: torch.from_numpy(np.array(v, order="C")) for n, v in state.items()}, strict=True)
+    read_row_0_above_the_table(oracle)
     return oracle
 
 
