@@ -1,6 +1,5 @@
 """Fixtures that several rooms' tests share."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +14,12 @@ from gemma3n_onnx.export.progress import TerminalProgress
 from gemma3n_onnx.export.torchvision_shim import complete_torchvision
 from support import SMALL, text_checkpoint
 
-os.environ["NUMBA_DISABLE_JIT"] = "1"  # of librosa, which would compile what no test asks it for
 complete_torchvision()  # before a test imports transformers
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest goes first, so that no worker waits for the one that has it."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
 
 
 def _common(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
