@@ -1,4 +1,4 @@
-"""Traced graphs on disk, for later exports: a trace takes up to a minute and depends on code and configuration only.
+"""Traced graphs on disk, for later exports: a trace takes seconds and depends on code and configuration only.
 
 The folder is `GEMMA3N_CACHE`, by default `~/.cache/gemma3n-onnx`. A file's name is the hash of everything that the
 graph is made from, so none is ever wrong; all may be deleted at any time.
