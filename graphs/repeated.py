@@ -106,30 +106,32 @@ class _Place:
 
 def _take_out(value: Any, tensors: list[Tensor]) -> Any:
     """`value` with a `_Place` for each tensor; those that are not among `tensors` yet are added to them."""
-    if isinstance(value, Tensor):
+
+    def place(tensor: Tensor) -> _Place:
         for index, known in enumerate(tensors):
-            if known is value:
+            if known is tensor:
                 return _Place(index)
-        tensors.append(value)
+        tensors.append(tensor)
         return _Place(len(tensors) - 1)
-    if isinstance(value, tuple):
-        return tuple(_take_out(part, tensors) for part in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: _take_out(getattr(value, f.name), tensors) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **parts)
-    return value
+
+    return _with_each(value, Tensor, place)
 
 
 def _put_in(form: Any, tensors: Sequence[Tensor]) -> Any:
     """The inverse of `_take_out`."""
-    if isinstance(form, _Place):
-        return tensors[form.index]
-    if isinstance(form, tuple):
-        return tuple(_put_in(part, tensors) for part in form)
-    if dataclasses.is_dataclass(form) and not isinstance(form, type):
-        parts = {f.name: _put_in(getattr(form, f.name), tensors) for f in dataclasses.fields(form)}
-        return dataclasses.replace(form, **parts)
-    return form
+    return _with_each(form, _Place, lambda place: tensors[place.index])
+
+
+def _with_each(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """`value`, what is of `kind` in its tuples and dataclasses changed."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_with_each(part, kind, change) for part in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {f.name: _with_each(getattr(value, f.name), kind, change) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **parts)
+    return value
 
 
 def _signature(module: nn.Module) -> str:
