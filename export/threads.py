@@ -11,6 +11,7 @@ import torch
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
+_workers = 0
 _users = 0
 
 
@@ -30,10 +31,11 @@ def one_thread_an_operation() -> Iterator[ThreadPoolExecutor]:
 
 # The pool belongs to the process, as torch's number of threads does, and to whoever is within.
 def _enter() -> ThreadPoolExecutor:
-    global _pool, _users  # noqa: PLW0603
+    global _pool, _workers, _users  # noqa: PLW0603
     with _lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(torch.get_num_threads())
+            _workers = torch.get_num_threads()
+            _pool = ThreadPoolExecutor(_workers)
             torch.set_num_threads(1)
         _users += 1
         return _pool
@@ -45,5 +47,5 @@ def _leave() -> None:
         _users -= 1
         if _users == 0 and _pool is not None:
             _pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(_pool._max_workers)
+            torch.set_num_threads(_workers)
             _pool = None
