@@ -209,13 +209,13 @@ def _trace(
     model = program.model
     repeat_parts(model, kinds)
     _forget_sizes(model)
-    _simplify(model, _read_of(model.graph, parameters))
+    _simplify(model, _without_unread(model.graph, parameters))
     _check_no_size_is_fixed(model)
     return model
 
 
-def _read_of(graph: ir.Graph, parameters: Sequence[str]) -> list[str]:
-    """The parameters that a node reads; the others leave the graph."""
+def _without_unread(graph: ir.Graph, parameters: Sequence[str]) -> list[str]:
+    """Removes the parameters that no node reads from the graph, and returns the others."""
     for name in parameters:
         if name in graph.initializers and not graph.initializers[name].uses():
             del graph.initializers[name]
