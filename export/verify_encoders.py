@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 
 from gemma3n_onnx.runtime.artifact import LogMelInfo, Manifest
-from gemma3n_onnx.runtime.audio import LogMel
 from gemma3n_onnx.runtime.encoders import Encoders
+from gemma3n_onnx.runtime.media.audio import LogMel
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .checkpoint import Checkpoint

@@ -16,9 +16,9 @@ from .errors import (
     RuntimeMissingError,
     UrlRefusedError,
 )
-from .fetch import FetchPolicy
 from .generation import Timings
-from .media import MediaOptions
+from .media.fetch import FetchPolicy
+from .media.reader import MediaOptions
 from .model import OnnxGemma3n
 from .sampling import GenerationOptions, TokenLogprob
 

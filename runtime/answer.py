@@ -10,7 +10,7 @@ from .engine import Engine
 from .errors import OptionError
 from .generation import Generation, Timings
 from .kv_cache import KVCache
-from .media import MediaOptions
+from .media.reader import MediaOptions
 from .prefix_cache import PrefixCache
 from .prompt import IncrementalDetokenizer, StopMatcher, Tokenizer
 from .sampling import GenerationOptions, TokenLogprob

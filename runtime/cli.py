@@ -19,7 +19,7 @@ import click
 from .answer import read_options
 from .artifact import Manifest, load_manifest, verify_checksums
 from .errors import Gemma3nError, PromptError
-from .fetch import FetchPolicy
+from .media.fetch import FetchPolicy
 from .model import OnnxGemma3n
 from .terminal_chat import TerminalChat, describe_timings, line_history
 

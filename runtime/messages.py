@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import PromptError
-from .media import DETAILS, Item, MediaOptions, MediaReader
+from .media.reader import DETAILS, Item, MediaOptions, MediaReader
 
 # What a caller may write, and the name that the templates know it by.
 TEMPLATE_ROLES = {

@@ -14,8 +14,8 @@ from .chat import Chat
 from .encoders import Encoders
 from .engine import PREFILL_CHUNK, Engine
 from .errors import ArtifactError, OptionError, PromptError
-from .fetch import FetchPolicy
-from .media import MediaOptions, MediaReader
+from .media.fetch import FetchPolicy
+from .media.reader import MediaOptions, MediaReader
 from .messages import MessageReader, items_of
 from .placeholders import Placeholders
 from .prefix_cache import PrefixCache

@@ -11,7 +11,7 @@ import numpy as np
 
 from .artifact import Manifest, SoftTokens
 from .errors import ArtifactError, PromptError
-from .media import Item
+from .media.reader import Item
 from .slots import Slot
 
 RunEncoder = Callable[[str, Mapping[str, np.ndarray]], np.ndarray]

@@ -20,7 +20,7 @@ from gemma3n_onnx.runtime.errors import (
     MediaNotFoundError,
     UrlRefusedError,
 )
-from gemma3n_onnx.runtime.fetch import FetchPolicy
+from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from media import RATE_HZ, aac, encoded, gradient, noise, photo, sound, tone, video
 
 POLICY = FetchPolicy(timeout_seconds=5, max_bytes=2_000_000)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gemma3n_onnx.graphs.audio import AudioConfig, AudioEncoder
 from gemma3n_onnx.runtime.artifact import LogMelInfo
-from gemma3n_onnx.runtime.audio import LogMel
+from gemma3n_onnx.runtime.media.audio import LogMel
 
 from .optimizer import Optimizer, split
 from .progress import Progress

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gemma3n_onnx.graphs import ops
 from gemma3n_onnx.graphs.vision import OUTPUT_SIDE, Grid, VisionConfig, VisionEncoder
-from gemma3n_onnx.runtime.image import resize
+from gemma3n_onnx.runtime.media.image import resize
 
 from .optimizer import Optimizer, split
 from .pictures import COLOURS, MAX_THINGS, SHAPES, Picture, random_picture

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
-from gemma3n_onnx.runtime.media import MediaOptions
+from gemma3n_onnx.runtime.media.reader import MediaOptions
 from gemma3n_onnx.runtime.sampling import Constraint, GenerationOptions, TokenLogprob
 from gemma3n_onnx.runtime.slots import PromptTokens
 

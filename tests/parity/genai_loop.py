@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemma3n_onnx.runtime.media import Item
+from gemma3n_onnx.runtime.media.reader import Item
 from gemma3n_onnx.runtime.slots import PromptTokens
 
 og = pytest.importorskip("onnxruntime_genai")

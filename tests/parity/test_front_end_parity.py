@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import Gemma3nAudioFeatureExtractor, SiglipImageProcessor, SiglipImageProcessorPil
 from transformers.image_transforms import convert_to_rgb
 
-from gemma3n_onnx.runtime.audio import LogMel, load_audio, mel_filters
-from gemma3n_onnx.runtime.fetch import FetchPolicy
-from gemma3n_onnx.runtime.image import load_image, resize, to_pixels
+from gemma3n_onnx.runtime.media.audio import LogMel, load_audio, mel_filters
+from gemma3n_onnx.runtime.media.fetch import FetchPolicy
+from gemma3n_onnx.runtime.media.image import load_image, resize, to_pixels
 from media import LOG_MEL, RATE_HZ, chirp, encoded, gradient, noise, photo, sound, speech, tone
 
 POLICY = FetchPolicy()

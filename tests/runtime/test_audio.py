@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemma3n_onnx.runtime.audio import LogMel, fit, load_audio
 from gemma3n_onnx.runtime.errors import AudioTooLongError, MediaError, OptionError, PackageMissingError
-from gemma3n_onnx.runtime.fetch import FetchPolicy
+from gemma3n_onnx.runtime.media.audio import LogMel, fit, load_audio
+from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from media import LOG_MEL, RATE_HZ, aac, chirp, noise, sound, speech, tone, write_wav
 
 POLICY = FetchPolicy()

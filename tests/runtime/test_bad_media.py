@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from bad_media import CASES, POLICY, Case, assert_one_sentence, clip
-from gemma3n_onnx.runtime.audio import LogMel, fit, load_audio
 from gemma3n_onnx.runtime.errors import AudioTooLongError, Gemma3nError, MediaError
-from gemma3n_onnx.runtime.image import load_image
-from gemma3n_onnx.runtime.video import sample_frames
+from gemma3n_onnx.runtime.media.audio import LogMel, fit, load_audio
+from gemma3n_onnx.runtime.media.image import load_image
+from gemma3n_onnx.runtime.media.video import sample_frames
 from media import LOG_MEL, RATE_HZ, aac, encoded, photo, tone, video
 
 

@@ -15,9 +15,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from gemma3n_onnx.runtime import fetch
 from gemma3n_onnx.runtime.errors import MediaError, MediaNotFoundError, UrlRefusedError
-from gemma3n_onnx.runtime.fetch import FetchPolicy, decode_base64, is_public, open_media
+from gemma3n_onnx.runtime.media import fetch
+from gemma3n_onnx.runtime.media.fetch import FetchPolicy, decode_base64, is_public, open_media
 
 LOCAL = FetchPolicy(allow_private=True, max_bytes=100_000, timeout_seconds=5)
 PUBLIC = FetchPolicy(timeout_seconds=5)

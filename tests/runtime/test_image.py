@@ -14,8 +14,8 @@ import pytest
 from PIL import Image, features
 
 from gemma3n_onnx.runtime.errors import MediaError
-from gemma3n_onnx.runtime.fetch import FetchPolicy
-from gemma3n_onnx.runtime.image import load_image, resize, to_pixels
+from gemma3n_onnx.runtime.media.fetch import FetchPolicy
+from gemma3n_onnx.runtime.media.image import load_image, resize, to_pixels
 from media import encoded, gradient, photo
 
 POLICY = FetchPolicy()
@@ -176,15 +176,15 @@ def test_no_warning_of_bombs_leaks() -> None:
         warnings.simplefilter("error")
         with pytest.raises(MediaError, match="too many pixels"):
             load_image(encoded(Image.new("1", (10_001, 10_001)), "PNG"), POLICY)
-        from gemma3n_onnx.runtime.image import _open
+        from gemma3n_onnx.runtime.media.image import _open
 
         assert _open(io.BytesIO(file)).size == (9_746, 9_746)
 
 
 def test_nothing_is_imported_before_it_is_needed() -> None:
     code = (
-        "import sys, gemma3n_onnx.runtime, gemma3n_onnx.runtime.image, gemma3n_onnx.runtime.audio, "
-        "gemma3n_onnx.runtime.video; print({'PIL', 'soundfile', 'soxr', 'av'} & set(sys.modules))"
+        "import sys, gemma3n_onnx.runtime, gemma3n_onnx.runtime.media.image, gemma3n_onnx.runtime.media.audio, "
+        "gemma3n_onnx.runtime.media.video; print({'PIL', 'soundfile', 'soxr', 'av'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -7,8 +7,8 @@ import pytest
 
 from gemma3n_onnx.runtime.artifact import GraphInfo, LogMelInfo, SoftTokens, TensorInfo, VisionInfo
 from gemma3n_onnx.runtime.errors import ArtifactError, MediaError, OptionError, PromptError
-from gemma3n_onnx.runtime.fetch import FetchPolicy
-from gemma3n_onnx.runtime.media import Item, MediaOptions, MediaReader
+from gemma3n_onnx.runtime.media.fetch import FetchPolicy
+from gemma3n_onnx.runtime.media.reader import Item, MediaOptions, MediaReader
 from gemma3n_onnx.runtime.messages import MessageReader, items_of
 from gemma3n_onnx.runtime.placeholders import Placeholders
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma3n_onnx.runtime import video as module
 from gemma3n_onnx.runtime.errors import MediaError, OptionError, PackageMissingError
-from gemma3n_onnx.runtime.fetch import FetchPolicy
-from gemma3n_onnx.runtime.image import resize, to_pixels
-from gemma3n_onnx.runtime.video import Frame, sample_frames
+from gemma3n_onnx.runtime.media import video as module
+from gemma3n_onnx.runtime.media.fetch import FetchPolicy
+from gemma3n_onnx.runtime.media.image import resize, to_pixels
+from gemma3n_onnx.runtime.media.video import Frame, sample_frames
 from media import aac, gradient, tone, video
 
 POLICY = FetchPolicy()
@@ -168,7 +168,7 @@ def test_decoded_frames_are_not_kept(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", 20.0, draw=lambda i: np.full((480, 640, 3), i % 256, np.uint8), key_every=1000)
     code = f"""
 import resource
-from gemma3n_onnx.runtime import fetch, video
+from gemma3n_onnx.runtime.media import fetch, video
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 video.sample_frames({str(path)!r}, fetch.FetchPolicy(), max_frames=1, size=32)
 before = peak()

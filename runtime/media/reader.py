@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .artifact import AudioInfo, Manifest, VisionInfo
+from gemma3n_onnx.runtime.artifact import AudioInfo, Manifest, VisionInfo
+from gemma3n_onnx.runtime.errors import MediaError, OptionError
+
 from .audio import LONG_AUDIO, LogMel, LongAudio, fit, load_audio
-from .errors import MediaError, OptionError
 from .fetch import FetchPolicy
 from .image import load_image, resize, to_pixels
 from .video import sample_frames

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
 
-from .errors import MediaError, MediaNotFoundError, UrlRefusedError
+from gemma3n_onnx.runtime.errors import MediaError, MediaNotFoundError, UrlRefusedError
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 

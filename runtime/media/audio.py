@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
-from .artifact import LogMelInfo
-from .errors import AudioTooLongError, MediaError, OptionError, PackageMissingError
+from gemma3n_onnx.runtime.artifact import LogMelInfo
+from gemma3n_onnx.runtime.errors import AudioTooLongError, MediaError, OptionError, PackageMissingError
+
 from .fetch import FetchPolicy, Source, open_media
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from .errors import MediaError
+from gemma3n_onnx.runtime.errors import MediaError
+
 from .fetch import FetchPolicy, Source, open_media
 
 if TYPE_CHECKING:

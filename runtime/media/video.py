@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .errors import MediaError, OptionError, PackageMissingError
+from gemma3n_onnx.runtime.errors import MediaError, OptionError, PackageMissingError
+
 from .fetch import FetchPolicy, Source, open_media
 from .image import MAX_PIXELS, resize
 
