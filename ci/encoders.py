@@ -151,8 +151,8 @@ def measure(run: Callable[..., np.ndarray], encoder: str, case: float, *, count:
 
 def load_ours(encoder: str, folder: Path) -> Callable[..., np.ndarray]:
     from gemma3n_onnx.runtime.artifact import load_manifest
-    from gemma3n_onnx.runtime.encoders import Encoders
-    from gemma3n_onnx.runtime.session import choose_profile
+    from gemma3n_onnx.runtime.engine.encoders import Encoders
+    from gemma3n_onnx.runtime.engine.ort import choose_profile
 
     manifest = load_manifest(folder)
     encoders = Encoders(folder, manifest, choose_profile("cpu", manifest))

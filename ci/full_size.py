@@ -112,8 +112,8 @@ def multimodal(folder: Path) -> None:
 def kv(folder: Path, context: int) -> None:
     """Memory of the KV caches at `context` tokens, against full-length and window-length sums."""
     from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, load_manifest
-    from gemma3n_onnx.runtime.kv_cache import CacheMemory
-    from gemma3n_onnx.runtime.session import choose_profile
+    from gemma3n_onnx.runtime.engine.kv_cache import CacheMemory
+    from gemma3n_onnx.runtime.engine.ort import choose_profile
 
     manifest = load_manifest(folder)
     row_bytes = [2 * c.kv_heads * c.head_dim * BYTES_PER_VALUE[c.dtype] for c in manifest.caches]

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from gemma3n_onnx.graphs.passes.exact_products import ExactProducts
 from gemma3n_onnx.runtime.artifact import Manifest
-from gemma3n_onnx.runtime.session import Profile
+from gemma3n_onnx.runtime.engine.ort import Profile
 
 
 def takes_int8(manifest: Manifest) -> bool:

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from gemma3n_onnx.runtime.artifact import LogMelInfo, Manifest
-from gemma3n_onnx.runtime.encoders import Encoders
+from gemma3n_onnx.runtime.engine.encoders import Encoders
 from gemma3n_onnx.runtime.media.audio import LogMel
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .engine import Engine
+from .engine.engine import Engine
+from .engine.kv_cache import KVCache
+from .engine.prefix_cache import PrefixCache
 from .errors import OptionError
 from .generation import Generation, Timings
-from .kv_cache import KVCache
 from .media.reader import MediaOptions
-from .prefix_cache import PrefixCache
 from .prompt import IncrementalDetokenizer, StopMatcher, Tokenizer
 from .sampling import GenerationOptions, TokenLogprob
-from .slots import PromptTokens
+from .tokens import PromptTokens
 
 
 @dataclass(frozen=True)

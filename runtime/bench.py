@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from . import cuda
 from .artifact import BYTES_PER_VALUE, Manifest, load_manifest
+from .engine import cuda
 from .errors import Gemma3nError, OptionError
 from .generation import check_context, peak_memory_bytes
 from .model import OnnxGemma3n

@@ -6,9 +6,9 @@ from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .answer import Answer, GenerationResult, read_options
+from .engine.kv_cache import KVCache
 from .errors import OptionError, PromptError
-from .kv_cache import KVCache
-from .slots import PromptTokens
+from .tokens import PromptTokens
 
 if TYPE_CHECKING:
     from .model import OnnxGemma3n

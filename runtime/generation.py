@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from .artifact import Manifest
-from .candidates import Chosen
 from .choosing import Chooser
-from .engine import Engine
+from .engine.candidates import Chosen
+from .engine.engine import Engine
+from .engine.kv_cache import KVCache
+from .engine.prefix_cache import PrefixCache
 from .errors import ContextLengthError
-from .kv_cache import KVCache
-from .prefix_cache import PrefixCache
 from .sampling import GenerationOptions, TokenLogprob
-from .slots import PromptTokens
+from .tokens import PromptTokens
 
 
 @dataclass(frozen=True)

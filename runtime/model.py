@@ -11,17 +11,17 @@ import numpy as np
 from .answer import Answer, read_options
 from .artifact import Manifest, load_manifest
 from .chat import Chat
-from .encoders import Encoders
-from .engine import PREFILL_CHUNK, Engine
+from .engine.encoders import Encoders
+from .engine.engine import PREFILL_CHUNK, Engine
+from .engine.ort import Device, choose_profile
+from .engine.prefix_cache import PrefixCache
 from .errors import ArtifactError, OptionError, PromptError
 from .media.fetch import FetchPolicy
 from .media.reader import MediaOptions, MediaReader
 from .messages import MessageReader, items_of
 from .placeholders import Placeholders
-from .prefix_cache import PrefixCache
 from .prompt import ChatTemplate, Tokenizer, encode_plain
-from .session import Device, choose_profile
-from .slots import PromptTokens
+from .tokens import PromptTokens
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 

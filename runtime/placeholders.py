@@ -12,7 +12,7 @@ import numpy as np
 from .artifact import Manifest, SoftTokens
 from .errors import ArtifactError, PromptError
 from .media.reader import Item
-from .slots import Slot
+from .tokens import Slot
 
 RunEncoder = Callable[[str, Mapping[str, np.ndarray]], np.ndarray]
 

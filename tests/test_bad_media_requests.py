@@ -14,8 +14,8 @@ import pytest
 
 from bad_media import CASES, POLICY, Case, assert_one_sentence, declared_png, file, half, jpeg
 from gemma3n_onnx.runtime import OnnxGemma3n, PromptError
+from gemma3n_onnx.runtime.engine.ort import Session
 from gemma3n_onnx.runtime.errors import ArtifactError, ContextLengthError, Gemma3nError, MediaError
-from gemma3n_onnx.runtime.session import Session
 from media import RATE_HZ, encoded, photo, sound, tone, video, write_wav
 from support import run_command
 

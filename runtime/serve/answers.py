@@ -14,7 +14,7 @@ from typing import Any
 from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
 from gemma3n_onnx.runtime.media.reader import MediaOptions
 from gemma3n_onnx.runtime.sampling import Constraint, GenerationOptions, TokenLogprob
-from gemma3n_onnx.runtime.slots import PromptTokens
+from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from . import tools
 from .grammar import ANY_OBJECT

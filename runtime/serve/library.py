@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, MANIFEST, Manifest, load_manifest
+from gemma3n_onnx.runtime.engine.kv_cache import cache_capacity
+from gemma3n_onnx.runtime.engine.ort import PROFILES
 from gemma3n_onnx.runtime.errors import ArtifactError, Gemma3nError, OptionError
-from gemma3n_onnx.runtime.kv_cache import cache_capacity
 from gemma3n_onnx.runtime.model import OnnxGemma3n
-from gemma3n_onnx.runtime.session import PROFILES
 
 from .grammar import Grammars
 from .scheduler import BusyError, Scheduler

@@ -29,8 +29,8 @@ from gemma3n_onnx.export.weights import (
 )
 from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 from gemma3n_onnx.runtime.artifact import TableInfo
-from gemma3n_onnx.runtime.session import PROFILES, Session
-from gemma3n_onnx.runtime.tables import Table
+from gemma3n_onnx.runtime.engine.ort import PROFILES, Session
+from gemma3n_onnx.runtime.engine.tables import Table
 
 ROWS, COLUMNS = 48, 256
 SCHEMES = [Scheme(bits, block, method) for bits in (4, 8) for block in (32, 128) for method in METHODS]

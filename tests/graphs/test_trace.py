@@ -103,7 +103,7 @@ def test_half_precision_computes_rope_magnitudes_and_gates_in_fp32() -> None:
 
 @pytest.mark.parametrize("window", [4, 8])
 def test_resident_length_in_the_graph_is_the_runtimes(window: int) -> None:
-    from gemma3n_onnx.runtime.kv_window import resident_length
+    from gemma3n_onnx.runtime.engine.kv_window import resident_length
 
     seen = torch.arange(1, 200)
     for capacity in (window, window + 1, window + 7, 3 * window):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma3n_onnx.runtime.media.reader import Item
-from gemma3n_onnx.runtime.slots import PromptTokens
+from gemma3n_onnx.runtime.tokens import PromptTokens
 
 og = pytest.importorskip("onnxruntime_genai")
 

@@ -17,7 +17,7 @@ import torch
 from transformers import Gemma3nForCausalLM, GenerationConfig
 
 from gemma3n_onnx.runtime import OnnxGemma3n
-from gemma3n_onnx.runtime.slots import Slot
+from gemma3n_onnx.runtime.tokens import Slot
 
 TOLERANCE = 1e-4  # fp32 through tens of layers, between two implementations
 SAME_GRAPH = 1e-5  # the same graph fed in another way: only the order of sums differs

@@ -18,8 +18,8 @@ from gemma3n_onnx.export.reference import decoder_logits, load_decoder, stored_i
 from gemma3n_onnx.export.slicing import whole
 from gemma3n_onnx.runtime import OnnxGemma3n
 from gemma3n_onnx.runtime.artifact import NEXT_LOGIT, NEXT_TOKEN, load_manifest
-from gemma3n_onnx.runtime.candidates import in_order
-from gemma3n_onnx.runtime.engine import Engine, _Steps
+from gemma3n_onnx.runtime.engine.candidates import in_order
+from gemma3n_onnx.runtime.engine.engine import Engine, _Steps
 from oracle import LONG, TOLERANCE, WINDOW, assert_close, generate_greedily, random_prompt
 
 STEPS = 24

@@ -12,9 +12,9 @@ from gemma3n_onnx.export.exact import exact_profile
 from gemma3n_onnx.export.trace import DTYPES
 from gemma3n_onnx.export.verify import describe, verify
 from gemma3n_onnx.runtime import MediaOptions, OnnxGemma3n
-from gemma3n_onnx.runtime.encoders import Encoders
+from gemma3n_onnx.runtime.engine.encoders import Encoders
+from gemma3n_onnx.runtime.engine.ort import PROFILES, Session
 from gemma3n_onnx.runtime.media.audio import fit
-from gemma3n_onnx.runtime.session import PROFILES, Session
 from media import RATE_HZ, encoded, gradient, sound, speech, video
 from multimodal import (
     OPTIONS,

@@ -19,9 +19,9 @@ from gemma3n_onnx.export.verify_encoders import describe as describe_encoder
 from gemma3n_onnx.export.verify_encoders import verify_encoder
 from gemma3n_onnx.runtime import OnnxGemma3n, ProviderError
 from gemma3n_onnx.runtime.artifact import load_manifest
-from gemma3n_onnx.runtime.encoders import Encoders
-from gemma3n_onnx.runtime.session import PROFILES, Session
-from gemma3n_onnx.runtime.tables import Table
+from gemma3n_onnx.runtime.engine.encoders import Encoders
+from gemma3n_onnx.runtime.engine.ort import PROFILES, Session
+from gemma3n_onnx.runtime.engine.tables import Table
 from oracle import (
     LONG,
     TOLERANCE,

@@ -19,10 +19,11 @@ from gemma3n_onnx.export.reference import load_decoder, prefilled_logits, stored
 from gemma3n_onnx.export.slicing import whole
 from gemma3n_onnx.export.verify import describe, verify
 from gemma3n_onnx.graphs.passes.only_caches import OnlyCaches
-from gemma3n_onnx.runtime import OnnxGemma3n, OptionError, prefill
+from gemma3n_onnx.runtime import OnnxGemma3n, OptionError
 from gemma3n_onnx.runtime.artifact import load_manifest
-from gemma3n_onnx.runtime.engine import Engine
-from gemma3n_onnx.runtime.session import PROFILES
+from gemma3n_onnx.runtime.engine import prefill_graph as prefill
+from gemma3n_onnx.runtime.engine.engine import Engine
+from gemma3n_onnx.runtime.engine.ort import PROFILES
 from oracle import LONG, TOLERANCE, assert_close, generate_greedily, oracle_logits, random_prompt, relative_error
 
 STEPS = 24

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gemma3n_onnx.runtime import OnnxGemma3n
+from gemma3n_onnx.runtime.engine.prefix_cache import KeptPrompt, PrefixCache, _superfluous
 from gemma3n_onnx.runtime.errors import OptionError
-from gemma3n_onnx.runtime.prefix_cache import KeptPrompt, PrefixCache, _superfluous
 from multimodal import SIZE, clip, image, user
 from oracle import SAME_GRAPH, TOLERANCE, WINDOW, assert_close, oracle_logits, random_prompt
 

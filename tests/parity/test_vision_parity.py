@@ -18,8 +18,8 @@ from transformers import Gemma3nConfig, Gemma3nForConditionalGeneration
 
 from gemma3n_onnx.export.trace import trace_vision
 from gemma3n_onnx.graphs.vision import VisionConfig, VisionEncoder, checkpoint_shapes
+from gemma3n_onnx.runtime.engine.ort import PROFILES, Session
 from gemma3n_onnx.runtime.errors import ProviderError
-from gemma3n_onnx.runtime.session import PROFILES, Session
 from oracle import TOLERANCE, assert_close
 
 # The last is odd at several stages: where the padding is uneven shows.

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gemma3n_onnx.runtime import cuda
-from gemma3n_onnx.runtime.engine import Decoder
+from gemma3n_onnx.runtime.engine import cuda
+from gemma3n_onnx.runtime.engine.engine import Decoder
+from gemma3n_onnx.runtime.engine.kv_cache import CAPACITY_STEP, KEPT_IDLE, CacheMemory, MemoryPool
+from gemma3n_onnx.runtime.engine.ort import Device
 from gemma3n_onnx.runtime.errors import OptionError, ProviderError
-from gemma3n_onnx.runtime.kv_cache import CAPACITY_STEP, KEPT_IDLE, CacheMemory, MemoryPool
-from gemma3n_onnx.runtime.session import Device
 
 
 class Library:

@@ -14,7 +14,8 @@ import pytest
 from gemma3n_onnx.export.checkpoint import Checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
-from gemma3n_onnx.runtime import MediaError, OnnxGemma3n, OptionError, encoders
+from gemma3n_onnx.runtime import MediaError, OnnxGemma3n, OptionError
+from gemma3n_onnx.runtime.engine import encoders
 from media import RATE_HZ, photo, tone
 
 IMAGE = {"type": "image", "image": photo()}

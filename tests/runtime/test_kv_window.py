@@ -1,6 +1,6 @@
 import pytest
 
-from gemma3n_onnx.runtime.kv_window import can_truncate, resident_length
+from gemma3n_onnx.runtime.engine.kv_window import can_truncate, resident_length
 
 CACHES = [(1, 1), (5, 1), (5, 4), (5, 5), (8, 3), (17, 8)]  # (capacity, window)
 

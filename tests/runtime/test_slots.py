@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gemma3n_onnx.runtime.slots import PromptTokens, Slot, fill
+from gemma3n_onnx.runtime.tokens import PromptTokens, Slot, fill
 
 FEATURES = {"a": np.full((3, 2), 1.0) * [[1], [2], [3]], "b": np.full((2, 2), 7.0)}
 IDS = [10, 11, 5, 5, 5, 12, 6, 6, 13]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .artifact import Manifest
+from gemma3n_onnx.runtime.artifact import Manifest
+from gemma3n_onnx.runtime.errors import OptionError
+
 from .decoder_io import check_decoder
-from .errors import OptionError
-from .session import Profile, Session
+from .ort import Profile, Session
 
 WORTH_RUNNING = 16
 """Tokens that it runs as fast as the decoder, which has one more step to do then."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .artifact import Manifest
-from .errors import ArtifactError
-from .session import Session
+from gemma3n_onnx.runtime.artifact import Manifest
+from gemma3n_onnx.runtime.errors import ArtifactError
+
+from .ort import Session
 
 
 def check_decoder(session: Session, manifest: Manifest, file: str, *, logits: bool) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .artifact import Manifest
-from .session import Binding, Buffer, Profile, Session
+from gemma3n_onnx.runtime.artifact import Manifest
+
+from .ort import Binding, Buffer, Profile, Session
 
 Chosen = tuple[np.ndarray, np.ndarray]
 """Ids [n] int64, ascending, and their logits [n] fp32."""

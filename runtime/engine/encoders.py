@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .artifact import AudioInfo, Manifest, VisionInfo
-from .errors import ArtifactError, OptionError
-from .session import Profile, Session, check_compute_dtype
+from gemma3n_onnx.runtime.artifact import AudioInfo, Manifest, VisionInfo
+from gemma3n_onnx.runtime.errors import ArtifactError, OptionError
+
+from .ort import Profile, Session, check_compute_dtype
 
 NAMES = ("vision", "audio")
 

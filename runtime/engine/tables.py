@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .artifact import QUANTIZED_BITS, TableInfo
-from .errors import ArtifactError
+from gemma3n_onnx.runtime.artifact import QUANTIZED_BITS, TableInfo
+from gemma3n_onnx.runtime.errors import ArtifactError
 
 _STORED = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 

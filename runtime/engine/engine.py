@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .artifact import NEXT_LOGIT, NEXT_TOKEN, Manifest
+from gemma3n_onnx.runtime.artifact import NEXT_LOGIT, NEXT_TOKEN, Manifest
+from gemma3n_onnx.runtime.errors import ArtifactError, OptionError, no_token
+from gemma3n_onnx.runtime.tokens import Slot, fill
+
 from .candidates import Candidates, Chosen
 from .decoder_io import check_decoder
-from .errors import ArtifactError, OptionError, no_token
 from .kv_cache import CacheMemory, KVCache, MemoryPool
-from .prefill import PrefillGraph
-from .session import Binding, Buffer, Profile, Session
-from .slots import Slot, fill
+from .ort import Binding, Buffer, Profile, Session
+from .prefill_graph import PrefillGraph
 from .tables import Table, to_compute_dtype
 
 PREFILL_CHUNK = 512

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gemma3n_onnx.runtime.tokens import PromptTokens
+
 from .engine import Engine
 from .kv_cache import KVCache
-from .slots import PromptTokens
 
 WORTH_SHARING = 32
 """Tokens that a chunk of their own does not cost more time than it will save."""

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from .artifact import CacheInfo
+from gemma3n_onnx.runtime.artifact import CacheInfo
+
 from .kv_window import can_truncate
-from .session import Binding, Buffer, Profile
+from .ort import Binding, Buffer, Profile
 
 CAPACITY_STEP = 1024
 KEPT_IDLE = 2

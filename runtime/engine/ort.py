@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, Manifest, TensorInfo
+from gemma3n_onnx.runtime.errors import ArtifactError, OptionError, ProviderError, RuntimeMissingError
+
 from . import cuda
-from .artifact import BYTES_PER_VALUE, Manifest, TensorInfo
-from .errors import ArtifactError, OptionError, ProviderError, RuntimeMissingError
 
 MINIMUM_VERSION = (1, 31)
 SILENT = 4  # log severity "fatal": what is less comes as an exception, and is told once
