@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from gemma3n_onnx.runtime.errors import PromptError
-from gemma3n_onnx.runtime.prompt import ChatTemplate, Tokenizer
+from gemma3n_onnx.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 
 from .checkpoint import Checkpoint
 from .errors import ExportOptionError

@@ -12,7 +12,7 @@ from .engine.prefix_cache import PrefixCache
 from .errors import OptionError
 from .generation import Generation, Timings
 from .media.reader import MediaOptions
-from .prompt import IncrementalDetokenizer, StopMatcher, Tokenizer
+from .prompt.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
 from .sampling import GenerationOptions, TokenLogprob
 from .tokens import PromptTokens
 

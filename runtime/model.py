@@ -18,9 +18,9 @@ from .engine.prefix_cache import PrefixCache
 from .errors import ArtifactError, OptionError, PromptError
 from .media.fetch import FetchPolicy
 from .media.reader import MediaOptions, MediaReader
-from .messages import MessageReader, items_of
-from .placeholders import Placeholders
-from .prompt import ChatTemplate, Tokenizer, encode_plain
+from .prompt.messages import MessageReader, items_of
+from .prompt.soft_tokens import Placeholders
+from .prompt.tokenizer import ChatTemplate, Tokenizer, encode_plain
 from .tokens import PromptTokens
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"

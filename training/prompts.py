@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gemma3n_onnx.runtime.prompt import ChatTemplate, Tokenizer
+from gemma3n_onnx.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 
 from .conversations import Conversation, messages_of
 from .decoder import Sequences

@@ -13,7 +13,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.errors import OptionError
-from gemma3n_onnx.runtime.prompt import TOKENIZER_FILE
+from gemma3n_onnx.runtime.prompt.tokenizer import TOKENIZER_FILE
 from gemma3n_onnx.runtime.sampling import Constraint
 
 ANY_OBJECT = {"type": "object"}

@@ -13,7 +13,7 @@ import pytest
 
 from gemma3n_onnx.export.slicing import load_slices
 from gemma3n_onnx.runtime import MediaOptions, OnnxGemma3n
-from gemma3n_onnx.runtime.messages import items_of
+from gemma3n_onnx.runtime.prompt.messages import items_of
 from gemma3n_onnx.training.conversations import Conversation, exam, messages_of, random_row
 from gemma3n_onnx.training.evaluate import MAX_NEW_TOKENS, answer, examine, sources_of, surprise
 from gemma3n_onnx.training.pictures import random_picture

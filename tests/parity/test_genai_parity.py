@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma3n_onnx.runtime import OnnxGemma3n
-from gemma3n_onnx.runtime.messages import items_of
+from gemma3n_onnx.runtime.prompt.messages import items_of
 from genai_loop import by_inputs, by_tokens, greedily, og
 from multimodal import OPTIONS, SIZE, clip, image, user
 from oracle import SAME_GRAPH, WINDOW, assert_close, generate_greedily

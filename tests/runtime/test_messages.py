@@ -9,8 +9,8 @@ from gemma3n_onnx.runtime.artifact import GraphInfo, LogMelInfo, SoftTokens, Ten
 from gemma3n_onnx.runtime.errors import ArtifactError, MediaError, OptionError, PromptError
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.media.reader import Item, MediaOptions, MediaReader
-from gemma3n_onnx.runtime.messages import MessageReader, items_of
-from gemma3n_onnx.runtime.placeholders import Placeholders
+from gemma3n_onnx.runtime.prompt.messages import MessageReader, items_of
+from gemma3n_onnx.runtime.prompt.soft_tokens import Placeholders
 
 IMAGE = np.zeros((8, 8, 3), dtype=np.uint8)
 CLIP = np.sin(np.arange(8000) / 9).astype(np.float32)

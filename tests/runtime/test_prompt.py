@@ -10,7 +10,7 @@ from tokenizers import decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from gemma3n_onnx.runtime.errors import ArtifactError, PromptError
-from gemma3n_onnx.runtime.prompt import (
+from gemma3n_onnx.runtime.prompt.tokenizer import (
     ChatTemplate,
     IncrementalDetokenizer,
     StopMatcher,

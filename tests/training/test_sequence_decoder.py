@@ -15,7 +15,7 @@ from gemma3n_onnx.export.slicing import load_slices, resolve
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Attention, Decoder
 from gemma3n_onnx.graphs.embedding import Embedding, HardRows
-from gemma3n_onnx.runtime.prompt import Tokenizer
+from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
 from gemma3n_onnx.training.checkpoint import demo_config, write_companions
 from gemma3n_onnx.training.conversations import random_row
 from gemma3n_onnx.training.decoder import HEAD, PER_LAYER, TOKENS, SlicedModel, _Lesson, initial_weights

@@ -167,7 +167,7 @@ def test_an_exam_asks_no_numbers_that_were_taught():
 
 
 def test_the_tokenizer_knows_every_word_as_one_token(tmp_path):
-    from gemma3n_onnx.runtime.prompt import Tokenizer
+    from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
     from gemma3n_onnx.training.checkpoint import demo_config, write_companions
 
     write_companions(tmp_path, demo_config())

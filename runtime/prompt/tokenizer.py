@@ -13,7 +13,7 @@ import tokenizers
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import ArtifactError, PromptError
+from gemma3n_onnx.runtime.errors import ArtifactError, PromptError
 
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -9,10 +9,10 @@ from itertools import groupby
 
 import numpy as np
 
-from .artifact import Manifest, SoftTokens
-from .errors import ArtifactError, PromptError
-from .media.reader import Item
-from .tokens import Slot
+from gemma3n_onnx.runtime.artifact import Manifest, SoftTokens
+from gemma3n_onnx.runtime.errors import ArtifactError, PromptError
+from gemma3n_onnx.runtime.media.reader import Item
+from gemma3n_onnx.runtime.tokens import Slot
 
 RunEncoder = Callable[[str, Mapping[str, np.ndarray]], np.ndarray]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import PromptError
-from .media.reader import DETAILS, Item, MediaOptions, MediaReader
+from gemma3n_onnx.runtime.errors import PromptError
+from gemma3n_onnx.runtime.media.reader import DETAILS, Item, MediaOptions, MediaReader
 
 # What a caller may write, and the name that the templates know it by.
 TEMPLATE_ROLES = {
