@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma3n_onnx.runtime.cli import exit_with_message
-from gemma3n_onnx.runtime.generation import peak_memory_bytes
+from gemma3n_onnx.runtime.generation.generation import peak_memory_bytes
 
 from .consumers import LAYOUTS
 from .precision import PRECISIONS, PREFILLS, TABLE_BITS, TARGETS, QuantizationOptions

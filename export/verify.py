@@ -13,7 +13,7 @@ from torch import nn
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.engine.engine import Engine
-from gemma3n_onnx.runtime.generation import check_context
+from gemma3n_onnx.runtime.generation.generation import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .checkpoint import Checkpoint

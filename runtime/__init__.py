@@ -1,6 +1,5 @@
 """Gemma 3n on ONNX Runtime. Stands alone on a device: imports nothing of the exporter, and no torch."""
 
-from .answer import GenerationResult
 from .errors import (
     ArtifactError,
     ArtifactNotFoundError,
@@ -16,11 +15,12 @@ from .errors import (
     RuntimeMissingError,
     UrlRefusedError,
 )
-from .generation import Timings
+from .generation.answer import GenerationResult
+from .generation.generation import Timings
+from .generation.sampling import GenerationOptions, TokenLogprob
 from .media.fetch import FetchPolicy
 from .media.reader import MediaOptions
 from .model import OnnxGemma3n
-from .sampling import GenerationOptions, TokenLogprob
 
 __all__ = [
     "ArtifactError",

@@ -24,7 +24,7 @@ import numpy as np
 from .artifact import BYTES_PER_VALUE, Manifest, load_manifest
 from .engine import cuda
 from .errors import Gemma3nError, OptionError
-from .generation import check_context, peak_memory_bytes
+from .generation.generation import check_context, peak_memory_bytes
 from .model import OnnxGemma3n
 
 _WARM_UP_TOKENS = 256

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .answer import Answer, GenerationResult, read_options
 from .engine.kv_cache import KVCache
 from .errors import OptionError, PromptError
+from .generation.answer import Answer, GenerationResult, read_options
 from .tokens import PromptTokens
 
 if TYPE_CHECKING:

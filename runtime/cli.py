@@ -16,9 +16,9 @@ from typing import Any
 
 import click
 
-from .answer import read_options
 from .artifact import Manifest, load_manifest, verify_checksums
 from .errors import Gemma3nError, PromptError
+from .generation.answer import read_options
 from .media.fetch import FetchPolicy
 from .model import OnnxGemma3n
 from .terminal_chat import TerminalChat, describe_timings, line_history

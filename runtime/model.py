@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from .answer import Answer, read_options
 from .artifact import Manifest, load_manifest
 from .chat import Chat
 from .engine.encoders import Encoders
@@ -16,6 +15,7 @@ from .engine.engine import PREFILL_CHUNK, Engine
 from .engine.ort import Device, choose_profile
 from .engine.prefix_cache import PrefixCache
 from .errors import ArtifactError, OptionError, PromptError
+from .generation.answer import Answer, read_options
 from .media.fetch import FetchPolicy
 from .media.reader import MediaOptions, MediaReader
 from .prompt.messages import MessageReader, items_of

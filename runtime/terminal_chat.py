@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from .errors import Gemma3nError
-from .generation import Timings
+from .generation.generation import Timings
 from .model import OnnxGemma3n
 
 HELP = """\

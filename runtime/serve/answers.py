@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
+from gemma3n_onnx.runtime.generation.sampling import Constraint, GenerationOptions, TokenLogprob
 from gemma3n_onnx.runtime.media.reader import MediaOptions
-from gemma3n_onnx.runtime.sampling import Constraint, GenerationOptions, TokenLogprob
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from . import tools

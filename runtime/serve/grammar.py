@@ -13,8 +13,8 @@ from llguidance import LLMatcher, LLTokenizer
 
 from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.errors import OptionError
+from gemma3n_onnx.runtime.generation.sampling import Constraint
 from gemma3n_onnx.runtime.prompt.tokenizer import TOKENIZER_FILE
-from gemma3n_onnx.runtime.sampling import Constraint
 
 ANY_OBJECT = {"type": "object"}
 _END_OF_TURN = "<end_of_turn>"

@@ -15,13 +15,13 @@ from functools import partial
 
 import numpy as np
 
-from gemma3n_onnx.runtime.answer import AnswerText
-from gemma3n_onnx.runtime.choosing import Chooser
 from gemma3n_onnx.runtime.engine.prefix_cache import PrefixCache
 from gemma3n_onnx.runtime.errors import Gemma3nError, ProviderError
-from gemma3n_onnx.runtime.generation import check_context, finish_of
+from gemma3n_onnx.runtime.generation.answer import AnswerText
+from gemma3n_onnx.runtime.generation.choosing import Chooser
+from gemma3n_onnx.runtime.generation.generation import check_context, finish_of
+from gemma3n_onnx.runtime.generation.sampling import GenerationOptions, TokenLogprob
 from gemma3n_onnx.runtime.model import OnnxGemma3n
-from gemma3n_onnx.runtime.sampling import GenerationOptions, TokenLogprob
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from gemma3n_onnx.runtime.answer import Answer
-from gemma3n_onnx.runtime.sampling import GenerationOptions
+from gemma3n_onnx.runtime.generation.answer import Answer
+from gemma3n_onnx.runtime.generation.sampling import GenerationOptions
 from gemma3n_onnx.runtime.tokens import PromptTokens
 from multimodal import SIZE, clip, image, text
 from oracle import SAME_GRAPH, TOLERANCE, assert_close, generate_greedily, relative_error

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as oracle
 
-from gemma3n_onnx.runtime import sampling as s
 from gemma3n_onnx.runtime.errors import OptionError, ProviderError
+from gemma3n_onnx.runtime.generation import sampling as s
 
 NO_TOKENS = torch.zeros((1, 0), dtype=torch.long)
 

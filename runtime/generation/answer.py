@@ -6,15 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .engine.engine import Engine
-from .engine.kv_cache import KVCache
-from .engine.prefix_cache import PrefixCache
-from .errors import OptionError
+from gemma3n_onnx.runtime.engine.engine import Engine
+from gemma3n_onnx.runtime.engine.kv_cache import KVCache
+from gemma3n_onnx.runtime.engine.prefix_cache import PrefixCache
+from gemma3n_onnx.runtime.errors import OptionError
+from gemma3n_onnx.runtime.media.reader import MediaOptions
+from gemma3n_onnx.runtime.prompt.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
+from gemma3n_onnx.runtime.tokens import PromptTokens
+
 from .generation import Generation, Timings
-from .media.reader import MediaOptions
-from .prompt.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
 from .sampling import GenerationOptions, TokenLogprob
-from .tokens import PromptTokens
 
 
 @dataclass(frozen=True)

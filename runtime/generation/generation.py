@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .artifact import Manifest
+from gemma3n_onnx.runtime.artifact import Manifest
+from gemma3n_onnx.runtime.engine.candidates import Chosen
+from gemma3n_onnx.runtime.engine.engine import Engine
+from gemma3n_onnx.runtime.engine.kv_cache import KVCache
+from gemma3n_onnx.runtime.engine.prefix_cache import PrefixCache
+from gemma3n_onnx.runtime.errors import ContextLengthError
+from gemma3n_onnx.runtime.tokens import PromptTokens
+
 from .choosing import Chooser
-from .engine.candidates import Chosen
-from .engine.engine import Engine
-from .engine.kv_cache import KVCache
-from .engine.prefix_cache import PrefixCache
-from .errors import ContextLengthError
 from .sampling import GenerationOptions, TokenLogprob
-from .tokens import PromptTokens
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .errors import OptionError, no_token
+from gemma3n_onnx.runtime.errors import OptionError, no_token
 
 GROUP_SIZE = 128  # values that share one partial maximum or sum; V / 128 groups are cheap to search
 LOWEST = np.finfo(np.float32).min  # the least logit that is not -inf
