@@ -13,4 +13,4 @@ def run(module: str, *arguments: object, check: bool = True) -> int:
 
 
 def gemma3n(*arguments: object, check: bool = True) -> int:
-    return run("runtime.cli", *arguments, check=check)
+    return run("runtime.cli.main", *arguments, check=check)

@@ -138,7 +138,7 @@ def kv(folder: Path, context: int) -> None:
 
 
 def _gemma3n(*arguments: object) -> list[str]:
-    return _python("runtime.cli", "main", *arguments)
+    return _python("runtime.cli.main", "main", *arguments)
 
 
 def _python(module: str, function: str, *arguments: object) -> list[str]:

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--rows", type=int, default=16)
     options = parser.parse_args()
-    code = "from gemma3n_onnx.runtime.cli import main; main()"
+    code = "from gemma3n_onnx.runtime.cli.main import main; main()"
     serve = ["serve", options.artifact, "--port", "8766", "--rows", options.rows, "--context", 1024]
     command = [sys.executable, "-c", code, *map(str, serve), "--queue", str(2 * options.clients)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma3n_onnx.runtime import OnnxGemma3n
-from gemma3n_onnx.runtime.bench import private_bytes
+from gemma3n_onnx.runtime.cli.bench import private_bytes
 
 QUESTION_TOKENS = 32
 

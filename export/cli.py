@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma3n_onnx.runtime.cli import exit_with_message
+from gemma3n_onnx.runtime.cli.main import exit_with_message
 from gemma3n_onnx.runtime.generation.generation import peak_memory_bytes
 
 from .consumers import LAYOUTS

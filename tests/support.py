@@ -13,7 +13,7 @@ import pytest
 
 from gemma3n_onnx.export import cli as export_cli
 from gemma3n_onnx.export.make_checkpoint import make_checkpoint
-from gemma3n_onnx.runtime import cli as runtime_cli
+from gemma3n_onnx.runtime.cli import main as runtime_cli
 
 # The fewest layers with both attention types, a reader of a donor, and an own K and V for each type.
 SMALL = {

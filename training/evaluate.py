@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gemma3n_onnx.export.verify import kl_divergence
-from gemma3n_onnx.runtime.cli import exit_with_message
+from gemma3n_onnx.runtime.cli.main import exit_with_message
 from gemma3n_onnx.runtime.generation.answer import GenerationResult
 from gemma3n_onnx.runtime.generation.sampling import log_probabilities
 from gemma3n_onnx.runtime.model import OnnxGemma3n

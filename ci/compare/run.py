@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from gemma3n_onnx.runtime.artifact import load_manifest
-from gemma3n_onnx.runtime.bench import read_bandwidth, read_bytes
+from gemma3n_onnx.runtime.cli.bench import read_bandwidth, read_bytes
 
 HERE = Path(__file__).parent
 OURS = ("ours", "ours, prefill shared")
@@ -79,7 +79,7 @@ def made(folder: Path, size: str, precision: str, peers: Collection[str]) -> Pat
     """Makes what is not there yet; returns our artifact."""
     checkpoint, artifact = folder / size, folder / f"{size}-{precision}"
     if not checkpoint.exists():
-        ours("runtime.cli", "make-checkpoint", "--size", size, "--text-only", "--output", checkpoint)
+        ours("runtime.cli.main", "make-checkpoint", "--size", size, "--text-only", "--output", checkpoint)
     if not artifact.exists():
         ours("export.cli", "--model", checkpoint, "--precision", precision, "--output", artifact)
     if "llama.cpp" in peers and not (file := folder / f"{size}.q4_0.gguf").exists():

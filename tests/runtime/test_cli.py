@@ -11,7 +11,7 @@ import click
 import pytest
 
 from gemma3n_onnx.runtime import OnnxGemma3n, PromptError
-from gemma3n_onnx.runtime import cli as runtime_cli
+from gemma3n_onnx.runtime.cli import main as runtime_cli
 from support import DEFAULT_SIGNALS, SMALL, Outcome, run_command, text_checkpoint
 
 OPTIONS = ("--max-new-tokens", "12")
@@ -155,7 +155,7 @@ def test_every_end_has_its_exit_code(
     assert capsys.readouterr().err.startswith(says)
 
 
-MAIN = [sys.executable, "-c", "from gemma3n_onnx.runtime.cli import main; main()"]
+MAIN = [sys.executable, "-c", "from gemma3n_onnx.runtime.cli.main import main; main()"]
 
 
 def test_a_closed_pipe_is_no_traceback(small_artifact: Path) -> None:
@@ -170,7 +170,8 @@ def test_a_closed_pipe_is_no_traceback(small_artifact: Path) -> None:
 
 
 def test_ctrl_c_is_no_traceback(small_artifact: Path) -> None:
-    wait = "import time; from gemma3n_onnx.runtime import cli; cli.load_manifest = lambda _: (print('on', flush=True), "
+    wait = "import time; from gemma3n_onnx.runtime.cli import main as cli; "
+    wait += "cli.load_manifest = lambda _: (print('on', flush=True), "
     wait += "[time.sleep(0.1) for _ in range(300)]); cli.main()"
     command = [sys.executable, "-c", DEFAULT_SIGNALS + wait, "inspect", str(small_artifact)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

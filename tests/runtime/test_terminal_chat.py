@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma3n_onnx.runtime import OnnxGemma3n
-from gemma3n_onnx.runtime.terminal_chat import HELP, TerminalChat, line_history
+from gemma3n_onnx.runtime.cli.terminal_chat import HELP, TerminalChat, line_history
 from support import run_command
 
 DEMO = Path(__file__).parents[2] / "demo"

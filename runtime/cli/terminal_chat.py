@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from .errors import Gemma3nError
-from .generation.generation import Timings
-from .model import OnnxGemma3n
+from gemma3n_onnx.runtime.errors import Gemma3nError
+from gemma3n_onnx.runtime.generation.generation import Timings
+from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 HELP = """\
 /image SOURCE    attach an image, path or URL, to the next message; also /audio and /video

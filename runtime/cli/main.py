@@ -16,11 +16,12 @@ from typing import Any
 
 import click
 
-from .artifact import Manifest, load_manifest, verify_checksums
-from .errors import Gemma3nError, PromptError
-from .generation.answer import read_options
-from .media.fetch import FetchPolicy
-from .model import OnnxGemma3n
+from gemma3n_onnx.runtime.artifact import Manifest, load_manifest, verify_checksums
+from gemma3n_onnx.runtime.errors import Gemma3nError, PromptError
+from gemma3n_onnx.runtime.generation.answer import read_options
+from gemma3n_onnx.runtime.media.fetch import FetchPolicy
+from gemma3n_onnx.runtime.model import OnnxGemma3n
+
 from .terminal_chat import TerminalChat, describe_timings, line_history
 
 _SERVING = ("fastapi", "llguidance", "prometheus_client", "pydantic", "python_multipart", "starlette", "uvicorn")
@@ -276,9 +277,9 @@ def serve(
 
     A request's "model" is the name of a folder; it is loaded when first asked for.
     """
-    from .serve.app import Limits, create_app
-    from .serve.library import Library, ServeOptions, artifacts_in
-    from .serve.run import run_app
+    from gemma3n_onnx.runtime.serve.app import Limits, create_app
+    from gemma3n_onnx.runtime.serve.library import Library, ServeOptions, artifacts_in
+    from gemma3n_onnx.runtime.serve.run import run_app
 
     folders = [*artifacts, *(artifacts_in(slice_dir) if slice_dir is not None else ())]
     load["fetch"] = FetchPolicy(

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from .artifact import BYTES_PER_VALUE, Manifest, load_manifest
-from .engine import cuda
-from .errors import Gemma3nError, OptionError
-from .generation.generation import check_context, peak_memory_bytes
-from .model import OnnxGemma3n
+from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, Manifest, load_manifest
+from gemma3n_onnx.runtime.engine import cuda
+from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
+from gemma3n_onnx.runtime.generation.generation import check_context, peak_memory_bytes
+from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 _WARM_UP_TOKENS = 256
 
