@@ -60,8 +60,8 @@ def main() -> None:
 
 
 def prepare(checkpoint: Path, artifact: Path, precision: str) -> None:
-    from gemma3n_onnx.export.checkpoint import Checkpoint
-    from gemma3n_onnx.export.make_checkpoint import make_checkpoint
+    from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
+    from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
     from gemma3n_onnx.export.pipeline import ExportOptions, export
     from gemma3n_onnx.export.progress import TerminalProgress
 
@@ -162,7 +162,7 @@ def load_ours(encoder: str, folder: Path) -> Callable[..., np.ndarray]:
 
 def load_torch(encoder: str, folder: Path) -> Callable[..., np.ndarray]:
     """timm's or transformers' encoder with transformers' embedder, in fp32."""
-    from gemma3n_onnx.export.checkpoint import Checkpoint
+    from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
     from gemma3n_onnx.export.reference import load_encoder
 
     return load_encoder(Checkpoint.open(folder), encoder)

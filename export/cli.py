@@ -102,7 +102,7 @@ def export_command(
     quiet: bool,
 ) -> None:
     """Export a Gemma 3n checkpoint, or a MatFormer slice of it, to ONNX Runtime."""
-    from .checkpoint import Checkpoint
+    from .checkpoint.checkpoint import Checkpoint
     from .pipeline import ExportOptions, check_options, export
     from .progress import TerminalProgress
     from .report import check_report, describe_report, measure, write_report
@@ -167,7 +167,7 @@ def main() -> None:
 @_force
 def make_checkpoint(size: str, output: Path, seed: int, text_only: bool, force: bool) -> None:
     """Write a checkpoint with random weights in Hugging Face format."""
-    from .make_checkpoint import make_checkpoint as make
+    from .checkpoint.make_checkpoint import make_checkpoint as make
     from .progress import TerminalProgress
 
     with TerminalProgress() as progress:
@@ -191,9 +191,9 @@ def make_checkpoint(size: str, output: Path, seed: int, text_only: bool, force: 
 @click.option("--json", "as_json", is_flag=True)
 def slices(table: Path | None, model: str | None, as_json: bool) -> None:
     """List the MatFormer slices with their parameters and sizes."""
-    from .checkpoint import Checkpoint
+    from .checkpoint.checkpoint import Checkpoint
+    from .checkpoint.sizes import E4B, E4B_CONFIG, render_table, slices_table
     from .errors import SliceError
-    from .sizes import E4B, E4B_CONFIG, render_table, slices_table
     from .slicing import load_slices
 
     loaded = load_slices(table)  # before a download
@@ -244,7 +244,7 @@ def verify(
 
     from gemma3n_onnx.runtime.model import OnnxGemma3n
 
-    from .checkpoint import ENCODER_MODULES, Checkpoint
+    from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
     from .errors import ExportOptionError
     from .verify import describe, random_prompts
     from .verify import verify as compare

@@ -16,7 +16,7 @@ from gemma3n_onnx.graphs.embedder import MultimodalEmbedder
 from gemma3n_onnx.graphs.embedding import HardRows
 
 from . import trace
-from .checkpoint import ENCODER_MODULES, Checkpoint
+from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
 from .errors import CheckpointError, ExportOptionError
 from .weights import as_torch, check_shape
 

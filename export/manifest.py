@@ -15,14 +15,14 @@ from gemma3n_onnx.graphs.decoder import Logits, cache_specs
 from gemma3n_onnx.graphs.embedding import HardRows
 from gemma3n_onnx.runtime import artifact
 
-from . import processor
-from .checkpoint import Checkpoint
+from .checkpoint import processor
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.sizes import parameter_counts
 from .encoders import Encoder
 from .errors import CheckpointError
 from .layout import PER_LAYER, TOKENS, table_of
 from .precision import Precision
 from .scheme import PerRow
-from .sizes import parameter_counts
 from .weights import AnyPlacement, QuantizedPlacement, RowsPlacement, TablePlacement
 
 PRODUCER = f"gemma3n-onnx {version('gemma3n-onnx')}"

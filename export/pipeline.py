@@ -26,7 +26,8 @@ from gemma3n_onnx.runtime import artifact
 from gemma3n_onnx.runtime.artifact import Manifest
 
 from . import consumers, slicing, trace
-from .checkpoint import ENCODER_MODULES, Checkpoint
+from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
+from .checkpoint.processor import FrontEnds, read_front_ends
 from .consumers import Layout, adapt, layout_of
 from .encoders import (
     FEATURES,
@@ -49,7 +50,6 @@ from .layout import (
 )
 from .manifest import Exported, TokenIds, graph_info, manifest_of, token_ids
 from .precision import Precision, QuantizationOptions, precision_for
-from .processor import FrontEnds, read_front_ends
 from .weights import (
     IR_DTYPES,
     AnyPlacement,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gemma3n_onnx.runtime.artifact import Manifest
 
-from .checkpoint import ENCODER_MODULES, Checkpoint
+from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
 from .encoders import find_hard_tokens
 from .errors import ExportError
 from .layout import PER_LAYER, TOKENS

@@ -8,7 +8,7 @@ from pathlib import Path
 from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 
-from .checkpoint import Checkpoint
+from .checkpoint.checkpoint import Checkpoint
 from .errors import ExportOptionError
 from .pipeline import ExportOptions, ExportSummary, choose_slice
 from .precision import precision_for

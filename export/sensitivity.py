@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .checkpoint import Checkpoint
+from .checkpoint.checkpoint import Checkpoint
 from .layout import PER_LAYER, TOKENS
 from .reference import StorageOf, decoder_logits, load_decoder, load_hard_rows
 from .scheme import Scheme

@@ -16,7 +16,8 @@ from gemma3n_onnx.runtime.engine.engine import Engine
 from gemma3n_onnx.runtime.generation.generation import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
-from .checkpoint import Checkpoint
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.sizes import parameter_counts
 from .errors import ExportError
 from .exact import exact_profile, takes_int8
 from .layout import tensor_shapes
@@ -31,7 +32,6 @@ from .reference import (
     stored_in,
     unchanged,
 )
-from .sizes import parameter_counts
 from .weights import check_tensors
 
 # Largest logit error as a share of the logit range, by the dtype that the artifact computes in, against

@@ -13,7 +13,7 @@ from gemma3n_onnx.runtime.engine.encoders import Encoders
 from gemma3n_onnx.runtime.media.audio import LogMel
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
-from .checkpoint import Checkpoint
+from .checkpoint.checkpoint import Checkpoint
 from .exact import exact_profile, takes_int8
 from .reference import load_encoder, stored_in_encoder
 from .verify import AS_MUCH

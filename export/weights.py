@@ -17,7 +17,7 @@ from gemma3n_onnx.graphs.passes.store_narrow import StoreNarrow
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, FileInfo
 
 from . import slicing
-from .checkpoint import Checkpoint
+from .checkpoint.checkpoint import Checkpoint
 from .errors import CheckpointError, ExportError
 from .quantize import dequantize, quantize, quantize_rows
 from .scheme import PerRow, Scheme, Storage

@@ -7,8 +7,8 @@ import pytest
 from filelock import FileLock
 
 import one_core  # noqa: F401  # before anything that starts threads
-from gemma3n_onnx.export.checkpoint import Checkpoint
-from gemma3n_onnx.export.make_checkpoint import make_checkpoint
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
 from gemma3n_onnx.export.torchvision_shim import complete_torchvision

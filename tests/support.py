@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gemma3n_onnx.export import cli as export_cli
-from gemma3n_onnx.export.make_checkpoint import make_checkpoint
+from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
 from gemma3n_onnx.runtime.cli import main as runtime_cli
 
 # The fewest layers with both attention types, a reader of a donor, and an own K and V for each type.

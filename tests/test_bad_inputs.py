@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemma3n_onnx.export import hub, trace
+from gemma3n_onnx.export import trace
+from gemma3n_onnx.export.checkpoint import hub
 from gemma3n_onnx.export.writer import HashedFile
 from gemma3n_onnx.runtime import Gemma3nError, OnnxGemma3n, OptionError, PromptError
 from gemma3n_onnx.runtime.errors import ArtifactNotFoundError, ContextLengthError

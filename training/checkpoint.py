@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemma3n_onnx.export.checkpoint import FULL_LAYOUT, WEIGHTS
-from gemma3n_onnx.export.make_checkpoint import PREPROCESSOR, TINY_AUDIO, full_config, text_config
-from gemma3n_onnx.export.make_tokenizer import write_tokenizer
-from gemma3n_onnx.export.processor import log_mel_info
+from gemma3n_onnx.export.checkpoint.checkpoint import FULL_LAYOUT, WEIGHTS
+from gemma3n_onnx.export.checkpoint.make_checkpoint import PREPROCESSOR, TINY_AUDIO, full_config, text_config
+from gemma3n_onnx.export.checkpoint.make_tokenizer import write_tokenizer
+from gemma3n_onnx.export.checkpoint.processor import log_mel_info
 from gemma3n_onnx.export.writer import write_json
 from gemma3n_onnx.graphs import audio, vision
 from gemma3n_onnx.graphs.config import FULL, SLIDING

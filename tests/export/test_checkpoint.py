@@ -12,9 +12,9 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
-from gemma3n_onnx.export.checkpoint import INDEX, WEIGHTS, Checkpoint
+from gemma3n_onnx.export.checkpoint.checkpoint import INDEX, WEIGHTS, Checkpoint
+from gemma3n_onnx.export.checkpoint.safetensors_file import TensorSpec
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
-from gemma3n_onnx.export.safetensors_file import TensorSpec
 from support import text_checkpoint
 
 SMALL = {"num_hidden_layers": 7, "num_kv_shared_layers": 2}

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from gemma3n_onnx.export import hub
-from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint import hub
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.errors import SliceError
 from gemma3n_onnx.export.pipeline import choose_slice
 from gemma3n_onnx.runtime.artifact import load_manifest

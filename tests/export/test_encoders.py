@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
+from gemma3n_onnx.export.checkpoint.processor import read_front_ends
 from gemma3n_onnx.export.encoders import choose_modalities, find_encoders, find_hard_tokens, hard_row_values
 from gemma3n_onnx.export.errors import CheckpointError, ExportOptionError
-from gemma3n_onnx.export.make_checkpoint import make_checkpoint
-from gemma3n_onnx.export.processor import read_front_ends
 from support import SMALL
 
 Edit = Callable[[dict[str, Any]], None]

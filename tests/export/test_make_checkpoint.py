@@ -18,12 +18,12 @@ from transformers import (
     Gemma3nTextConfig,
 )
 
-from gemma3n_onnx.export import make_checkpoint as module
-from gemma3n_onnx.export.checkpoint import INDEX, Checkpoint
+from gemma3n_onnx.export.checkpoint import make_checkpoint as module
+from gemma3n_onnx.export.checkpoint.checkpoint import INDEX, Checkpoint
+from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
+from gemma3n_onnx.export.checkpoint.make_tokenizer import SpecialIds, write_tokenizer
+from gemma3n_onnx.export.checkpoint.sizes import E4B_CONFIG, encoder_parameter_counts
 from gemma3n_onnx.export.errors import ExportError, ExportOptionError
-from gemma3n_onnx.export.make_checkpoint import make_checkpoint
-from gemma3n_onnx.export.make_tokenizer import SpecialIds, write_tokenizer
-from gemma3n_onnx.export.sizes import E4B_CONFIG, encoder_parameter_counts
 from support import text_checkpoint
 
 SMALL = {"num_hidden_layers": 7, "num_kv_shared_layers": 2}

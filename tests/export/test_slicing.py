@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma3n_onnx.export.errors import ExportOptionError, SliceError
-from gemma3n_onnx.export.sizes import (
+from gemma3n_onnx.export.checkpoint.sizes import (
     E4B,
     disk_bytes,
     encoder_parameter_counts,
@@ -18,6 +17,7 @@ from gemma3n_onnx.export.sizes import (
     render_table,
     slices_table,
 )
+from gemma3n_onnx.export.errors import ExportOptionError, SliceError
 from gemma3n_onnx.export.slicing import (
     SliceSpec,
     SliceTable,

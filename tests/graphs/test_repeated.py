@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma3n_onnx.export import trace
-from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.graphs.audio import AudioConfig
 from gemma3n_onnx.graphs.layers import Linear
 from gemma3n_onnx.graphs.repeated import DOMAIN, repeated

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gemma3n_onnx.export import trace
-from gemma3n_onnx.export.sizes import E4B
+from gemma3n_onnx.export.checkpoint.sizes import E4B
 from gemma3n_onnx.graphs import decoder, ops
 from gemma3n_onnx.graphs.config import FULL, SLIDING, TextConfig
 

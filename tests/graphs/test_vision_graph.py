@@ -11,7 +11,7 @@ import timm
 import torch
 
 from gemma3n_onnx.export import trace
-from gemma3n_onnx.export.sizes import VISION_TOWER_PARAMETERS
+from gemma3n_onnx.export.checkpoint.sizes import VISION_TOWER_PARAMETERS
 from gemma3n_onnx.graphs.config import ConfigError
 from gemma3n_onnx.graphs.vision import ARCHITECTURE, TOWER, VisionConfig, checkpoint_shapes
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import Gemma3nForCausalLM
 
-from gemma3n_onnx.export.checkpoint import Checkpoint
-from gemma3n_onnx.export.make_checkpoint import make_checkpoint
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.runtime import OnnxGemma3n
 from multimodal import MultimodalOracle

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.pipeline import ExportOptions, check_options
 from gemma3n_onnx.runtime import ArtifactError, OnnxGemma3n

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.reference import decoder_logits, load_decoder, stored_in
 from gemma3n_onnx.export.slicing import whole
 from gemma3n_onnx.runtime import OnnxGemma3n

@@ -7,7 +7,7 @@ import base64
 import numpy as np
 import pytest
 
-from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.exact import exact_profile
 from gemma3n_onnx.export.trace import DTYPES
 from gemma3n_onnx.export.verify import describe, verify

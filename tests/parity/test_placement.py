@@ -8,8 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from gemma3n_onnx.export import placement, slicing, trace
-from gemma3n_onnx.export.checkpoint import Checkpoint
-from gemma3n_onnx.export.make_checkpoint import text_config
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.make_checkpoint import text_config
 from gemma3n_onnx.graphs.passes.choose_likeliest import ChooseLikeliest
 
 DEMO = Path(__file__).parents[2] / "demo"

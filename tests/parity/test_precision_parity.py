@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gemma3n_onnx.export import placement
-from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.exact import exact_profile
 from gemma3n_onnx.export.trace import DTYPES
 from gemma3n_onnx.export.verify import describe, verify

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.layout import prefill_placements, text_placements
 from gemma3n_onnx.export.manifest import graph_info
 from gemma3n_onnx.export.precision import QuantizationOptions, precision_for

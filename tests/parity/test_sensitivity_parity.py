@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemma3n_onnx.export import report as report_module
-from gemma3n_onnx.export.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.quantize import dequantize, quantize
 from gemma3n_onnx.export.reference import stored_in, unchanged
 from gemma3n_onnx.export.scheme import Scheme

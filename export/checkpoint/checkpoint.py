@@ -12,9 +12,10 @@ import numpy as np
 import tokenizers
 
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
-from gemma3n_onnx.export.hub import SLICE_TABLE, find_folder
-from gemma3n_onnx.export.safetensors_file import NUMPY_DTYPES, SafetensorsFile, TensorSpec
 from gemma3n_onnx.graphs.config import ConfigError, TextConfig
+
+from .hub import SLICE_TABLE, find_folder
+from .safetensors_file import NUMPY_DTYPES, SafetensorsFile, TensorSpec
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

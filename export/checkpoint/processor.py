@@ -9,10 +9,10 @@ from typing import Any
 
 import tokenizers
 
+from gemma3n_onnx.export.errors import CheckpointError
 from gemma3n_onnx.runtime.artifact import LogMelInfo, SoftTokens
 
 from .checkpoint import ENCODER_MODULES, TOKENIZER, Checkpoint
-from .errors import CheckpointError
 
 IMAGE_SIZES = (256, 512, 768)
 BILINEAR = 2  # Pillow's number for it

@@ -17,22 +17,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gemma3n_onnx.export.checkpoint import FULL_LAYOUT, INDEX, TEXT_ONLY, WEIGHTS
 from gemma3n_onnx.export.errors import ExportOptionError
-from gemma3n_onnx.export.make_tokenizer import (
-    BOS,
-    END_OF_TURN,
-    EOS,
-    PAD,
-    SMALLEST_TEXT_VOCAB,
-    SOFT_IDS,
-    SpecialIds,
-    write_tokenizer,
-)
-from gemma3n_onnx.export.safetensors_file import LENGTH_BYTES, NUMPY_DTYPES
 from gemma3n_onnx.export.writer import staged, write_json
 from gemma3n_onnx.graphs import audio, vision
 from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
+
+from .checkpoint import FULL_LAYOUT, INDEX, TEXT_ONLY, WEIGHTS
+from .make_tokenizer import BOS, END_OF_TURN, EOS, PAD, SMALLEST_TEXT_VOCAB, SOFT_IDS, SpecialIds, write_tokenizer
+from .safetensors_file import LENGTH_BYTES, NUMPY_DTYPES
 
 Size = Literal["tiny", "e2b", "e4b"]
 Dtype = Literal["float32", "bfloat16"]
