@@ -20,8 +20,8 @@ from gemma3n_onnx.runtime.cli.main import exit_with_message
 from gemma3n_onnx.runtime.generation.generation import peak_memory_bytes
 
 from .consumers import LAYOUTS
-from .precision import PRECISIONS, PREFILLS, TABLE_BITS, TARGETS, QuantizationOptions
-from .scheme import BLOCKS, METHODS
+from .quantization.precision import PRECISIONS, PREFILLS, TABLE_BITS, TARGETS, QuantizationOptions
+from .quantization.scheme import BLOCKS, METHODS
 
 if TYPE_CHECKING:
     from .pipeline import ExportSummary

@@ -21,7 +21,7 @@ from gemma3n_onnx.graphs.passes.split_layers import SplitLayers
 from gemma3n_onnx.graphs.passes.take_ids import TakeIds
 
 from .errors import ExportOptionError
-from .precision import Precision
+from .quantization.precision import Precision
 
 NATIVE, OPTIMUM, TRANSFORMERS_JS = "native", "optimum", "transformers.js"
 LAYOUTS = (NATIVE, OPTIMUM, TRANSFORMERS_JS)

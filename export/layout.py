@@ -8,7 +8,7 @@ from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.embedding import HardRows
 
 from . import trace
-from .precision import Precision
+from .quantization.precision import Precision
 from .weights import AnyPlacement, QuantizedPlacement, RowsPlacement, TablePlacement, lay_out
 
 TOKENS, PER_LAYER = "embed_tokens.weight", "embed_tokens_per_layer.weight"

@@ -21,8 +21,8 @@ from .checkpoint.sizes import parameter_counts
 from .encoders import Encoder
 from .errors import CheckpointError
 from .layout import PER_LAYER, TOKENS, table_of
-from .precision import Precision
-from .scheme import PerRow
+from .quantization.precision import Precision
+from .quantization.scheme import PerRow
 from .weights import AnyPlacement, QuantizedPlacement, RowsPlacement, TablePlacement
 
 PRODUCER = f"gemma3n-onnx {version('gemma3n-onnx')}"

@@ -49,7 +49,7 @@ from .layout import (
     text_placements,
 )
 from .manifest import Exported, TokenIds, graph_info, manifest_of, token_ids
-from .precision import Precision, QuantizationOptions, precision_for
+from .quantization.precision import Precision, QuantizationOptions, precision_for
 from .weights import (
     IR_DTYPES,
     AnyPlacement,

@@ -17,8 +17,8 @@ from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
 from .encoders import find_hard_tokens
 from .errors import ExportError
 from .layout import PER_LAYER, TOKENS
-from .rounding import IN_BF16, of_storage, rounded
-from .scheme import PerRow, Scheme, Storage
+from .quantization.rounding import IN_BF16, of_storage, rounded
+from .quantization.scheme import PerRow, Scheme, Storage
 from .slicing import Slice, TensorCut
 from .torchvision_shim import complete_torchvision
 from .weights import as_stored, as_torch, read_cut

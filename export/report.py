@@ -11,10 +11,10 @@ from gemma3n_onnx.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 from .checkpoint.checkpoint import Checkpoint
 from .errors import ExportOptionError
 from .pipeline import ExportOptions, ExportSummary, choose_slice
-from .precision import precision_for
 from .progress import TerminalProgress
+from .quantization.precision import precision_for
+from .quantization.sensitivity import Report, sensitivities
 from .reference import check_transformers, stored_in
-from .sensitivity import Report, sensitivities
 
 PROMPTS = (
     "What is 12 plus 7?",

@@ -19,10 +19,10 @@ from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, FileInfo
 from . import slicing
 from .checkpoint.checkpoint import Checkpoint
 from .errors import CheckpointError, ExportError
-from .quantize import dequantize, quantize, quantize_rows
-from .scheme import PerRow, Scheme, Storage
+from .quantization.quantize import dequantize, quantize, quantize_rows
+from .quantization.scheme import PerRow, Scheme, Storage
+from .quantization.threads import one_thread_an_operation
 from .slicing import Slice, TensorCut
-from .threads import one_thread_an_operation
 from .trace import DTYPES
 from .writer import ALIGNMENT, HashedFile
 

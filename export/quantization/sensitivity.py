@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .checkpoint.checkpoint import Checkpoint
-from .layout import PER_LAYER, TOKENS
-from .reference import StorageOf, decoder_logits, load_decoder, load_hard_rows
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
+from gemma3n_onnx.export.layout import PER_LAYER, TOKENS
+from gemma3n_onnx.export.reference import StorageOf, decoder_logits, load_decoder, load_hard_rows
+from gemma3n_onnx.export.slicing import Slice
+from gemma3n_onnx.export.verify import kl_divergence
+from gemma3n_onnx.export.weights import as_stored
+
 from .scheme import Scheme
-from .slicing import Slice
-from .verify import kl_divergence
-from .weights import as_stored
 
 
 @dataclass(frozen=True)

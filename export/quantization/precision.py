@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from .errors import ExportOptionError
+from gemma3n_onnx.export.errors import ExportOptionError
+
 from .scheme import PerRow, Scheme, Storage
 
 TARGETS = ("cpu", "cuda")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .errors import ExportOptionError
+from gemma3n_onnx.export.errors import ExportOptionError
 
 BITS = (2, 4, 8)
 BLOCKS = (16, 32, 64, 128, 256)
