@@ -19,7 +19,7 @@ import click
 from gemma3n_onnx.runtime.cli.main import exit_with_message
 from gemma3n_onnx.runtime.generation.generation import peak_memory_bytes
 
-from .consumers import LAYOUTS
+from .layouts.consumers import LAYOUTS
 from .quantization.precision import PRECISIONS, PREFILLS, TABLE_BITS, TARGETS, QuantizationOptions
 from .quantization.scheme import BLOCKS, METHODS
 

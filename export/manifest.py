@@ -20,7 +20,7 @@ from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.sizes import parameter_counts
 from .encoders import Encoder
 from .errors import CheckpointError
-from .layout import PER_LAYER, TOKENS, table_of
+from .placements import PER_LAYER, TOKENS, table_of
 from .quantization.precision import Precision
 from .quantization.scheme import PerRow
 from .weights import AnyPlacement, QuantizedPlacement, RowsPlacement, TablePlacement

@@ -25,10 +25,9 @@ from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 from gemma3n_onnx.runtime import artifact
 from gemma3n_onnx.runtime.artifact import Manifest
 
-from . import consumers, slicing, trace
+from . import slicing, trace
 from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
 from .checkpoint.processor import FrontEnds, read_front_ends
-from .consumers import Layout, adapt, layout_of
 from .encoders import (
     FEATURES,
     Encoder,
@@ -39,16 +38,11 @@ from .encoders import (
     hard_row_values,
 )
 from .errors import ExportOptionError
-from .genai import GENAI_CONFIG, genai_config
-from .layout import (
-    PER_LAYER_TABLE,
-    TOKENS,
-    prefill_placements,
-    table_of,
-    tensor_shapes,
-    text_placements,
-)
+from .layouts import consumers
+from .layouts.consumers import Layout, adapt, layout_of
+from .layouts.genai import GENAI_CONFIG, genai_config
 from .manifest import Exported, TokenIds, graph_info, manifest_of, token_ids
+from .placements import PER_LAYER_TABLE, TOKENS, prefill_placements, table_of, tensor_shapes, text_placements
 from .quantization.precision import Precision, QuantizationOptions, precision_for
 from .weights import (
     IR_DTYPES,

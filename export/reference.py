@@ -16,7 +16,7 @@ from gemma3n_onnx.runtime.artifact import Manifest
 from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
 from .encoders import find_hard_tokens
 from .errors import ExportError
-from .layout import PER_LAYER, TOKENS
+from .placements import PER_LAYER, TOKENS
 from .quantization.rounding import IN_BF16, of_storage, rounded
 from .quantization.scheme import PerRow, Scheme, Storage
 from .slicing import Slice, TensorCut

@@ -20,8 +20,8 @@ from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.sizes import parameter_counts
 from .errors import ExportError
 from .exact import exact_profile, takes_int8
-from .layout import tensor_shapes
 from .pipeline import choose_slice
+from .placements import tensor_shapes
 from .reference import (
     StorageOf,
     decoder_logits,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gemma3n_onnx.export import placement
+from gemma3n_onnx.export import operator_placement as placement
 
 TABLE = Path(__file__).parents[2] / "export" / "cuda_kernels.txt"
 HEAD = "# What the CUDA provider of onnxruntime-gpu 1.31.1 took of this project's graphs: domain, operator, types.\n"

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
-from gemma3n_onnx.export.layout import PER_LAYER, TOKENS
+from gemma3n_onnx.export.placements import PER_LAYER, TOKENS
 from gemma3n_onnx.export.reference import StorageOf, decoder_logits, load_decoder, load_hard_rows
 from gemma3n_onnx.export.slicing import Slice
 from gemma3n_onnx.export.verify import kl_divergence

@@ -7,7 +7,8 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from gemma3n_onnx.export import placement, slicing, trace
+from gemma3n_onnx.export import operator_placement as placement
+from gemma3n_onnx.export import slicing, trace
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.checkpoint.make_checkpoint import text_config
 from gemma3n_onnx.graphs.passes.choose_likeliest import ChooseLikeliest

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from gemma3n_onnx.export import placement
+from gemma3n_onnx.export import operator_placement as placement
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.exact import exact_profile
 from gemma3n_onnx.export.trace import DTYPES

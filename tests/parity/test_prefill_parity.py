@@ -12,8 +12,8 @@ import onnx_ir as ir
 import pytest
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
-from gemma3n_onnx.export.layout import prefill_placements, text_placements
 from gemma3n_onnx.export.manifest import graph_info
+from gemma3n_onnx.export.placements import prefill_placements, text_placements
 from gemma3n_onnx.export.quantization.precision import QuantizationOptions, precision_for
 from gemma3n_onnx.export.reference import load_decoder, prefilled_logits, stored_for_prefill, stored_in
 from gemma3n_onnx.export.slicing import whole

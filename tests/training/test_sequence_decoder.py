@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from gemma3n_onnx.export.layout import tensor_shapes
+from gemma3n_onnx.export.placements import tensor_shapes
 from gemma3n_onnx.export.slicing import load_slices, resolve
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Attention, Decoder

@@ -14,14 +14,13 @@ from typing import Any
 
 import onnx_ir as ir
 
+from gemma3n_onnx.export.errors import ExportOptionError
+from gemma3n_onnx.export.quantization.precision import Precision
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.passes.borrow_last import BorrowLast
 from gemma3n_onnx.graphs.passes.name_axes import NameAxes
 from gemma3n_onnx.graphs.passes.split_layers import SplitLayers
 from gemma3n_onnx.graphs.passes.take_ids import TakeIds
-
-from .errors import ExportOptionError
-from .quantization.precision import Precision
 
 NATIVE, OPTIMUM, TRANSFORMERS_JS = "native", "optimum", "transformers.js"
 LAYOUTS = (NATIVE, OPTIMUM, TRANSFORMERS_JS)
