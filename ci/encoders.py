@@ -163,7 +163,7 @@ def load_ours(encoder: str, folder: Path) -> Callable[..., np.ndarray]:
 def load_torch(encoder: str, folder: Path) -> Callable[..., np.ndarray]:
     """timm's or transformers' encoder with transformers' embedder, in fp32."""
     from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
-    from gemma3n_onnx.export.reference import load_encoder
+    from gemma3n_onnx.export.verify.reference import load_encoder
 
     return load_encoder(Checkpoint.open(folder), encoder)
 
@@ -173,7 +173,7 @@ def pixels(size: int) -> tuple[np.ndarray]:
 
 
 def clip(seconds: float) -> tuple[np.ndarray, np.ndarray]:
-    from gemma3n_onnx.export.verify_encoders import random_clip
+    from gemma3n_onnx.export.verify.encoders import random_clip
     from media import LOG_MEL
 
     return random_clip(LOG_MEL, seconds, np.random.default_rng(0))

@@ -105,7 +105,7 @@ def export_command(
     from .checkpoint.checkpoint import Checkpoint
     from .pipeline import ExportOptions, check_options, export
     from .progress import TerminalProgress
-    from .report import check_report, describe_report, measure, write_report
+    from .verify.report import check_report, describe_report, measure, write_report
     from .writer import check_output
 
     chosen = None if modalities is None else _split(modalities)
@@ -246,10 +246,10 @@ def verify(
 
     from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
     from .errors import ExportOptionError
-    from .verify import describe, random_prompts
-    from .verify import verify as compare
-    from .verify_encoders import describe as describe_encoder
-    from .verify_encoders import verify_encoder
+    from .verify.encoders import describe as describe_encoder
+    from .verify.encoders import verify_encoder
+    from .verify.parity import describe, random_prompts
+    from .verify.parity import verify as compare
 
     loaded = OnnxGemma3n.from_pretrained(artifact, provider)
     wanted = loaded.manifest.modalities if modalities is None else _split(modalities)

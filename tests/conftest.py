@@ -11,7 +11,7 @@ from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
-from gemma3n_onnx.export.torchvision_shim import complete_torchvision
+from gemma3n_onnx.export.verify.torchvision_shim import complete_torchvision
 from support import SMALL, text_checkpoint
 
 complete_torchvision()  # before a test imports transformers

@@ -14,7 +14,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from gemma3n_onnx.export.verify import kl_divergence
+from gemma3n_onnx.export.verify.parity import kl_divergence
 from gemma3n_onnx.runtime.cli.main import exit_with_message
 from gemma3n_onnx.runtime.generation.answer import GenerationResult
 from gemma3n_onnx.runtime.generation.sampling import log_probabilities

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 COMPLETE = """
-from gemma3n_onnx.export.torchvision_shim import complete_torchvision
+from gemma3n_onnx.export.verify.torchvision_shim import complete_torchvision
 complete_torchvision()
 complete_torchvision()
 """

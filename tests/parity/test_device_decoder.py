@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
-from gemma3n_onnx.export.reference import decoder_logits, load_decoder, stored_in
 from gemma3n_onnx.export.slicing import whole
+from gemma3n_onnx.export.verify.reference import decoder_logits, load_decoder, stored_in
 from gemma3n_onnx.runtime import OnnxGemma3n
 from gemma3n_onnx.runtime.artifact import NEXT_LOGIT, NEXT_TOKEN, load_manifest
 from gemma3n_onnx.runtime.engine.candidates import in_order

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
-from gemma3n_onnx.export.exact import exact_profile
 from gemma3n_onnx.export.trace import DTYPES
-from gemma3n_onnx.export.verify import describe, verify
+from gemma3n_onnx.export.verify.exact import exact_profile
+from gemma3n_onnx.export.verify.parity import describe, verify
 from gemma3n_onnx.runtime import MediaOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.engine.encoders import Encoders
 from gemma3n_onnx.runtime.engine.ort import PROFILES, Session

@@ -12,11 +12,11 @@ import torch
 
 from gemma3n_onnx.export import operator_placement as placement
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
-from gemma3n_onnx.export.exact import exact_profile
 from gemma3n_onnx.export.trace import DTYPES
-from gemma3n_onnx.export.verify import describe, verify
-from gemma3n_onnx.export.verify_encoders import describe as describe_encoder
-from gemma3n_onnx.export.verify_encoders import verify_encoder
+from gemma3n_onnx.export.verify.encoders import describe as describe_encoder
+from gemma3n_onnx.export.verify.encoders import verify_encoder
+from gemma3n_onnx.export.verify.exact import exact_profile
+from gemma3n_onnx.export.verify.parity import describe, verify
 from gemma3n_onnx.runtime import OnnxGemma3n, ProviderError
 from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.engine.encoders import Encoders

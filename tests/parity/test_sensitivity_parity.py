@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from gemma3n_onnx.export import report as report_module
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.quantization.quantize import dequantize, quantize
 from gemma3n_onnx.export.quantization.scheme import Scheme
 from gemma3n_onnx.export.quantization.sensitivity import sensitivities
-from gemma3n_onnx.export.reference import stored_in, unchanged
 from gemma3n_onnx.export.slicing import whole
+from gemma3n_onnx.export.verify import report as report_module
+from gemma3n_onnx.export.verify.reference import stored_in, unchanged
 from gemma3n_onnx.export.weights import read_cut
 from gemma3n_onnx.runtime.artifact import load_manifest
 from oracle import kl_divergence, load_oracle, oracle_logits, random_prompt

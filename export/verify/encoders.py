@@ -8,15 +8,15 @@ from functools import partial
 
 import numpy as np
 
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.runtime.artifact import LogMelInfo, Manifest
 from gemma3n_onnx.runtime.engine.encoders import Encoders
 from gemma3n_onnx.runtime.media.audio import LogMel
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
-from .checkpoint.checkpoint import Checkpoint
 from .exact import exact_profile, takes_int8
+from .parity import AS_MUCH
 from .reference import load_encoder, stored_in_encoder
-from .verify import AS_MUCH
 
 # Largest error of a feature as a share of the features' range; encoders compute in fp32 whatever they are stored in.
 TOLERANCE = 1e-4

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
+from gemma3n_onnx.export.errors import ExportOptionError
+from gemma3n_onnx.export.pipeline import ExportOptions, ExportSummary, choose_slice
+from gemma3n_onnx.export.progress import TerminalProgress
+from gemma3n_onnx.export.quantization.precision import precision_for
+from gemma3n_onnx.export.quantization.sensitivity import Report, sensitivities
 from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
 
-from .checkpoint.checkpoint import Checkpoint
-from .errors import ExportOptionError
-from .pipeline import ExportOptions, ExportSummary, choose_slice
-from .progress import TerminalProgress
-from .quantization.precision import precision_for
-from .quantization.sensitivity import Report, sensitivities
 from .reference import check_transformers, stored_in
 
 PROMPTS = (

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gemma3n_onnx.export.checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
+from gemma3n_onnx.export.encoders import find_hard_tokens
+from gemma3n_onnx.export.errors import ExportError
+from gemma3n_onnx.export.placements import PER_LAYER, TOKENS
+from gemma3n_onnx.export.quantization.rounding import IN_BF16, of_storage, rounded
+from gemma3n_onnx.export.quantization.scheme import PerRow, Scheme, Storage
+from gemma3n_onnx.export.slicing import Slice, TensorCut
+from gemma3n_onnx.export.weights import as_stored, as_torch, read_cut
 from gemma3n_onnx.runtime.artifact import Manifest
 
-from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
-from .encoders import find_hard_tokens
-from .errors import ExportError
-from .placements import PER_LAYER, TOKENS
-from .quantization.rounding import IN_BF16, of_storage, rounded
-from .quantization.scheme import PerRow, Scheme, Storage
-from .slicing import Slice, TensorCut
 from .torchvision_shim import complete_torchvision
-from .weights import as_stored, as_torch, read_cut
 
 Encode = Callable[..., np.ndarray]
 StorageOf = Callable[[str], Storage]

@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
+from gemma3n_onnx.export.checkpoint.sizes import parameter_counts
+from gemma3n_onnx.export.errors import ExportError
+from gemma3n_onnx.export.pipeline import choose_slice
+from gemma3n_onnx.export.placements import tensor_shapes
+from gemma3n_onnx.export.weights import check_tensors
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.engine.engine import Engine
 from gemma3n_onnx.runtime.generation.generation import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
-from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.sizes import parameter_counts
-from .errors import ExportError
 from .exact import exact_profile, takes_int8
-from .pipeline import choose_slice
-from .placements import tensor_shapes
 from .reference import (
     StorageOf,
     decoder_logits,
@@ -32,7 +33,6 @@ from .reference import (
     stored_in,
     unchanged,
 )
-from .weights import check_tensors
 
 # Largest logit error as a share of the logit range, by the dtype that the artifact computes in, against
 # transformers in fp32 on the weights as the artifact stores them.
