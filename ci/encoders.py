@@ -152,10 +152,10 @@ def measure(run: Callable[..., np.ndarray], encoder: str, case: float, *, count:
 def load_ours(encoder: str, folder: Path) -> Callable[..., np.ndarray]:
     from gemma3n_onnx.runtime.artifact import load_manifest
     from gemma3n_onnx.runtime.engine.encoders import Encoders
-    from gemma3n_onnx.runtime.engine.ort import choose_profile
+    from gemma3n_onnx.runtime.engine.providers.select import select_provider
 
     manifest = load_manifest(folder)
-    encoders = Encoders(folder, manifest, choose_profile("cpu", manifest))
+    encoders = Encoders(folder, manifest, select_provider("cpu", manifest))
     names = [tensor.name for tensor in manifest.encoders[encoder].graph.inputs]
     return lambda *inputs: encoders.features(encoder, dict(zip(names, inputs)))
 

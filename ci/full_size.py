@@ -113,12 +113,12 @@ def kv(folder: Path, context: int) -> None:
     """Memory of the KV caches at `context` tokens, against full-length and window-length sums."""
     from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, load_manifest
     from gemma3n_onnx.runtime.engine.kv_cache import CacheMemory
-    from gemma3n_onnx.runtime.engine.ort import choose_profile
+    from gemma3n_onnx.runtime.engine.providers.select import select_provider
 
     manifest = load_manifest(folder)
     row_bytes = [2 * c.kv_heads * c.head_dim * BYTES_PER_VALUE[c.dtype] for c in manifest.caches]
     ideal = sum(b * (c.window or context) for b, c in zip(row_bytes, manifest.caches))
-    profile = choose_profile("cpu", manifest)
+    profile = select_provider("cpu", manifest)
     before = _memory()["RssAnon"]
     cache = CacheMemory.allocate(manifest.caches, profile, 1, context)
     for layer in cache.layers:

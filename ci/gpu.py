@@ -136,9 +136,9 @@ def profile(artifact: Path, provider: str) -> None:
         onnxruntime.InferenceSession = original
     cache = model.engine.new_cache(1, 2048)
     model.engine.prefill(cache, 0, [model.manifest.bos_token_id] * 1024)
-    decoder = model.engine.decoder(cache)
+    decoder = model.engine.step_runner(cache)
     for _ in range(20):
-        decoder.step_likeliest(np.array([5]), np.array([True]))
+        decoder.step_greedy(np.array([5]), np.array([True]))
     path = Path(profiled[0].end_profiling())
     events = json.loads(path.read_text())
     path.unlink()

@@ -23,8 +23,26 @@ FORMAT = "gemma3n-onnx"
 FORMAT_VERSION = "5.0"
 MANIFEST = "manifest.json"
 
+INPUTS_EMBEDS, PER_LAYER_INPUTS = "inputs_embeds", "per_layer_inputs"
+POSITION_IDS, ATTENTION_MASK = "position_ids", "attention_mask"
+"""Inputs of a decoder beside its KV caches, whose names are in the manifest."""
+LOGITS = "logits"
 NEXT_TOKEN, NEXT_LOGIT = "next_token", "next_logit"
 """Outputs [B, 1, 1] of a decoder that chooses the likeliest token itself: its id, and its logit."""
+
+_NO_PACKING = "session.disable_prepacking"
+_CPU_SESSION_CONFIG = {
+    # Float weights stay in the mapped file; packing would copy each of them into private memory.
+    _NO_PACKING: "1",
+    # Narrow weights are widened once, at load. The default limit leaves a large head to every step.
+    "optimization.constant_folding_max_output_size_in_bytes": str(1 << 40),
+}
+
+
+def cpu_session_config(quantized: bool) -> dict[str, str]:
+    """Session configuration of an artifact's graphs on the CPU; quantized weights are fast in packed form only."""
+    return {key: value for key, value in _CPU_SESSION_CONFIG.items() if key != _NO_PACKING or not quantized}
+
 
 FLOAT_DTYPES = ("fp32", "fp16", "bf16")
 QUANTIZED_BITS = {"int4": 4, "int8": 8}

@@ -10,11 +10,13 @@ import numpy as np
 
 from .artifact import Manifest, load_manifest
 from .chat import Chat
+from .checks import require_integer
 from .engine.encoders import Encoders
 from .engine.engine import PREFILL_CHUNK, Engine
-from .engine.ort import Device, choose_profile
 from .engine.prefix_cache import PrefixCache
-from .errors import ArtifactError, OptionError, PromptError
+from .engine.providers.base import DeviceOptions
+from .engine.providers.select import select_provider
+from .errors import ArtifactError, PromptError
 from .generation.answer import Answer, read_options
 from .media.fetch import FetchPolicy
 from .media.reader import MediaOptions, MediaReader
@@ -89,8 +91,7 @@ class OnnxGemma3n:
         """
         folder = Path(folder)
         manifest = load_manifest(folder)
-        device = Device(device_id, gpu_memory_limit, cuda_graphs)
-        profile = choose_profile(provider, manifest, device)
+        chosen = select_provider(provider, manifest, DeviceOptions(device_id, gpu_memory_limit, cuda_graphs))
         tokenizer = Tokenizer.from_folder(folder)
         if (tokens := tokenizer.vocab_size) > manifest.vocab_size:
             raise ArtifactError(
@@ -101,15 +102,14 @@ class OnnxGemma3n:
         engine = Engine(
             folder,
             manifest,
-            profile,
+            chosen,
             threads=threads,
             prefill_chunk=prefill_chunk,
             memory_budget=memory_budget,
         )
-        encoders = Encoders(folder, manifest, profile, threads)
-        if not isinstance(kept_prompts, int) or isinstance(kept_prompts, bool) or kept_prompts < 0:
-            raise OptionError(f"kept_prompts is {kept_prompts!r}; give a number of prompts, or 0 for none.")
-        keeps = kept_prompts if profile.device == "cpu" else 0
+        encoders = Encoders(folder, manifest, chosen, threads)
+        require_integer("kept_prompts", kept_prompts, 0)
+        keeps = kept_prompts if chosen.host_memory else 0
         return cls(folder, manifest, engine, encoders, tokenizer, template, fetch or FetchPolicy(), keeps)
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:

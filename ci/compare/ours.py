@@ -16,7 +16,7 @@ class Ours:
         model = OnnxGemma3n.from_pretrained(folder, threads=threads, memory_budget=memory_budget, kept_prompts=0)
         self._engine = model.engine
         self._cache = self._engine.new_cache(1, context)
-        self._decoder = self._engine.decoder(self._cache)
+        self._decoder = self._engine.step_runner(self._cache)
 
     def run(self, ids: Sequence[int], new_tokens: int, made: Callable[[int], None]) -> None:
         self._cache.truncate(0, 0)

@@ -156,10 +156,10 @@ def count(artifact: Path) -> None:
             library.dry_reset()
             engine.prefill(cache, 0, [model.manifest.bos_token_id] * PROMPT)
             show(f"{request} prompt of {PROMPT} tokens")
-            decoder = engine.decoder(cache)
+            decoder = engine.step_runner(cache)
             for step in ("first step", "greedy step"):
                 library.dry_reset()
-                decoder.step_likeliest(token, running)
+                decoder.step_greedy(token, running)
                 show(step)
             good &= not graphs or (library.dry_launches() == 0 and library.dry_graph_launches() == 1)
             for step in ("first drawn step", "drawn step"):

@@ -14,7 +14,7 @@ from gemma3n_onnx.runtime.engine.encoders import Encoders
 from gemma3n_onnx.runtime.media.audio import LogMel
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
-from .exact import exact_profile, takes_int8
+from .exact import exact_provider, takes_int8
 from .parity import AS_MUCH
 from .reference import load_encoder, stored_in_encoder
 
@@ -65,7 +65,7 @@ def verify_encoder(
     errors = _errors(run(partial(model.encoders.features, modality)), theirs)
     if (products := _rounded(model.manifest, modality)) is None:
         return EncoderParity(modality, None, errors, None, None)
-    encoders = Encoders(model.folder, model.manifest, exact_profile(model.engine.profile))
+    encoders = Encoders(model.folder, model.manifest, exact_provider(model.engine.provider))
     exact = _errors(run(partial(encoders.features, modality)), theirs)
     return EncoderParity(modality, products, errors, exact, _errors(transformers(products), theirs))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
 from gemma3n_onnx.graphs.passes.exact_products import ExactProducts
 from gemma3n_onnx.runtime.artifact import Manifest
-from gemma3n_onnx.runtime.engine.ort import Profile
+from gemma3n_onnx.runtime.engine.providers.base import ExecutionProvider
 
 
 def takes_int8(manifest: Manifest) -> bool:
@@ -17,13 +16,9 @@ def takes_int8(manifest: Manifest) -> bool:
     return bool(manifest.quantization) and manifest.compute_dtype == "fp32"
 
 
-def exact_profile(profile: Profile) -> Profile:
-    """Loads graphs whose products are in fp32, for providers without bf16 too."""
-    options = dict(profile.provider_options)
-    if profile.device == "cuda":
-        options["use_tf32"] = "0"
-    dtypes = (*profile.compute_dtypes, "bf16")
-    return replace(profile, rewritten=_exact, compute_dtypes=dtypes, provider_options=options)
+def exact_provider(provider: ExecutionProvider) -> ExecutionProvider:
+    """Loads graphs whose products are in fp32, also on a provider without bf16."""
+    return provider.exact(_exact)
 
 
 def _exact(path: Path) -> bytes:

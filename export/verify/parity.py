@@ -22,7 +22,7 @@ from gemma3n_onnx.runtime.engine.engine import Engine
 from gemma3n_onnx.runtime.generation.generation import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
-from .exact import exact_profile, takes_int8
+from .exact import exact_provider, takes_int8
 from .reference import (
     StorageOf,
     decoder_logits,
@@ -257,7 +257,7 @@ def _continue(engine: Engine, prompt: list[int], new_tokens: int) -> tuple[list[
         return prompt, engine.evaluate(prompt)
     cache = engine.new_cache(1, len(prompt) + new_tokens)
     steps = [engine.prefill(cache, 0, prompt)]
-    decoder = engine.decoder(cache)
+    decoder = engine.step_runner(cache)
     ids = list(prompt)
     while len(steps) < new_tokens:
         ids.append(int(steps[-1].argmax()))
@@ -274,14 +274,14 @@ def _read(engine: Engine, ids: list[int], last: int) -> np.ndarray:
     cache = engine.new_cache(1, len(ids))
     prompt = len(ids) - last + 1
     steps = [engine.prefill(cache, 0, ids[:prompt])]
-    decoder = engine.decoder(cache)
+    decoder = engine.step_runner(cache)
     steps += [decoder.step(np.array([token]), np.array([True]))[0].copy() for token in ids[prompt:]]
     return np.stack(steps)
 
 
 def _exact_logits(model: OnnxGemma3n, texts: Sequence[list[int]], last: int | None) -> _Logits:
     """Of the artifact's graphs with activations that are not rounded."""
-    engine = Engine(model.folder, model.manifest, exact_profile(model.engine.profile), memory_budget=0)
+    engine = Engine(model.folder, model.manifest, exact_provider(model.engine.provider), memory_budget=0)
     logits = _Logits(graph=_read_all(engine, texts, last))
     if model.manifest.prefill is not None:
         engine.prefill_graph.load()

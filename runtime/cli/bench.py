@@ -7,14 +7,12 @@ attention sees of the KV caches; no step can take less time than reading that.
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, Manifest, load_manifest
-from gemma3n_onnx.runtime.engine import cuda
 from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
 from gemma3n_onnx.runtime.generation.generation import check_context, peak_memory_bytes
 from gemma3n_onnx.runtime.model import OnnxGemma3n
@@ -99,18 +96,17 @@ def measure(folder: Path, sizes: Sizes, runs: int, load: Mapping[str, Any]) -> F
         started = time.perf_counter()
         logits = engine.prefill(cache, 0, prompt)
         prefill.append(time.perf_counter() - started)
-        decoder = engine.decoder(cache)
+        decoder = engine.step_runner(cache)
         token = np.array([logits.argmax()])
         started = time.perf_counter()
         for _ in range(sizes.new_tokens):
-            token = decoder.step_likeliest(token, np.array([True]))
+            token = decoder.step_greedy(token, np.array([True]))
         decode.append(time.perf_counter() - started)
     private, after = private_bytes(), peak_memory_bytes()
-    on_cpu = engine.profile.device == "cpu"
     return Figures(
         slice=manifest.slice,
         precision=manifest.precision,
-        provider=engine.profile.name,
+        provider=engine.provider.name,
         threads=used,
         **asdict(sizes),
         load_seconds=loaded,
@@ -120,9 +116,9 @@ def measure(folder: Path, sizes: Sizes, runs: int, load: Mapping[str, Any]) -> F
         model_bytes=sum(info.bytes for info in manifest.files.values()),
         peak_bytes=after,
         private_bytes=None if private is None or before is None else private - before,
-        gpu_bytes=None if on_cpu else cuda.memory_used(engine.profile.device_id),
+        gpu_bytes=engine.provider.memory_used(),
         read_bytes=read_bytes(manifest, sizes.prompt_tokens + sizes.new_tokens // 2),
-        bandwidth=read_bandwidth(used) if on_cpu else cuda.bandwidth(engine.profile.device_id) or math.nan,
+        bandwidth=engine.provider.bandwidth(used),
         mmlu=manifest.mmlu,
     )
 
@@ -163,20 +159,6 @@ def read_bytes(manifest: Manifest, tokens: int) -> int:
         for c in manifest.caches
     )
     return manifest.step_bytes + rows
-
-
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second at which `threads` together read memory that is in no cache."""
-    parts = [np.ones(1 << 26, dtype=np.float32) for _ in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
-        best = min(_seconds(lambda: list(pool.map(np.max, parts))) for _ in range(5))
-    return sum(part.nbytes for part in parts) / best
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def private_bytes() -> int | None:

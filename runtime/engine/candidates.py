@@ -8,7 +8,7 @@ import numpy as np
 
 from gemma3n_onnx.runtime.artifact import Manifest
 
-from .ort import Binding, Buffer, Profile, Session
+from .ort import Binding, Buffer, Device, Session
 
 Chosen = tuple[np.ndarray, np.ndarray]
 """Ids [n] int64, ascending, and their logits [n] fp32."""
@@ -17,8 +17,8 @@ Chosen = tuple[np.ndarray, np.ndarray]
 class Candidates:
     """The graph of an artifact that has one, loaded when a draw first needs it."""
 
-    def __init__(self, folder: Path, manifest: Manifest, profile: Profile) -> None:
-        self._folder, self._info, self._profile = folder, manifest.candidates, profile
+    def __init__(self, folder: Path, manifest: Manifest, provider: Device) -> None:
+        self._folder, self._info, self._provider = folder, manifest.candidates, provider
         self._session: Session | None = None
         self._bound: tuple[Buffer, Binding, Buffer, Buffer] | None = None
 
@@ -34,7 +34,7 @@ class Candidates:
     def _bind(self, logits: Buffer, count: int) -> tuple[Buffer, Binding, Buffer, Buffer]:
         assert self._info is not None
         if self._session is None:
-            self._session = Session(self._folder / self._info.file, self._profile)
+            self._session = Session(self._folder / self._info.file, self._provider)
         if self._bound is None or self._bound[0] is not logits:
             binding, shape = self._session.bind(), (logits.shape[0], 1, count)
             binding.device_input(self._info.inputs[0].name, logits)

@@ -11,7 +11,8 @@ import numpy as np
 from gemma3n_onnx.runtime.artifact import AudioInfo, Manifest, VisionInfo
 from gemma3n_onnx.runtime.errors import ArtifactError, OptionError
 
-from .ort import Profile, Session, check_compute_dtype
+from .ort import Session
+from .providers.base import ExecutionProvider
 
 NAMES = ("vision", "audio")
 
@@ -19,8 +20,10 @@ NAMES = ("vision", "audio")
 class Encoders:
     """`features` runs an encoder on one image or clip; its session stays until `release`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, profile: Profile, threads: int | None = None) -> None:
-        self._folder, self._profile, self._threads = folder, profile, threads
+    def __init__(
+        self, folder: Path, manifest: Manifest, provider: ExecutionProvider, threads: int | None = None
+    ) -> None:
+        self._folder, self._provider, self._threads = folder, provider, threads
         self._infos, self._quantized = manifest.encoders, bool(manifest.quantization)
         self._width = manifest.token_embeddings.width
         self._sessions: dict[str, Session] = {}
@@ -63,9 +66,9 @@ class Encoders:
     def _session(self, modality: str, info: VisionInfo | AudioInfo) -> Session:
         with self._lock:
             if modality not in self._sessions:
-                check_compute_dtype(self._profile, info.compute_dtype, f"The {modality} encoder")
+                self._provider.require(info.compute_dtype, f"The {modality} encoder")
                 session = Session(
-                    self._folder / info.graph.file, self._profile, self._threads, quantized=self._quantized
+                    self._folder / info.graph.file, self._provider, self._threads, quantized=self._quantized
                 )
                 _check_signature(session, info)
                 self._sessions[modality] = session

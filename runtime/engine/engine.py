@@ -6,22 +6,30 @@ Shape legend: B rows of the batch, S tokens of one run, V vocabulary.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from gemma3n_onnx.runtime.artifact import NEXT_LOGIT, NEXT_TOKEN, Manifest
-from gemma3n_onnx.runtime.errors import ArtifactError, OptionError, no_token
+from gemma3n_onnx.runtime.artifact import (
+    ATTENTION_MASK,
+    INPUTS_EMBEDS,
+    LOGITS,
+    PER_LAYER_INPUTS,
+    POSITION_IDS,
+    Manifest,
+)
+from gemma3n_onnx.runtime.checks import require_integer
+from gemma3n_onnx.runtime.errors import ArtifactError, no_token
 from gemma3n_onnx.runtime.tokens import Slot, fill
 
 from .candidates import Candidates, Chosen
 from .decoder_io import check_decoder
 from .kv_cache import CacheMemory, KVCache, MemoryPool
-from .ort import Binding, Buffer, Profile, Session
+from .ort import Binding, Session
 from .prefill_graph import PrefillGraph
+from .providers.base import ExecutionProvider
+from .steps import Steps
 from .tables import Table, to_compute_dtype
 
 PREFILL_CHUNK = 512
@@ -34,31 +42,31 @@ class Engine:
         self,
         folder: Path,
         manifest: Manifest,
-        profile: Profile,
+        provider: ExecutionProvider,
         *,
         threads: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         memory_budget: int | None = None,
     ) -> None:
-        if not isinstance(prefill_chunk, int) or isinstance(prefill_chunk, bool) or prefill_chunk < 1:
-            raise OptionError(f"prefill_chunk is {prefill_chunk!r}; give a positive number of tokens.")
-        self.manifest, self.profile, self.prefill_chunk = manifest, profile, prefill_chunk
+        require_integer("prefill_chunk", prefill_chunk, 1)
+        self.manifest, self.provider, self.prefill_chunk = manifest, provider, prefill_chunk
         self._tokens = Table(folder, manifest.token_embeddings, manifest.compute_dtype)
         self._per_layer = Table(folder, manifest.per_layer_embeddings, manifest.compute_dtype)
         quantized = bool(manifest.quantization)
         self._session = Session(
-            folder / manifest.decoder.file, profile, threads, quantized=quantized, captures=profile.captures
+            folder / manifest.decoder.file, provider, threads, quantized=quantized, captures=provider.captures_steps
         )
         check_decoder(self._session, manifest, manifest.decoder.file, logits=True)
-        self.prefill_graph = PrefillGraph(folder, manifest, profile, threads, memory_budget)
-        self._allocate = functools.partial(CacheMemory.allocate, manifest.caches, profile)
+        self.prefill_graph = PrefillGraph(folder, manifest, provider, threads, memory_budget)
+        self._allocate = functools.partial(CacheMemory.allocate, manifest.caches, provider)
         self._pool = MemoryPool(self._allocate, manifest.max_context)
-        self._captures = itertools.count(1)
-        self._candidates = Candidates(folder, manifest, profile)
+        self._candidates = Candidates(folder, manifest, provider)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """A cache with room for at least `capacity` tokens in each row."""
-        return self._pool.cache(rows, capacity) if self.profile.captures else KVCache(self._allocate(rows, capacity))
+        if self.provider.captures_steps:
+            return self._pool.cache(rows, capacity)
+        return KVCache(self._allocate(rows, capacity))
 
     def release(self) -> None:
         """Frees what another prompt would load or allocate again."""
@@ -102,9 +110,9 @@ class Engine:
             self._run(binding, np.array([ids[chunk.start : chunk.stop]]), embeds, cache.lengths)
         return np.concatenate(parts, axis=1)[0]
 
-    def decoder(self, cache: KVCache, rows: int | None = None) -> Decoder:
+    def step_runner(self, cache: KVCache, rows: int | None = None) -> StepRunner:
         """Steps of the first `rows` of a cache, or of all."""
-        return Decoder(self, cache, cache.rows if rows is None else rows)
+        return StepRunner(self, cache, cache.rows if rows is None else rows)
 
     def _require_logits(self, wanted: str) -> None:
         if self.manifest.logits != wanted:
@@ -138,31 +146,13 @@ class Engine:
         cache.bind(binding, first_row, rows)
         return binding
 
-    def _bind_steps(self, cache: KVCache, rows: int) -> _Steps:
-        manifest = self.manifest
+    def _bind_steps(self, cache: KVCache, rows: int) -> Steps:
         binding = self._bind(self._session, cache, 0, rows)
-        if self.profile.device == "cpu":
-            return _Steps(binding, self._output(binding, rows, 1))
-        steps = _Steps(binding, binding.device_output("logits", (rows, 1, manifest.vocab_size), "fp32"))
-        if {NEXT_TOKEN, NEXT_LOGIT} <= {tensor.name for tensor in manifest.decoder.outputs}:
-            steps = replace(
-                steps,
-                next_token=binding.device_output(NEXT_TOKEN, (rows, 1, 1), "int64"),
-                next_logit=binding.device_output(NEXT_LOGIT, (rows, 1, 1), "fp32"),
-                candidates=self._candidates,
-            )
-        if not self.profile.captures:
-            return steps
-        binding.fix_input("inputs_embeds", (rows, 1, manifest.token_embeddings.width), manifest.compute_dtype)
-        binding.fix_input("per_layer_inputs", (rows, 1, manifest.per_layer_embeddings.width), manifest.compute_dtype)
-        binding.fix_input("position_ids", (rows, 1), "int64")
-        binding.fix_input("attention_mask", (rows, cache.capacity), "int64")
-        binding.capture(next(self._captures))
-        return replace(steps, mask_length=cache.capacity)
+        return self.provider.bind_steps(binding, self.manifest, rows, cache.capacity, self._candidates)
 
     def _output(self, binding: Binding, rows: int, positions: int) -> np.ndarray:
         logits = np.empty((rows, positions, self.manifest.vocab_size), dtype=np.float32)
-        binding.output("logits", logits)
+        binding.output(LOGITS, logits)
         return logits
 
     def _run(
@@ -174,27 +164,27 @@ class Engine:
         flat = ids.reshape(-1)
         dtype = self.manifest.compute_dtype
         table_rows = np.where(flat < self.manifest.per_layer_embeddings.rows, flat, 0)
-        binding.input("inputs_embeds", embeds, dtype)
-        binding.input("per_layer_inputs", self._per_layer.rows(table_rows).reshape(rows, new, -1), dtype)
-        binding.input("position_ids", lengths[:, None] + np.arange(new), "int64")
-        binding.input("attention_mask", _mask(lengths + new, mask_length), "int64")
+        binding.input(INPUTS_EMBEDS, embeds, dtype)
+        binding.input(PER_LAYER_INPUTS, self._per_layer.rows(table_rows).reshape(rows, new, -1), dtype)
+        binding.input(POSITION_IDS, lengths[:, None] + np.arange(new), "int64")
+        binding.input(ATTENTION_MASK, _mask(lengths + new, mask_length), "int64")
         binding.run()
         lengths += new
 
 
-class Decoder:
+class StepRunner:
     """One token a step for each of the first `rows` of a cache, B in all. What is bound is bound once."""
 
     def __init__(self, engine: Engine, cache: KVCache, rows: int) -> None:
         self._engine, self._cache, self._rows = engine, cache, rows
         if rows not in cache.memory.bound:
             cache.memory.bound[rows] = engine._bind_steps(cache, rows)
-        self._bound: _Steps = cache.memory.bound[rows]
+        self._bound: Steps = cache.memory.bound[rows]
 
     @property
     def has_candidates(self) -> bool:
         """Whether `step_candidates` takes less than `step`."""
-        return self._bound.candidates is not None
+        return self._bound.has_candidates
 
     def step(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
         """tokens [B] int64, running [B] bool -> logits [B, V] fp32, valid until the next step.
@@ -203,20 +193,20 @@ class Decoder:
         caches may have dropped positions at each step.
         """
         self._advance(tokens, running)
-        return self._bound.host_logits()
+        return self._bound.logits()
 
-    def step_likeliest(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
+    def step_greedy(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
         """As `step`, but gives the likeliest token [B] int64 of each row, chosen where the logits are.
 
         Raises:
             ProviderError: no token of a running row has a finite logit as the largest.
         """
         self._advance(tokens, running)
-        likeliest, largest = self._bound.likeliest()
+        tokens, largest = self._bound.greedy()
         self._check_finite(largest, running)
-        return likeliest
+        return tokens
 
-    def step_candidates(self, tokens: np.ndarray, running: np.ndarray, wanted: int) -> list[Chosen]:
+    def step_candidates(self, tokens: np.ndarray, running: np.ndarray, count: int) -> list[Chosen]:
         """As `step`, but gives for each row ids and logits, in the order of the ids: the `wanted` largest and all their
         equals are among them.
 
@@ -224,8 +214,8 @@ class Decoder:
             ProviderError: no token of a running row has a finite logit as the largest.
         """
         self._advance(tokens, running)
-        self._check_finite(self._bound.likeliest()[1], running)
-        return self._bound.chosen(wanted)
+        self._check_finite(self._bound.greedy()[1], running)
+        return self._bound.candidates(count)
 
     @staticmethod
     def _check_finite(largest: np.ndarray, running: np.ndarray) -> None:
@@ -237,36 +227,6 @@ class Decoder:
         lengths = self._cache.lengths[: self._rows].copy()
         engine._run(bound.binding, tokens[:, None], engine._embed(tokens)[:, None], lengths, bound.mask_length)
         self._cache.lengths[: self._rows][running] = lengths[running]
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """What decode steps are bound to: the logits [B, 1, V] on the host, or on the device with what is chosen there."""
-
-    binding: Binding
-    logits: np.ndarray | Buffer
-    mask_length: int | None = None
-    next_token: Buffer | None = None
-    next_logit: Buffer | None = None
-    candidates: Candidates | None = None
-
-    def host_logits(self) -> np.ndarray:
-        return (self.logits.to_host() if isinstance(self.logits, Buffer) else self.logits)[:, 0]
-
-    def likeliest(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [B] and their logits [B]; a NaN is the largest of all."""
-        if self.next_token is not None and self.next_logit is not None:
-            return self.next_token.to_host()[:, 0, 0], self.next_logit.to_host()[:, 0, 0]
-        logits = self.host_logits()
-        tokens = logits.argmax(-1)
-        return tokens, np.take_along_axis(logits, tokens[:, None], 1)[:, 0]
-
-    def chosen(self, wanted: int) -> list[Chosen]:
-        assert self.candidates is not None and isinstance(self.logits, Buffer)
-        if (found := self.candidates.of(self.logits, wanted)) is not None:
-            return found
-        logits = self.host_logits()
-        return [(np.arange(logits.shape[1]), row) for row in logits]
 
 
 def _mask(lengths: np.ndarray, columns: int | None) -> np.ndarray:

@@ -17,7 +17,8 @@ import numpy as np
 from gemma3n_onnx.runtime.artifact import CacheInfo
 
 from .kv_window import can_truncate
-from .ort import Binding, Buffer, Profile
+from .ort import Binding, Buffer
+from .providers.base import ExecutionProvider
 
 CAPACITY_STEP = 1024
 KEPT_IDLE = 2
@@ -41,12 +42,14 @@ class CacheMemory:
     bound: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
-    def allocate(cls, infos: tuple[CacheInfo, ...], profile: Profile, rows: int, capacity: int) -> CacheMemory:
+    def allocate(
+        cls, infos: tuple[CacheInfo, ...], provider: ExecutionProvider, rows: int, capacity: int
+    ) -> CacheMemory:
         layers = []
         for info in infos:
-            size = cache_capacity(info, profile, capacity)
+            size = cache_capacity(info, provider, capacity)
             shape = (rows, info.kv_heads, size, info.head_dim)
-            buffers = (Buffer(profile, shape, info.dtype) for _ in range(2))
+            buffers = (Buffer(provider, shape, info.dtype) for _ in range(2))
             layers.append(LayerCache(info, size, *buffers))
         return cls(rows, capacity, layers)
 
@@ -139,8 +142,6 @@ class MemoryPool:
         self.idle = []
 
 
-def cache_capacity(info: CacheInfo, profile: Profile, context: int) -> int:
-    """Rows of one cache for `context` tokens."""
-    if info.window is None:
-        return context
-    return info.window + int(info.window * profile.window_slack)
+def cache_capacity(info: CacheInfo, provider: ExecutionProvider | type[ExecutionProvider], context: int) -> int:
+    """Tokens that one cache has room for in a context of `context` tokens."""
+    return context if info.window is None else provider.window_capacity(info.window)

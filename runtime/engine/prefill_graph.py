@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from gemma3n_onnx.runtime.artifact import Manifest
-from gemma3n_onnx.runtime.errors import OptionError
+from gemma3n_onnx.runtime.checks import require_integer
 
 from .decoder_io import check_decoder
-from .ort import Profile, Session
+from .ort import Session
+from .providers.base import ExecutionProvider
 
 WORTH_RUNNING = 16
 """Tokens that it runs as fast as the decoder, which has one more step to do then."""
@@ -21,11 +22,16 @@ WORTH_LOADING = 96
 
 class PrefillGraph:
     def __init__(
-        self, folder: Path, manifest: Manifest, profile: Profile, threads: int | None, memory_budget: int | None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        provider: ExecutionProvider,
+        threads: int | None,
+        memory_budget: int | None,
     ) -> None:
-        if memory_budget is not None and (not isinstance(memory_budget, int) or isinstance(memory_budget, bool)):
-            raise OptionError(f"memory_budget is {memory_budget!r}; give a number of bytes.")
-        self._folder, self._manifest, self._profile, self._threads = folder, manifest, profile, threads
+        if memory_budget is not None:
+            require_integer("memory_budget", memory_budget, 0)
+        self._folder, self._manifest, self._provider, self._threads = folder, manifest, provider, threads
         self.budget = memory_budget
         """Bytes that these and the decoder's weights may take; None: what is free decides."""
         self._session: Session | None = None
@@ -42,7 +48,7 @@ class PrefillGraph:
     def load(self) -> None:
         info = self._manifest.prefill
         assert info is not None
-        session = Session(self._folder / info.file, self._profile, self._threads, quantized=True)
+        session = Session(self._folder / info.file, self._provider, self._threads, quantized=True)
         check_decoder(session, self._manifest, info.file, logits=False)
         self._session = session
 

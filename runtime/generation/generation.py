@@ -92,7 +92,7 @@ class Generation:
         logits = np.stack([self._prefill(row, prompt) for row, prompt in enumerate(self._prompts)])
         # 2. What the next tokens are chosen from: ids [B], or the few of each row that are in play, or the logits.
         tokens = np.full(len(self._prompts), self._engine.manifest.pad_token_id, dtype=np.int64)
-        decoder = self._engine.decoder(self._cache)
+        decoder = self._engine.step_runner(self._cache)
         likeliest: np.ndarray | None = None
         few: list[Chosen] | None = None
         only_likeliest = self._choosers[0].takes_likeliest
@@ -120,7 +120,7 @@ class Generation:
             # 4. Run the chosen tokens.
             step_started = time.perf_counter()
             if only_likeliest:
-                likeliest = decoder.step_likeliest(tokens, self._running)
+                likeliest = decoder.step_greedy(tokens, self._running)
             elif wanted is not None:
                 few = decoder.step_candidates(tokens, self._running, wanted)
             else:

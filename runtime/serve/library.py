@@ -11,7 +11,7 @@ from typing import Any
 
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, MANIFEST, Manifest, load_manifest
 from gemma3n_onnx.runtime.engine.kv_cache import cache_capacity
-from gemma3n_onnx.runtime.engine.ort import PROFILES
+from gemma3n_onnx.runtime.engine.providers.select import provider_of
 from gemma3n_onnx.runtime.errors import ArtifactError, Gemma3nError, OptionError
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
@@ -141,9 +141,9 @@ def estimated_bytes(manifest: Manifest, rows: int, context: int) -> int:
     """What a model takes: the weights of its graphs but the tables, and KV caches."""
     tables = {manifest.token_embeddings.file, manifest.per_layer_embeddings.file}
     weights = sum(info.bytes for name, info in manifest.files.items() if name not in tables)
-    profile = PROFILES["cuda" if manifest.target == "cuda" else "cpu"]
+    provider = provider_of(manifest)
     caches = sum(
-        2 * c.kv_heads * c.head_dim * BYTES_PER_VALUE[c.dtype] * cache_capacity(c, profile, context)
+        2 * c.kv_heads * c.head_dim * BYTES_PER_VALUE[c.dtype] * cache_capacity(c, provider, context)
         for c in manifest.caches
     )
     return max(weights, manifest.step_bytes) + rows * caches

@@ -114,7 +114,7 @@ class Scheduler:
     def __init__(self, model: OnnxGemma3n, rows: int, context: int, queue: int, kept_prompts: int) -> None:
         self.model, self.context, self._queue_limit = model, context, queue
         self._cache = model.engine.new_cache(rows, context)
-        on_cpu = model.engine.profile.device == "cpu"
+        on_cpu = model.engine.provider.device == "cpu"
         self._kept = PrefixCache(kept_prompts) if kept_prompts and on_cpu else None
         self._stages = on_cpu
         self._rows: dict[int, _Row] = {}
@@ -257,10 +257,10 @@ class Scheduler:
 
     def _choices(self, tokens: np.ndarray, running: np.ndarray) -> dict[int, Callable[[], Choice]]:
         """Runs a step; for each row what chooses from it."""
-        decoder = self.model.engine.decoder(self._cache, len(tokens))
+        decoder = self.model.engine.step_runner(self._cache, len(tokens))
         choosers = {row: state.chooser for row, state in self._rows.items()}
         if all(chooser.takes_likeliest for chooser in choosers.values()):
-            likeliest = decoder.step_likeliest(tokens, running)
+            likeliest = decoder.step_greedy(tokens, running)
             return {row: partial(_took, chooser, likeliest[row]) for row, chooser in choosers.items()}
         wanted = [chooser.candidates for chooser in choosers.values()]
         if decoder.has_candidates and None not in wanted:

@@ -29,7 +29,8 @@ from gemma3n_onnx.export.weights import (
 )
 from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 from gemma3n_onnx.runtime.artifact import TableInfo
-from gemma3n_onnx.runtime.engine.ort import PROFILES, Session
+from gemma3n_onnx.runtime.engine.ort import Session
+from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
 from gemma3n_onnx.runtime.engine.tables import Table
 
 ROWS, COLUMNS = 48, 256
@@ -78,7 +79,7 @@ def loaded(folder: Path, model: ir.Model, place: QuantizedPlacement, *, int8_act
         if node.op_type == "MatMulNBits" and not int8_activations:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     ir.save(model, folder / "graph.onnx")
-    return Session(folder / "graph.onnx", PROFILES["cpu"], quantized=True)
+    return Session(folder / "graph.onnx", CPUProvider(), quantized=True)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -212,7 +213,7 @@ def test_products_in_int8_are_near_those_of_the_weights(tmp_path: Path) -> None:
     WeightStream(tmp_path, lambda _: None).write_file(FILE, {"w": place}, lambda _: iter([values.numpy()]))
     attach(model, {"w": place})
     ir.save(model, tmp_path / "graph.onnx")
-    session = Session(tmp_path / "graph.onnx", PROFILES["cpu"], quantized=True)
+    session = Session(tmp_path / "graph.onnx", CPUProvider(), quantized=True)
     x = np.random.default_rng(0).standard_normal((40, COLUMNS), dtype=np.float32)
     exact = x @ as_stored(values, PerRow()).numpy().T
     error = np.abs(session.run({"x": x})["y"] - exact).max() / np.ptp(exact)

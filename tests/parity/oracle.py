@@ -83,7 +83,7 @@ def generate_greedily(model: OnnxGemma3n, prompt: Sequence[int], steps: int, slo
     """The engine's prefill and decode steps; no token ends it."""
     cache = model.engine.new_cache(1, len(prompt) + steps)
     logits = [model.engine.prefill(cache, 0, prompt, slots).copy()]
-    decoder = model.engine.decoder(cache)
+    decoder = model.engine.step_runner(cache)
     while len(logits) < steps:
         token = np.array([logits[-1].argmax()])
         logits.append(decoder.step(token, np.array([True]))[0].copy())

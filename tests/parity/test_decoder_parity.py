@@ -48,7 +48,7 @@ def test_batch_equals_each_prompt_alone(shallow_model):
     steps, engine = 32, shallow_model.engine
     cache = engine.new_cache(3, LONG + steps)
     logits = [np.stack([engine.prefill(cache, row, ids).copy() for row, ids in enumerate(prompts)])]
-    decoder = engine.decoder(cache)
+    decoder = engine.step_runner(cache)
     while len(logits) < steps:
         logits.append(decoder.step(logits[-1].argmax(-1), np.full(3, True)).copy())
     together = np.stack(logits, axis=1)  # [B, N, V]
@@ -64,7 +64,7 @@ def test_rows_that_stop_early_leave_the_others_as_they_are(shallow_model):
     engine = shallow_model.engine
     cache = engine.new_cache(3, LONG + 32)
     logits = np.stack([engine.prefill(cache, row, ids).copy() for row, ids in enumerate(prompts)])
-    decoder = engine.decoder(cache)
+    decoder = engine.step_runner(cache)
     last_step = [3, 32, 20]
     for step in range(1, 32):
         running = np.array([step < last for last in last_step])

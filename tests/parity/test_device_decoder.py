@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,8 @@ from gemma3n_onnx.export.verify.reference import decoder_logits, load_decoder, s
 from gemma3n_onnx.runtime import OnnxGemma3n
 from gemma3n_onnx.runtime.artifact import NEXT_LOGIT, NEXT_TOKEN, load_manifest
 from gemma3n_onnx.runtime.engine.candidates import in_order
-from gemma3n_onnx.runtime.engine.engine import Engine, _Steps
+from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
+from gemma3n_onnx.runtime.engine.steps import DeviceSteps
 from oracle import LONG, TOLERANCE, WINDOW, assert_close, generate_greedily, random_prompt
 
 STEPS = 24
@@ -36,7 +36,7 @@ def answers(model: OnnxGemma3n, prepare) -> np.ndarray:
     cache = model.engine.new_cache(2, LONG + STEPS)
     for row, length in enumerate((40, LONG)):
         model.engine.prefill(cache, row, random_prompt(length, seed=row))
-    decoder = model.engine.decoder(cache)
+    decoder = model.engine.step_runner(cache)
     prepare(decoder)
     tokens = np.random.default_rng(3).integers(0, 200, (STEPS, 2))
     return np.stack([decoder.step(step, np.array([True, True])).copy() for step in tokens])
@@ -46,7 +46,7 @@ def test_the_mask_may_be_as_long_as_the_caches(model):
     """As it is while a recorded step is replayed, whose sizes never change."""
 
     def prepare(decoder):
-        decoder._bound = replace(decoder._bound, mask_length=LONG + STEPS)
+        decoder._bound.mask_length = LONG + STEPS
 
     exact, long = answers(model, lambda _: None), answers(model, prepare)
     np.testing.assert_array_equal(exact, long)
@@ -76,18 +76,11 @@ def test_drawing_among_its_candidates_is_drawing(model, monkeypatch, options):
     prompts = [random_prompt(40), random_prompt(LONG, seed=1)]
     draws = [model.generate(prompts, seed=seed, **options) for seed in range(3)]
 
-    def bind_as_on_a_device(engine, cache, rows):
-        binding = engine._bind(engine._session, cache, 0, rows)
-        return _Steps(
-            binding,
-            binding.device_output("logits", (rows, 1, engine.manifest.vocab_size), "fp32"),
-            next_token=binding.device_output(NEXT_TOKEN, (rows, 1, 1), "int64"),
-            next_logit=binding.device_output(NEXT_LOGIT, (rows, 1, 1), "fp32"),
-            candidates=engine._candidates,
-        )
+    def bind_as_on_a_device(_, binding, manifest, rows, capacity, candidates):
+        return DeviceSteps(binding, manifest, rows, candidates)
 
-    monkeypatch.setattr(Engine, "_bind_steps", bind_as_on_a_device)
-    monkeypatch.setattr(_Steps, "host_logits", lambda _: pytest.fail("the logits were copied"))
+    monkeypatch.setattr(CPUProvider, "bind_steps", bind_as_on_a_device)
+    monkeypatch.setattr(DeviceSteps, "logits", lambda _: pytest.fail("the logits were copied"))
     for seed, expected in enumerate(draws):
         found = model.generate(prompts, seed=seed, **options)
         assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]

@@ -9,11 +9,12 @@ import pytest
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.trace import DTYPES
-from gemma3n_onnx.export.verify.exact import exact_profile
+from gemma3n_onnx.export.verify.exact import exact_provider
 from gemma3n_onnx.export.verify.parity import describe, verify
 from gemma3n_onnx.runtime import MediaOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.engine.encoders import Encoders
-from gemma3n_onnx.runtime.engine.ort import PROFILES, Session
+from gemma3n_onnx.runtime.engine.ort import Session
+from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
 from gemma3n_onnx.runtime.media.audio import fit
 from media import RATE_HZ, encoded, gradient, sound, speech, video
 from multimodal import (
@@ -119,7 +120,7 @@ def test_batch_equals_each_prompt_alone_and_transformers(model, oracle):
     prompts = [model.encode(messages, OPTIONS) for messages in batch]
     cache = engine.new_cache(len(prompts), max(map(len, prompts)) + steps)
     rows = [engine.prefill(cache, row, prompt.ids, prompt.slots).copy() for row, prompt in enumerate(prompts)]
-    logits, decoder = [np.stack(rows)], engine.decoder(cache)
+    logits, decoder = [np.stack(rows)], engine.step_runner(cache)
     while len(logits) < steps:
         logits.append(decoder.step(logits[-1].argmax(-1), np.full(len(prompts), True)).copy())
     together = np.stack(logits, axis=1)  # [B, N, V]
@@ -238,7 +239,7 @@ def test_embedding_graph_agrees_with_the_engine_bit_for_bit(shallow_multimodal_c
     folder = exported(shallow_multimodal_checkpoint, precision=precision, target=target)
     model = OnnxGemma3n.from_pretrained(folder, "cpu", prefill_chunk=4096)
     # Encoders for CUDA compute in bf16, which the CPU lacks.
-    model.encoders = Encoders(folder, model.manifest, exact_profile(PROFILES["cpu"]))
+    model.encoders = Encoders(folder, model.manifest, exact_provider(CPUProvider()))
     prompt = model.encode([TEXT_FIRST], OPTIONS)
     prompt = type(prompt)([*prompt.ids, *random_prompt(20, vocab_size=1280)], prompt.slots)
     manifest = model.manifest
@@ -247,7 +248,7 @@ def test_embedding_graph_agrees_with_the_engine_bit_for_bit(shallow_multimodal_c
         modality = "image" if prompt.ids[slot.start] == manifest.vision.soft_tokens.token_id else "audio"
         features[f"{modality}_features"].append(slot.features())
     inputs = {name: np.concatenate(parts) for name, parts in features.items()}
-    graph = Session(folder / manifest.embedding.file, PROFILES["cpu"])
+    graph = Session(folder / manifest.embedding.file, CPUProvider())
     made = graph.run({"input_ids": np.array([prompt.ids]), **inputs})["inputs_embeds"]
     ((_, ours),) = model.engine._chunks(prompt.ids, prompt.slots, 0)
     assert made.dtype == ours.dtype

@@ -15,12 +15,13 @@ from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.trace import DTYPES
 from gemma3n_onnx.export.verify.encoders import describe as describe_encoder
 from gemma3n_onnx.export.verify.encoders import verify_encoder
-from gemma3n_onnx.export.verify.exact import exact_profile
+from gemma3n_onnx.export.verify.exact import exact_provider
 from gemma3n_onnx.export.verify.parity import describe, verify
 from gemma3n_onnx.runtime import OnnxGemma3n, ProviderError
 from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.engine.encoders import Encoders
-from gemma3n_onnx.runtime.engine.ort import PROFILES, Session
+from gemma3n_onnx.runtime.engine.ort import Session
+from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
 from gemma3n_onnx.runtime.engine.tables import Table
 from oracle import (
     LONG,
@@ -139,7 +140,7 @@ def test_encoders_for_cuda_equal_transformers(shallow_multimodal_checkpoint, exp
     folder = exported(shallow_multimodal_checkpoint, precision="bf16", target="cuda")
     manifest = with_sizes(load_manifest(folder), sizes)
     checkpoint = Checkpoint.open(shallow_multimodal_checkpoint)
-    profile = exact_profile(PROFILES["cpu"])
+    profile = exact_provider(CPUProvider())
     encoders = Encoders(folder, manifest, profile)
     decoderless = SimpleNamespace(
         folder=folder, manifest=manifest, encoders=encoders, engine=SimpleNamespace(profile=profile)
@@ -156,7 +157,7 @@ def test_encoders_for_cuda_equal_transformers(shallow_multimodal_checkpoint, exp
     assert len(products) > 20
     assert {value.dtype for node in products for value in (node.inputs[1], node.outputs[0])} == {ir.DataType.BFLOAT16}
     with pytest.raises(ProviderError, match=f"The {modality} encoder computes in bf16, which CPUExecutionProvider"):
-        Encoders(folder, manifest, PROFILES["cpu"]).features(modality, {})
+        Encoders(folder, manifest, CPUProvider()).features(modality, {})
 
 
 @pytest.mark.parametrize("precision", ["int8", "mixed", "int4"])
@@ -164,7 +165,7 @@ def test_embedding_graph_of_quantized_tables_rounds_their_rows_to_fp16(shallow_c
     folder = exported(shallow_checkpoint, precision=precision)
     manifest = OnnxGemma3n.from_pretrained(folder).manifest
     ids = np.array([[0, 1, 2, 5, manifest.per_layer_embeddings.rows - 1]])
-    graph = Session(folder / manifest.embedding.file, PROFILES["cpu"]).run({"input_ids": ids})
+    graph = Session(folder / manifest.embedding.file, CPUProvider()).run({"input_ids": ids})
     for name, info in {
         "inputs_embeds": manifest.token_embeddings,
         "per_layer_inputs": manifest.per_layer_embeddings,
@@ -179,7 +180,7 @@ def test_embedding_graph_agrees_with_the_runtime_tables_bit_for_bit(shallow_chec
     manifest = OnnxGemma3n.from_pretrained(folder, "cpu").manifest
     last_row, last = manifest.per_layer_embeddings.rows - 1, manifest.vocab_size - 1
     ids = np.array([[0, 1, 2, 5, last_row - 1, last_row], [last_row + 1, last_row + 2, last - 1, last, 7, 7]])
-    graph = Session(folder / manifest.embedding.file, PROFILES["cpu"]).run({"input_ids": ids})
+    graph = Session(folder / manifest.embedding.file, CPUProvider()).run({"input_ids": ids})
     tables = {
         "inputs_embeds": (manifest.token_embeddings, ids),
         "per_layer_inputs": (manifest.per_layer_embeddings, np.where(ids <= last_row, ids, 0)),
@@ -193,7 +194,7 @@ def test_embedding_graph_agrees_with_the_runtime_tables_bit_for_bit(shallow_chec
 def test_embeddings_equal_transformers(shallow_checkpoint, exported, shallow_oracle):
     folder = exported(shallow_checkpoint)
     ids = np.array([[2, 5, 1023, 1024, 1279]])
-    graph = Session(folder / "embedding.onnx", PROFILES["cpu"]).run({"input_ids": ids})
+    graph = Session(folder / "embedding.onnx", CPUProvider()).run({"input_ids": ids})
     with torch.no_grad():
         embeds = shallow_oracle.model.embed_tokens(torch.from_numpy(ids)).numpy()
         per_layer = shallow_oracle.model.get_per_layer_inputs(torch.from_numpy(ids)).flatten(2).numpy()

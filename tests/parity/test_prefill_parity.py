@@ -23,7 +23,7 @@ from gemma3n_onnx.runtime import OnnxGemma3n, OptionError
 from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.engine import prefill_graph as prefill
 from gemma3n_onnx.runtime.engine.engine import Engine
-from gemma3n_onnx.runtime.engine.ort import PROFILES
+from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
 from oracle import LONG, TOLERANCE, assert_close, generate_greedily, oracle_logits, random_prompt, relative_error
 
 STEPS = 24
@@ -37,7 +37,7 @@ def test_without_rounding_its_caches_are_the_decoders(shallow_checkpoint, export
     OnlyCaches()(graph)
     ir.save(graph, folder / "prefill.onnx")
     manifest = dataclasses.replace(load_manifest(folder), prefill=graph_info("prefill.onnx", graph))
-    engine = Engine(folder, manifest, PROFILES["cpu"], prefill_chunk=chunk)
+    engine = Engine(folder, manifest, CPUProvider(), prefill_chunk=chunk)
     engine.prefill_graph.load()
     (folder / "decoder.onnx").unlink()
     ours = generate_greedily(SimpleNamespace(engine=engine), random_prompt(LONGER, seed=3), STEPS)

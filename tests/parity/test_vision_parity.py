@@ -18,7 +18,8 @@ from transformers import Gemma3nConfig, Gemma3nForConditionalGeneration
 
 from gemma3n_onnx.export.trace import trace_vision
 from gemma3n_onnx.graphs.vision import VisionConfig, VisionEncoder, checkpoint_shapes
-from gemma3n_onnx.runtime.engine.ort import PROFILES, Session
+from gemma3n_onnx.runtime.engine.ort import Session
+from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
 from gemma3n_onnx.runtime.errors import ProviderError
 from oracle import TOLERANCE, assert_close
 
@@ -103,7 +104,7 @@ def make_encoders(model_args: Mapping[str, float] | None, text_hidden_size: int,
         if value.const_value is None:
             value.const_value = ir.tensor(own[name].numpy(), name=name)
     ir.save(graph, folder / "vision_encoder.onnx", external_data="vision_encoder.onnx.data")
-    return Encoders(oracle, module, Session(folder / "vision_encoder.onnx", PROFILES["cpu"]))
+    return Encoders(oracle, module, Session(folder / "vision_encoder.onnx", CPUProvider()))
 
 
 def random_weights(config: VisionConfig) -> dict[str, torch.Tensor]:

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gemma3n_onnx.runtime.engine import cuda
-from gemma3n_onnx.runtime.engine.engine import Decoder
+from gemma3n_onnx.runtime.engine.engine import StepRunner
 from gemma3n_onnx.runtime.engine.kv_cache import CAPACITY_STEP, KEPT_IDLE, CacheMemory, MemoryPool
-from gemma3n_onnx.runtime.engine.ort import Device
+from gemma3n_onnx.runtime.engine.providers import cuda_runtime
+from gemma3n_onnx.runtime.engine.providers.base import DeviceOptions
 from gemma3n_onnx.runtime.errors import OptionError, ProviderError
 
 
@@ -38,7 +38,7 @@ def onnxruntime(tmp_path):
 
 def test_a_missing_library_is_named(onnxruntime, tmp_path, capsys):
     (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").write_bytes(b"no library")
-    told = cuda.trouble(onnxruntime, 0)
+    told = cuda_runtime.trouble(onnxruntime, 0)
     assert told is not None and "libonnxruntime_providers_shared.so" in told and "pip install" in told
     assert capsys.readouterr().out == ""
 
@@ -50,22 +50,22 @@ def test_a_missing_library_is_named(onnxruntime, tmp_path, capsys):
 def test_what_the_driver_says_is_told(monkeypatch, onnxruntime, tmp_path, code, count, told):
     (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").touch()
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Library(code, count))
-    monkeypatch.setattr(cuda, "_mapped_files", lambda: ["7f00 r-xp 00000000 08:01 12 /usr/lib/libcudart.so.13"])
-    assert told in (cuda.trouble(onnxruntime, 2) or "")
-    assert cuda.trouble(onnxruntime, 2) == cuda.trouble(onnxruntime, 2)
+    monkeypatch.setattr(cuda_runtime, "_mapped_files", lambda: ["7f00 r-xp 00000000 08:01 12 /usr/lib/libcudart.so.13"])
+    assert told in (cuda_runtime.trouble(onnxruntime, 2) or "")
+    assert cuda_runtime.trouble(onnxruntime, 2) == cuda_runtime.trouble(onnxruntime, 2)
 
 
 def test_a_device_that_is_there_is_no_trouble(monkeypatch, onnxruntime, tmp_path):
     (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").touch()
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Library(0, 1))
-    monkeypatch.setattr(cuda, "_mapped_files", lambda: ["7f00 r-xp 00000000 08:01 12 /usr/lib/libcudart.so.13"])
-    assert cuda.trouble(onnxruntime, 0) is None
+    monkeypatch.setattr(cuda_runtime, "_mapped_files", lambda: ["7f00 r-xp 00000000 08:01 12 /usr/lib/libcudart.so.13"])
+    assert cuda_runtime.trouble(onnxruntime, 0) is None
 
 
 @pytest.mark.parametrize(("options", "name"), [({"id": -1}, "device_id"), ({"memory_limit": 0}, "gpu_memory_limit")])
 def test_a_device_that_cannot_be_is_refused(options, name):
     with pytest.raises(OptionError, match=name):
-        Device(**options)
+        DeviceOptions(**options)
 
 
 def test_memory_of_caches_is_used_again():
@@ -96,9 +96,9 @@ def test_no_more_memory_is_kept_than_a_little():
 
 
 def test_logits_that_are_no_numbers_choose_no_token():
-    decoder = object.__new__(Decoder)
+    decoder = object.__new__(StepRunner)
     decoder._advance = lambda tokens, running: None
-    decoder._bound = SimpleNamespace(likeliest=lambda: (np.array([3, 4]), np.array([1.5, np.nan], np.float32)))
-    assert decoder.step_likeliest(np.zeros(2), np.array([True, False])).tolist() == [3, 4]
+    decoder._bound = SimpleNamespace(greedy=lambda: (np.array([3, 4]), np.array([1.5, np.nan], np.float32)))
+    assert decoder.step_greedy(np.zeros(2), np.array([True, False])).tolist() == [3, 4]
     with pytest.raises(ProviderError, match="nan"):
-        decoder.step_likeliest(np.zeros(2), np.array([True, True]))
+        decoder.step_greedy(np.zeros(2), np.array([True, True]))

@@ -74,7 +74,7 @@ def test_lines_are_joined_and_a_system_prompt_begins_anew(talk, model):
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(talk, model, monkeypatch):
-    step = type(model.engine.decoder(model.engine.new_cache(1, 8))).step_likeliest
+    step = type(model.engine.step_runner(model.engine.new_cache(1, 8))).step_greedy
     left = [3]
 
     def interrupted(decoder, *arguments):
@@ -83,7 +83,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(talk, model, monkeypatch):
             raise KeyboardInterrupt
         return step(decoder, *arguments)
 
-    monkeypatch.setattr("gemma3n_onnx.runtime.engine.engine.Decoder.step_likeliest", interrupted)
+    monkeypatch.setattr("gemma3n_onnx.runtime.engine.engine.Decoder.step_greedy", interrupted)
     out, _ = talk(SUM, KeyboardInterrupt(), SUM)
     stopped, _, rest = out.partition(" (stopped; message and answer are forgotten)\n")
     assert PLUS.startswith(stopped) and stopped != PLUS
