@@ -48,7 +48,7 @@ def generate(folder: Path) -> None:
 
     before = _memory()
     started = time.perf_counter()
-    model = OnnxGemma3n.from_pretrained(folder, kept_prompts=0)
+    model = OnnxGemma3n.from_pretrained(folder, prefix_cache_size=0)
     loaded = time.perf_counter() - started
     rng = np.random.default_rng(0)
     rows = model.manifest.per_layer_embeddings.rows
@@ -79,7 +79,7 @@ def multimodal(folder: Path) -> None:
     """Time to the first token of a question about images and sound, and what the encoders take and give back."""
     from gemma3n_onnx.runtime import OnnxGemma3n
 
-    model = OnnxGemma3n.from_pretrained(folder, kept_prompts=0)
+    model = OnnxGemma3n.from_pretrained(folder, prefix_cache_size=0)
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (600, 800, 3), dtype=np.uint8)
     clip = (0.1 * rng.standard_normal(30 * 16_000)).astype(np.float32)

@@ -15,9 +15,9 @@ from .errors import (
     RuntimeMissingError,
     UrlRefusedError,
 )
-from .generation.answer import GenerationResult
-from .generation.generation import Timings
-from .generation.sampling import GenerationOptions, TokenLogprob
+from .generation.logprobs import TokenLogprob
+from .generation.options import GenerationOptions
+from .generation.result import GenerationResult, Timings
 from .media.fetch import FetchPolicy
 from .media.reader import MediaOptions
 from .model import OnnxGemma3n

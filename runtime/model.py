@@ -17,12 +17,15 @@ from .engine.prefix_cache import PrefixCache
 from .engine.providers.base import DeviceOptions
 from .engine.providers.select import select_provider
 from .errors import ArtifactError, PromptError
-from .generation.answer import Answer, read_options
+from .generation.options import GenerationOptions
+from .generation.scheduler import Scheduler, check_context
+from .generation.stream import GenerationStream
 from .media.fetch import FetchPolicy
-from .media.reader import MediaOptions, MediaReader
-from .prompt.messages import MessageReader, items_of
-from .prompt.soft_tokens import Placeholders
-from .prompt.tokenizer import ChatTemplate, Tokenizer, encode_plain
+from .media.reader import MediaOptions
+from .options import read_options
+from .prompt.chat_template import ChatTemplate
+from .prompt.encoder import PromptEncoder
+from .prompt.tokenizer import Tokenizer
 from .tokens import PromptTokens
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -46,13 +49,12 @@ class OnnxGemma3n:
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         fetch: FetchPolicy,
-        kept_prompts: int,
+        prefix_cache_size: int,
     ) -> None:
         self.folder, self.manifest, self.engine, self.encoders = folder, manifest, engine, encoders
         self.tokenizer, self.template = tokenizer, template
-        self._kept_prompts = PrefixCache(kept_prompts) if kept_prompts else None
-        self._placeholders = Placeholders(manifest)
-        self._messages = MessageReader(MediaReader(manifest, fetch), self._placeholders.tokens)
+        self.prompts = PromptEncoder(manifest, tokenizer, template, fetch, self._run_encoder)
+        self._prefix_cache = PrefixCache(prefix_cache_size) if prefix_cache_size else None
 
     @classmethod
     def from_pretrained(
@@ -64,7 +66,7 @@ class OnnxGemma3n:
         prefill_chunk: int = PREFILL_CHUNK,
         memory_budget: int | None = None,
         fetch: FetchPolicy | None = None,
-        kept_prompts: int = 1,
+        prefix_cache_size: int = 1,
         device_id: int = 0,
         gpu_memory_limit: int | None = None,
         cuda_graphs: bool = True,
@@ -78,7 +80,7 @@ class OnnxGemma3n:
             memory_budget: bytes that the decoder's weights may take. Those of the faster graph for prompts, as many
                 again, are loaded at the first long prompt if they fit in; by default, if twice as much is free.
             fetch: what media may be read from disk and network, and how much of them.
-            kept_prompts: so many prompts keep their KV caches when they are answered, and what a later one begins
+            prefix_cache_size: so many prompts keep their KV caches when they are answered, and what a later one begins
                 with alike is not run again; on the CPU only. Their memory goes with `release`.
             device_id: of the GPU, from 0.
             gpu_memory_limit: bytes that ONNX Runtime may take on the GPU for one graph; None is all that is there.
@@ -108,9 +110,8 @@ class OnnxGemma3n:
             memory_budget=memory_budget,
         )
         encoders = Encoders(folder, manifest, chosen, threads)
-        require_integer("kept_prompts", kept_prompts, 0)
-        keeps = kept_prompts if chosen.host_memory else 0
-        return cls(folder, manifest, engine, encoders, tokenizer, template, fetch or FetchPolicy(), keeps)
+        require_integer("prefix_cache_size", prefix_cache_size, 0)
+        return cls(folder, manifest, engine, encoders, tokenizer, template, fetch or FetchPolicy(), prefix_cache_size)
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """The answer to a prompt, or a list of them to a batch of prompts of any lengths.
@@ -130,26 +131,36 @@ class OnnxGemma3n:
         """
         chosen, media = read_options(options)
         batched = _is_batch(prompt)
-        encoded = [self.encode(p, media) for p in (prompt if batched else [prompt])]
-        answer = Answer(self.engine, self.tokenizer, encoded, chosen, kept_prompts=self._kept_prompts)
-        for _ in answer:
+        stream = self._stream(prompt if batched else [prompt], chosen, media)
+        for _ in stream:
             pass
-        return answer.results() if batched else answer.results()[0]
+        return stream.results() if batched else stream.result
 
-    def stream(self, prompt: Prompt, **options: Any) -> Answer:
+    def stream(self, prompt: Prompt, **options: Any) -> GenerationStream:
         """The answer to one prompt as it is made: iterate for pieces of text that are whole characters.
 
         After the last piece, `result` holds the `GenerationResult`. Arguments and errors as for `generate`.
         """
         if _is_batch(prompt):
             raise PromptError("stream takes one prompt; use generate for a batch.")
-        chosen, media = read_options(options)
-        prompts = [self.encode(prompt, media)]
-        return Answer(self.engine, self.tokenizer, prompts, chosen, kept_prompts=self._kept_prompts)
+        return self._stream([prompt], *read_options(options))
+
+    def _stream(self, prompts: Sequence[Any], options: GenerationOptions, media: MediaOptions) -> GenerationStream:
+        encoded = [self.encode(prompt, media) for prompt in prompts]
+        longest = max(map(len, encoded))
+        check_context(self.manifest.max_context, longest, options.max_new_tokens)
+        scheduler = Scheduler(
+            self.engine,
+            self.tokenizer,
+            rows=len(encoded),
+            capacity=longest + options.max_new_tokens,
+            prefix_cache=self._prefix_cache,
+        )
+        return GenerationStream(scheduler, encoded, options)
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation whose KV cache is kept from turn to turn."""
-        return Chat(self, system)
+        return Chat(self.engine, self.prompts, system)
 
     def release(self, encoder: str | None = None) -> None:
         """Frees the memory of the "vision" or the "audio" encoder, or of both, of the graph for prompts and of the kept
@@ -157,33 +168,19 @@ class OnnxGemma3n:
         self.encoders.release(encoder)
         if encoder is None:
             self.engine.release()
-            if self._kept_prompts:
-                self._kept_prompts.clear()
+            if self._prefix_cache:
+                self._prefix_cache.clear()
+
+    def _run_encoder(self, modality: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self.encoders.features(modality, inputs)
 
     def encode(self, prompt: Any, media: MediaOptions | None = None) -> PromptTokens:
         """Token ids of a prompt in any of its forms, and where its images and clips stand among them."""
-        if not _is_messages(prompt):
-            return PromptTokens(encode_plain(prompt, self.tokenizer, self.manifest.vocab_size))
-        messages = self.read(prompt, media or MediaOptions())
-        return self.locate(self.tokenizer.encode(self.render(messages), add_bos=True), messages)
+        return self.prompts.encode(prompt, media)
 
     def read(self, messages: Sequence[Mapping[str, Any]], media: MediaOptions) -> list[dict[str, Any]]:
         """Messages as the chat template takes them, their media read."""
-        return self._messages.read(messages, media)
-
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of messages that `read` gave, soft tokens written out."""
-        if self.template is None:
-            raise PromptError("This artifact has no chat template, so the prompt must be text or token ids.")
-        return self._placeholders.expand(self.template.render(messages), items_of(messages))
-
-    def locate(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> PromptTokens:
-        """The ids of rendered messages, and where their media stand among them."""
-        return PromptTokens(ids, self._placeholders.find(ids, items_of(messages), self.encoders.features))
-
-
-def _is_messages(prompt: Any) -> bool:
-    return isinstance(prompt, list | tuple) and bool(prompt) and not isinstance(prompt[0], int | np.integer)
+        return self.prompts.read(messages, media)
 
 
 def _is_batch(prompt: Any) -> bool:
@@ -199,4 +196,4 @@ def _load_template(folder: Path) -> ChatTemplate | None:
         source = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path} is not UTF-8 text; export the artifact again.") from error
-    return ChatTemplate(source, {"bos_token": "<bos>", "eos_token": "<eos>"})
+    return ChatTemplate(source)

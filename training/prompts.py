@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gemma3n_onnx.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
+from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
+from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
 
 from .conversations import Conversation, messages_of
 from .decoder import Sequences
@@ -73,7 +74,7 @@ class Encoder:
     def __init__(self, folder: Path) -> None:
         self._tokenizer = Tokenizer.from_folder(folder)
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self._template = ChatTemplate(template, {"bos_token": "<bos>"})
+        self._template = ChatTemplate(template)
         self._opening = self._tokenizer.encode("<start_of_turn>model\n", add_bos=False)
         self._end = self._tokenizer.token_id("<end_of_turn>")
         self.soft_ids = torch.tensor([self._tokenizer.token_id(f"<{kind}_soft_token>") for kind in SOFT_TOKENS])

@@ -13,7 +13,7 @@ from gemma3n_onnx.runtime import OnnxGemma3n
 
 class Ours:
     def __init__(self, folder: str, threads: int, context: int, memory_budget: int | None = None) -> None:
-        model = OnnxGemma3n.from_pretrained(folder, threads=threads, memory_budget=memory_budget, kept_prompts=0)
+        model = OnnxGemma3n.from_pretrained(folder, threads=threads, memory_budget=memory_budget, prefix_cache_size=0)
         self._engine = model.engine
         self._cache = self._engine.new_cache(1, context)
         self._decoder = self._engine.step_runner(self._cache)

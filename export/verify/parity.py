@@ -19,7 +19,7 @@ from gemma3n_onnx.export.weights import check_tensors
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.engine.engine import Engine
-from gemma3n_onnx.runtime.generation.generation import check_context
+from gemma3n_onnx.runtime.generation.scheduler import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .exact import exact_provider, takes_int8

@@ -12,7 +12,8 @@ from gemma3n_onnx.export.progress import TerminalProgress
 from gemma3n_onnx.export.quantization.precision import precision_for
 from gemma3n_onnx.export.quantization.sensitivity import Report, sensitivities
 from gemma3n_onnx.runtime.errors import PromptError
-from gemma3n_onnx.runtime.prompt.tokenizer import ChatTemplate, Tokenizer
+from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
+from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
 
 from .reference import check_transformers, stored_in
 
@@ -67,7 +68,7 @@ def measure(
     template = checkpoint.chat_template()
     asked = lines
     if template is not None:
-        chat = ChatTemplate(template, {"bos_token": "<bos>", "eos_token": "<eos>"})
+        chat = ChatTemplate(template)
         asked = tuple(chat.render([{"role": "user", "content": line}]) for line in lines)
     prompts = [tokenizer.encode(text, add_bos=True) for text in asked]
     if not all(prompts):

@@ -21,7 +21,8 @@ import numpy as np
 
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, Manifest, load_manifest
 from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
-from gemma3n_onnx.runtime.generation.generation import check_context, peak_memory_bytes
+from gemma3n_onnx.runtime.generation.result import peak_memory_bytes
+from gemma3n_onnx.runtime.generation.scheduler import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 _WARM_UP_TOKENS = 256
@@ -80,7 +81,7 @@ def measure(folder: Path, sizes: Sizes, runs: int, load: Mapping[str, Any]) -> F
     _check(load_manifest(folder), sizes, runs)
     before = private_bytes()
     started = time.perf_counter()
-    model = OnnxGemma3n.from_pretrained(folder, kept_prompts=0, **load)
+    model = OnnxGemma3n.from_pretrained(folder, prefix_cache_size=0, **load)
     loaded = time.perf_counter() - started
     manifest, engine = model.manifest, model.engine
     used = load.get("threads") or os.cpu_count() or 1

@@ -17,10 +17,11 @@ from typing import Any
 import click
 
 from gemma3n_onnx.runtime.artifact import Manifest, load_manifest, verify_checksums
+from gemma3n_onnx.runtime.engine.providers.select import choices
 from gemma3n_onnx.runtime.errors import Gemma3nError, PromptError
-from gemma3n_onnx.runtime.generation.answer import read_options
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.model import OnnxGemma3n
+from gemma3n_onnx.runtime.options import read_options
 
 from .terminal_chat import TerminalChat, describe_timings, line_history
 
@@ -103,7 +104,7 @@ def main() -> None:
 
 _artifact = click.argument("artifact", type=click.Path(path_type=Path))
 _LOAD_OPTIONS = (
-    click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda."),
+    click.option("--provider", default="auto", show_default=True, help=f"{choices()}."),
     click.option("--threads", type=int, help="Threads of ONNX Runtime."),
     click.option(
         "--memory-budget",
@@ -248,7 +249,9 @@ def chat(artifact: Path, system: str | None, allow_private_urls: bool, load: dic
 @click.option("--rows", default=4, show_default=True, help="Answers of a model at once.")
 @click.option("--context", default=4096, show_default=True, help="Tokens of one prompt with its answer.")
 @click.option("--queue", default=64, show_default=True, help="Requests of a model that may wait.")
-@click.option("--kept-prompts", default=2, show_default=True, help="Prompts of a model whose KV caches are kept.")
+@click.option(
+    "--prefix-cache-size", default=2, show_default=True, help="Prompts of a model whose KV caches are kept for reuse."
+)
 @click.option(
     "--models-memory",
     type=click.FloatRange(min=0, min_open=True),
@@ -278,15 +281,15 @@ def serve(
     A request's "model" is the name of a folder; it is loaded when first asked for.
     """
     from gemma3n_onnx.runtime.serve.app import Limits, create_app
-    from gemma3n_onnx.runtime.serve.library import Library, ServeOptions, artifacts_in
+    from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in
     from gemma3n_onnx.runtime.serve.run import run_app
 
     folders = [*artifacts, *(artifacts_in(slice_dir) if slice_dir is not None else ())]
     load["fetch"] = FetchPolicy(
         allow_private=allow_private_urls, allow_files=media_folder is not None, files_under=media_folder
     )
-    library = Library(folders, ServeOptions(memory_budget=_bytes(models_memory), **options), load)
-    run_app(create_app(library, Limits(int(max_body * 1e6), timeout), api_key), host, port)
+    pool = ModelPool(folders, ServeOptions(memory_budget=_bytes(models_memory), **options), load)
+    run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), api_key), host, port)
 
 
 @cli.command()

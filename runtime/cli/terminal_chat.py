@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from gemma3n_onnx.runtime.errors import Gemma3nError
-from gemma3n_onnx.runtime.generation.generation import Timings
+from gemma3n_onnx.runtime.generation.result import Timings
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 HELP = """\

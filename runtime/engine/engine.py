@@ -168,8 +168,10 @@ class Engine:
         binding.input(PER_LAYER_INPUTS, self._per_layer.rows(table_rows).reshape(rows, new, -1), dtype)
         binding.input(POSITION_IDS, lengths[:, None] + np.arange(new), "int64")
         binding.input(ATTENTION_MASK, _mask(lengths + new, mask_length), "int64")
-        binding.run()
-        lengths += new
+        try:
+            binding.run()
+        finally:
+            lengths += new  # also after Ctrl-C, which is raised when the graph has run
 
 
 class StepRunner:
@@ -225,8 +227,10 @@ class StepRunner:
     def _advance(self, tokens: np.ndarray, running: np.ndarray) -> None:
         engine, bound = self._engine, self._bound
         lengths = self._cache.lengths[: self._rows].copy()
-        engine._run(bound.binding, tokens[:, None], engine._embed(tokens)[:, None], lengths, bound.mask_length)
-        self._cache.lengths[: self._rows][running] = lengths[running]
+        try:
+            engine._run(bound.binding, tokens[:, None], engine._embed(tokens)[:, None], lengths, bound.mask_length)
+        finally:
+            self._cache.lengths[: self._rows][running] = lengths[running]
 
 
 def _mask(lengths: np.ndarray, columns: int | None) -> np.ndarray:

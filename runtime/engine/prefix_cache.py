@@ -23,7 +23,7 @@ WORTH_SHARING = 32
 
 
 @dataclass
-class KeptPrompt:
+class PrefixEntry:
     """`keys` of a prompt's tokens, the `cache` that it was run into, and copies of its windowed caches by the number of
     tokens that they had seen."""
 
@@ -56,9 +56,9 @@ class PrefixCache:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._kept: list[KeptPrompt] = []
+        self._kept: list[PrefixEntry] = []
 
-    def begin(self, keys: list[Hashable], cache: KVCache) -> KeptPrompt:
+    def begin(self, keys: list[Hashable], cache: KVCache) -> PrefixEntry:
         """A prompt that is going to be run into `cache`, of one row, which is filled with the longest beginning of it
         that is kept. At least one token is left to be run."""
         shared = max((kept.shared_with(keys[:-1]) for kept in self._kept), default=0)
@@ -66,13 +66,13 @@ class PrefixCache:
         tokens = 0 if best is None else best.usable(keys[:-1])
         shared = shared if shared - tokens >= WORTH_SHARING else 0
         if best is None or not tokens:
-            return KeptPrompt(keys, cache, shared=shared)
+            return PrefixEntry(keys, cache, shared=shared)
         cache.fill_from(best.cache, tokens, best.windows[tokens])
         windows = {at: windows for at, windows in best.windows.items() if at <= tokens}
-        return KeptPrompt(keys, cache, windows, shared)
+        return PrefixEntry(keys, cache, windows, shared)
 
     def run(
-        self, engine: Engine, prompt: KeptPrompt, rest: PromptTokens, after_chunk: Callable[[int], None] | None = None
+        self, engine: Engine, prompt: PrefixEntry, rest: PromptTokens, after_chunk: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """Runs what follows the tokens that the cache of `prompt` already has, and keeps it; logits [V] after the last.
 
@@ -91,7 +91,7 @@ class PrefixCache:
         self.keep(prompt)
         return logits
 
-    def keep(self, prompt: KeptPrompt) -> None:
+    def keep(self, prompt: PrefixEntry) -> None:
         """To be called when the prompt has been run. It takes the places of those that it begins with."""
         rest = [kept for kept in self._kept if prompt.keys[: len(kept.keys)] != kept.keys]
         self._kept = [*rest, prompt][-self.limit :]

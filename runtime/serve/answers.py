@@ -1,4 +1,4 @@
-"""From a request to jobs, and from what they tell to OpenAI's objects."""
+"""From OpenAI's requests to sequences, and from their events to OpenAI's objects."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from functools import partial
 from typing import Any
 
 from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
-from gemma3n_onnx.runtime.generation.sampling import Constraint, GenerationOptions, TokenLogprob
+from gemma3n_onnx.runtime.generation.logits_processors import LogitsProcessor
+from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
+from gemma3n_onnx.runtime.generation.options import GenerationOptions
+from gemma3n_onnx.runtime.generation.scheduler import Event, FailureEvent, FinishEvent, Request, TokenEvent
 from gemma3n_onnx.runtime.media.reader import MediaOptions
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from . import tools
 from .grammar import ANY_OBJECT
-from .library import Served
+from .model_pool import Served
 from .protocol import ChatRequest, CompletionRequest, Sampling, Tool
-from .scheduler import End, Event, Failure, Job, Piece
+from .worker import to_gemma3n_error
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def read_chat(request: ChatRequest, served: Served) -> Work:
         raise OptionError("top_logprobs needs logprobs to be true.")
     wanted = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     options = _options(request, served, [prompt], wanted, logprobs)
-    if (constraint := _constraint(request, may_call, served)) is not None:
-        options = replace(options, constraint=constraint)
+    if (processor := _grammar(request, may_call, served)) is not None:
+        options = replace(options, logits_processor=processor)
     return Work([prompt], options, request.n, may_call)
 
 
@@ -73,7 +76,7 @@ def _options(
     largest = served.model.manifest.vocab_size - 1
     if request.logit_bias and max(request.logit_bias) > largest:
         raise OptionError(f"logit_bias names the token {max(request.logit_bias)}; the largest id is {largest}.")
-    room = served.scheduler.context - max(map(len, prompts))
+    room = served.worker.context - max(map(len, prompts))
     stop = request.stop if request.stop is not None else ()
     return GenerationOptions(
         max_new_tokens=max(room, 1) if max_tokens is None else max_tokens,
@@ -91,7 +94,7 @@ def _options(
     )
 
 
-def _constraint(request: ChatRequest, may_call: Sequence[Tool], served: Served) -> Callable[[], Constraint] | None:
+def _grammar(request: ChatRequest, may_call: Sequence[Tool], served: Served) -> Callable[[], LogitsProcessor] | None:
     wanted = request.response_format
     if may_call and request.tool_choice != "auto":
         if wanted is not None and wanted.type != "text":
@@ -107,38 +110,47 @@ def _constraint(request: ChatRequest, may_call: Sequence[Tool], served: Served) 
 
 
 class Answering:
-    """The jobs of one request, told to the event loop that made it."""
+    """The sequences of one HTTP request; their events reach the event loop that made it."""
 
-    def __init__(self, work: Work, served: Served, deadline: float) -> None:
-        """Raises BusyError and ContextLengthError, as `Scheduler.submit`."""
+    def __init__(self, work: Work, served: Served, deadline: float, on_first_token: Callable[[float], None]) -> None:
+        """`on_first_token` is given the seconds from submission to each sequence's first token.
+
+        Raises BusyError and ContextLengthError, as `ModelWorker.submit`.
+        """
         loop = asyncio.get_running_loop()
+        self._on_first_token = on_first_token
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-        def tell(index: int, event: Event) -> None:
+        def put(index: int, event: Event) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
-        self._jobs = [
-            Job(prompt, work.options, partial(tell, index), sample=index % work.n, deadline=deadline)
+        self.requests = [
+            Request(prompt, work.options, partial(put, index), sample=index % work.n, deadline=deadline)
             for index, prompt in enumerate(prompt for prompt in work.prompts for _ in range(work.n))
         ]
-        served.scheduler.submit(self._jobs)
+        served.worker.submit(self.requests)
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self.requests)
 
-    async def events(self) -> AsyncIterator[tuple[int, Piece | End]]:
-        """With the number of the choice, as they come; ends when all have ended. Raises the first failure."""
-        open_jobs = len(self._jobs)
-        while open_jobs:
+    async def events(self) -> AsyncIterator[tuple[int, TokenEvent | FinishEvent]]:
+        """With the index of the choice, in order of time; ends when all choices have. Raises the first failure as a
+        Gemma3nError."""
+        unfinished = len(self.requests)
+        started: set[int] = set()
+        while unfinished:
             index, event = await self._events.get()
-            if isinstance(event, Failure):
-                raise event.error
+            if isinstance(event, FailureEvent):
+                raise to_gemma3n_error(event.error)
+            if index not in started:
+                started.add(index)
+                self._on_first_token(self.requests[index].timings.time_to_first_token)
             yield index, event
-            open_jobs -= isinstance(event, End)
+            unfinished -= isinstance(event, FinishEvent)
 
     def cancel(self) -> None:
-        for job in self._jobs:
-            job.cancel()
+        for request in self.requests:
+            request.cancel()
 
 
 @dataclass
@@ -147,14 +159,14 @@ class Choice:
 
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    end: End | None = None
+    end: FinishEvent | None = None
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
 
-    def take(self, event: Piece | End) -> None:
-        if isinstance(event, End):
+    def take(self, event: TokenEvent | FinishEvent) -> None:
+        if isinstance(event, FinishEvent):
             self.end = event
             return
         self.pieces.append(event.text)
@@ -188,7 +200,7 @@ def envelope(kind: str, prefix: str, model: str) -> dict[str, Any]:
 def chat_choice(index: int, choice: Choice, work: Work, served: Served) -> dict[str, Any]:
     assert choice.end is not None
     message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-    finish = choice.end.finish
+    finish = choice.end.reason
     if work.tools and finish == "stop" and (calls := tools.calls_in(choice.text, work.tools)):
         message |= {"content": None, "tool_calls": calls}
         finish = "tool_calls"
@@ -210,7 +222,7 @@ def chat_logprob(of: TokenLogprob, served: Served) -> dict[str, Any]:
 
 
 def completion_choice(index: int, choice: Choice, work: Work, served: Served) -> dict[str, Any]:
-    finish = None if choice.end is None else choice.end.finish
+    finish = None if choice.end is None else choice.end.reason
     logprobs = None if work.options.logprobs is None else completion_logprobs(choice.logprobs, served)
     return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": finish}
 
@@ -243,7 +255,7 @@ class Chunks(ABC):
     def first(self) -> list[dict[str, Any]]:
         return []
 
-    def next(self, index: int, event: Piece | End) -> list[dict[str, Any]]:
+    def next(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
         self._choices[index].take(event)
         return [self._whole(choice) for choice in self._parts(index, event)]
 
@@ -257,7 +269,7 @@ class Chunks(ABC):
         return {**chunk, "usage": None} if self._with_usage else chunk
 
     @abstractmethod
-    def _parts(self, index: int, event: Piece | End) -> list[dict[str, Any]]:
+    def _parts(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
         """What a choice, which has taken the event, then tells."""
 
 
@@ -275,9 +287,9 @@ class ChatChunks(Chunks):
         delta = {"role": "assistant", "content": ""}
         return [self._whole(_delta(index, delta)) for index in range(len(self._choices))]
 
-    def _parts(self, index: int, event: Piece | End) -> list[dict[str, Any]]:
+    def _parts(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
         choice = self._choices[index]
-        if isinstance(event, End):
+        if isinstance(event, FinishEvent):
             return self._last(index, choice)
         self._holds[index] = self._holds[index] and tools.may_be_calls(choice.text)
         return [] if self._holds[index] else self._text(index, choice)
@@ -309,8 +321,8 @@ def _delta(index: int, delta: Mapping[str, Any], finish: str | None = None, logp
 class CompletionChunks(Chunks):
     object, prefix = "text_completion", "cmpl"
 
-    def _parts(self, index: int, event: Piece | End) -> list[dict[str, Any]]:
-        if isinstance(event, Piece) and not event.text and event.logprob is None:
+    def _parts(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
+        if isinstance(event, TokenEvent) and not event.text and event.logprob is None:
             return []
         now = Choice()
         now.take(event)

@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's API over the artifacts of a library, and a page to chat in."""
+"""The HTTP server: OpenAI's API over the models of a pool, and a page to chat in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gemma3n_onnx.runtime.errors import ArtifactError, ContextLengthError, Gemma3nError, ProviderError
+from gemma3n_onnx.runtime.errors import (
+    ArtifactError,
+    ContextLengthError,
+    Gemma3nError,
+    PackageMissingError,
+    ProviderError,
+)
+from gemma3n_onnx.runtime.generation.scheduler import DeadlineError
 
 from .answers import (
     CHAT,
@@ -34,10 +41,10 @@ from .answers import (
     read_chat,
     usage,
 )
-from .library import Library, Served, UnknownModelError
 from .metrics import Metrics
+from .model_pool import ModelPool, Served, UnknownModelError
 from .protocol import ChatRequest, CompletionRequest, Sampling
-from .scheduler import BusyError, DeadlineError
+from .worker import BusyError
 
 log = logging.getLogger(__name__)
 
@@ -55,19 +62,19 @@ class Limits:
     reading: int = 8
 
 
-def create_app(library: Library, limits: Limits, api_key: str | None = None) -> FastAPI:
+def create_app(pool: ModelPool, limits: Limits, api_key: str | None = None) -> FastAPI:
     """`api_key`: what clients must send as a bearer token to /v1; None for anyone."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(library.close)
+        await asyncio.to_thread(pool.close)
 
     app = FastAPI(title="gemma3n-onnx", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_Body, limit=limits.body_bytes)
     app.add_middleware(_Key, key=api_key)
-    metrics = Metrics(library)
-    service = _Service(library, limits, metrics)
+    metrics = Metrics(pool)
+    service = _Service(pool, limits, metrics)
     _answer_errors(app)
 
     @app.get("/", response_class=HTMLResponse)
@@ -76,7 +83,7 @@ def create_app(library: Library, limits: Limits, api_key: str | None = None) -> 
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "loaded": [*library.loaded]}
+        return {"status": "ok", "loaded": [*pool.loaded]}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def measured() -> Response:
@@ -84,13 +91,13 @@ def create_app(library: Library, limits: Limits, api_key: str | None = None) -> 
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(library, name) for name in library.folders]}
+        return {"object": "list", "data": [_model(pool, name) for name in pool.folders]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
-        if name not in library.folders:
-            raise UnknownModelError(f"There is no model {name!r}; there are {', '.join(library.folders)}.")
-        return _model(library, name)
+        if name not in pool.folders:
+            raise UnknownModelError(f"There is no model {name!r}; there are {', '.join(pool.folders)}.")
+        return _model(pool, name)
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest, http: Request) -> Response:
@@ -130,18 +137,18 @@ def create_app(library: Library, limits: Limits, api_key: str | None = None) -> 
 class _Service:
     """What the routes share: models held while a request needs them, and its limits of time."""
 
-    def __init__(self, library: Library, limits: Limits, metrics: Metrics) -> None:
-        self._library, self._limits, self._metrics = library, limits, metrics
+    def __init__(self, pool: ModelPool, limits: Limits, metrics: Metrics) -> None:
+        self._pool, self._limits, self._metrics = pool, limits, metrics
         self._reading = asyncio.Semaphore(limits.reading)
 
     @asynccontextmanager
     async def held(self, name: str) -> AsyncIterator[Served]:
         """A streamed answer goes on after this; it holds the model itself."""
-        served = await asyncio.to_thread(self._library.hold, name)
+        served = await asyncio.to_thread(self._pool.acquire, name)
         try:
             yield served
         finally:
-            self._library.release(served)
+            self._pool.release(served)
 
     async def complete(self, kind: Kind, request: Sampling, http: Request) -> Response:
         """An answer of either kind, whole or streamed."""
@@ -178,7 +185,7 @@ class _Service:
 
     def stream(self, work: Work, served: Served, chunks: Chunks) -> Response:
         answering = self._begin(work, served)
-        self._library.hold_too(served)
+        self._pool.retain(served)
 
         async def lines() -> AsyncIterator[str]:
             try:
@@ -196,12 +203,12 @@ class _Service:
 
         def done() -> None:
             answering.cancel()
-            self._library.release(served)
+            self._pool.release(served)
 
         return _Stream(lines(), done)
 
     def _begin(self, work: Work, served: Served) -> Answering:
-        return Answering(work, served, time.monotonic() + self._limits.seconds)
+        return Answering(work, served, time.monotonic() + self._limits.seconds, self._metrics.first_token)
 
 
 class _Stream(StreamingResponse):
@@ -222,12 +229,12 @@ def _sse(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def _model(library: Library, name: str) -> dict[str, Any]:
-    manifest = library.manifests[name]
+def _model(pool: ModelPool, name: str) -> dict[str, Any]:
+    manifest = pool.manifests[name]
     return {
         "id": name,
         "object": "model",
-        "created": library.started,
+        "created": pool.started,
         "owned_by": "gemma3n-onnx",
         "slice": manifest.slice,
         "precision": manifest.precision,
@@ -245,7 +252,7 @@ def _shape(error: Gemma3nError) -> tuple[int, dict[str, Any]]:
             return 429, error_body(error, "rate_limit_error", "rate_limit_exceeded")
         case DeadlineError():
             return 504, error_body(error, "timeout_error", "deadline_exceeded")
-        case ProviderError() | ArtifactError():
+        case ProviderError() | ArtifactError() | PackageMissingError():
             return 500, error_body(error, "server_error")
         case _:
             return 400, error_body(error, "invalid_request_error")

@@ -13,7 +13,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.errors import OptionError
-from gemma3n_onnx.runtime.generation.sampling import Constraint
+from gemma3n_onnx.runtime.generation.logits_processors import LogitsProcessor
 from gemma3n_onnx.runtime.prompt.tokenizer import TOKENIZER_FILE
 
 ANY_OBJECT = {"type": "object"}
@@ -21,13 +21,13 @@ _END_OF_TURN = "<end_of_turn>"
 
 
 class Grammars:
-    """Constraints for one artifact's tokenizer, which is read when the first is made."""
+    """Grammars over one artifact's tokenizer, which is read when the first is made."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
 
-    def json_of(self, schema: Mapping[str, Any]) -> Callable[[], Constraint]:
-        """What makes a constraint for each row whose answer is to be compact JSON of `schema`.
+    def json_of(self, schema: Mapping[str, Any]) -> Callable[[], LogitsProcessor]:
+        """Factory of a per-sequence logits processor that admits compact JSON of `schema`.
 
         Raises:
             OptionError: a schema that is none, or with parts that llguidance does not know.
@@ -38,7 +38,7 @@ class Grammars:
             raise OptionError(f"The JSON schema cannot be used: {_line(error)}.") from error
         if told := LLMatcher.validate_grammar(grammar, self._tokenizer):
             raise OptionError(f"The JSON schema cannot be used: {_line(told)}.")
-        return lambda: _Matching(LLMatcher(self._tokenizer, grammar), self._tokenizer.eos_token)
+        return lambda: _Grammar(LLMatcher(self._tokenizer, grammar), self._tokenizer.eos_token)
 
     @functools.cached_property
     def _tokenizer(self) -> LLTokenizer:
@@ -49,11 +49,11 @@ class Grammars:
         return LLTokenizer(text, n_vocab=self._manifest.vocab_size, eos_token=end)
 
 
-class _Matching:
+class _Grammar(LogitsProcessor):
     def __init__(self, matcher: LLMatcher, eos: int) -> None:
         self._matcher, self._eos = matcher, eos
 
-    def allow(self, logits: np.ndarray) -> np.ndarray:
+    def process(self, logits: np.ndarray) -> np.ndarray:
         allowed = np.full_like(logits, -np.inf)
         if self._matcher.is_stopped():
             allowed[self._eos] = logits[self._eos]
@@ -63,7 +63,7 @@ class _Matching:
         allowed[: len(may)][may] = logits[: len(may)][may]
         return allowed
 
-    def take(self, token: int) -> None:
+    def accept(self, token: int) -> None:
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
 

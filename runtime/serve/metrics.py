@@ -1,4 +1,4 @@
-"""What the server has done, for Prometheus."""
+"""The server's counters, for Prometheus."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from prometheus_client.registry import Collector
 
 from gemma3n_onnx.runtime.errors import Gemma3nError
 
-from .library import Library
+from .model_pool import ModelPool
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics(Collector):
-    """Counts of the models that are loaded are read when they are asked for; those of a model that was unloaded stay in
-    the sums."""
+    """Counts are read from the pool at each scrape; a model that was unloaded keeps its totals."""
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, library: Library) -> None:
-        self._library = library
+    def __init__(self, pool: ModelPool) -> None:
+        self._pool = pool
         self._registry = CollectorRegistry()
         self._registry.register(self)
         self._failures = Counter(
@@ -38,31 +37,31 @@ class Metrics(Collector):
     def failed(self, error: Gemma3nError) -> None:
         self._failures.labels(type(error).__name__).inc()
 
+    def first_token(self, seconds: float) -> None:
+        self._first_token.observe(seconds)
+
     def text(self) -> bytes:
-        for served in [*self._library.loaded.values()]:
-            waits = served.scheduler.counts.first_token_seconds
-            while waits:
-                self._first_token.observe(waits.popleft())
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        loaded = [*self._library.loaded.values()]
-        for name, help_, of in (
-            ("gemma3n_requests_running", "Answers being made.", lambda s: s.scheduler.running),
-            ("gemma3n_requests_waiting", "Answers that wait for a row.", lambda s: s.scheduler.waiting),
+        loaded = [*self._pool.loaded.values()]
+        for name, help_, value_of in (
+            ("gemma3n_requests_running", "Answers being made.", lambda s: s.worker.running),
+            ("gemma3n_requests_waiting", "Answers that wait for a row.", lambda s: s.worker.waiting),
             ("gemma3n_model_bytes", "Estimated memory of a model.", lambda s: s.bytes),
         ):
             gauge = GaugeMetricFamily(name, help_, labels=["model"])
             for served in loaded:
-                gauge.add_metric([served.name], of(served))
+                gauge.add_metric([served.name], value_of(served))
             yield gauge
+        counts = self._pool.counts()
         for name, help_ in (
-            ("prompt_tokens", "Tokens of prompts that were run."),
-            ("cached_tokens", "Tokens of prompts that were kept from earlier ones."),
-            ("new_tokens", "Tokens that were made."),
-            ("cancelled", "Answers whose client had gone."),
+            ("prompt_tokens", "Prompt tokens that were prefilled."),
+            ("cached_tokens", "Prompt tokens that were reused from earlier prompts."),
+            ("new_tokens", "Tokens that were generated."),
+            ("cancelled", "Sequences whose client disconnected."),
         ):
             counter = CounterMetricFamily(f"gemma3n_{name}", help_, labels=["model"])
-            for served in loaded:
-                counter.add_metric([served.name], getattr(served.scheduler.counts, name))
+            for model, totals in counts.items():
+                counter.add_metric([model], getattr(totals, name))
             yield counter

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from gemma3n_onnx.runtime.generation.answer import Answer
-from gemma3n_onnx.runtime.generation.sampling import GenerationOptions
+from gemma3n_onnx.runtime.generation.options import GenerationOptions
+from gemma3n_onnx.runtime.generation.scheduler import Scheduler
+from gemma3n_onnx.runtime.generation.stream import GenerationStream
 from gemma3n_onnx.runtime.tokens import PromptTokens
 from multimodal import SIZE, clip, image, text
 from oracle import SAME_GRAPH, TOLERANCE, assert_close, generate_greedily, relative_error
@@ -50,7 +51,8 @@ def send(chat, *content):
 
 
 def assert_equals_a_fresh_start(model, result, prompt):
-    fresh = Answer(model.engine, model.tokenizer, [prompt], GenerationOptions(max_new_tokens=NEW_TOKENS))
+    rows = Scheduler(model.engine, model.tokenizer, rows=1, capacity=len(prompt) + NEW_TOKENS)
+    fresh = GenerationStream(rows, [prompt], GenerationOptions(max_new_tokens=NEW_TOKENS))
     for _ in fresh:
         pass
     assert result.token_ids == fresh.result.token_ids

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma3n_onnx.runtime import OnnxGemma3n
-from gemma3n_onnx.runtime.engine.prefix_cache import KeptPrompt, PrefixCache, _superfluous
+from gemma3n_onnx.runtime.engine.prefix_cache import PrefixCache, PrefixEntry, _superfluous
 from gemma3n_onnx.runtime.errors import OptionError
 from multimodal import SIZE, clip, image, user
 from oracle import SAME_GRAPH, TOLERANCE, WINDOW, assert_close, oracle_logits, random_prompt
@@ -20,8 +20,8 @@ def folder(shallow_checkpoint, exported):
     return exported(shallow_checkpoint)
 
 
-def load(folder, kept_prompts=1):
-    return OnnxGemma3n.from_pretrained(folder, prefill_chunk=CHUNK, kept_prompts=kept_prompts)
+def load(folder, prefix_cache_size=1):
+    return OnnxGemma3n.from_pretrained(folder, prefill_chunk=CHUNK, prefix_cache_size=prefix_cache_size)
 
 
 def answer(model, prompt):
@@ -40,7 +40,7 @@ def assert_same(what, ours, theirs):
 def test_another_end_of_the_same_prompt(folder, shallow_oracle, shared):
     first = random_prompt(6 * CHUNK + 20, seed=1)
     second = [*first[:shared], *random_prompt(2 * WINDOW, seed=9)[1:]]
-    model, plain = load(folder), load(folder, kept_prompts=0)
+    model, plain = load(folder), load(folder, prefix_cache_size=0)
     answer(model, first)
     ours, theirs = answer(model, second), answer(plain, second)
     assert_same(f"{shared} shared", ours, theirs)
@@ -71,7 +71,7 @@ def test_logits_after_a_kept_beginning_are_those_of_a_whole_prefill(folder, shal
 
 
 def test_a_conversation_sent_anew_each_time_goes_on_where_it_was(folder):
-    model, plain = load(folder), load(folder, kept_prompts=0)
+    model, plain = load(folder), load(folder, prefix_cache_size=0)
     ids = random_prompt(3 * CHUNK + 5, seed=5)
     for _ in range(3):
         ours = answer(model, ids)
@@ -96,14 +96,14 @@ def test_a_beginning_stays_kept_for_a_third_prompt(folder):
 
 
 def test_only_so_many_prompts_are_kept_and_release_frees_them(folder):
-    model = load(folder, kept_prompts=2)
+    model = load(folder, prefix_cache_size=2)
     prompts = [random_prompt(2 * CHUNK, seed=s) for s in range(3)]
     for prompt in prompts:
         answer(model, prompt)
     assert [answer(model, p).timings.cached_tokens for p in (prompts[0], prompts[2])] == [0, CHUNK]
-    assert model._kept_prompts.nbytes > 0
+    assert model._prefix_cache.nbytes > 0
     model.release()
-    assert model._kept_prompts.nbytes == 0
+    assert model._prefix_cache.nbytes == 0
     assert answer(model, prompts[2]).timings.cached_tokens == 0
 
 
@@ -117,7 +117,7 @@ def test_batches_and_chats_keep_to_themselves(folder):
 def test_another_image_is_another_beginning(shallow_multimodal_checkpoint, exported):
     """The ids are the same, and so is an encoder's work saved only where the image is."""
     model = OnnxGemma3n.from_pretrained(exported(shallow_multimodal_checkpoint), prefill_chunk=CHUNK)
-    plain = OnnxGemma3n.from_pretrained(exported(shallow_multimodal_checkpoint), kept_prompts=0)
+    plain = OnnxGemma3n.from_pretrained(exported(shallow_multimodal_checkpoint), prefix_cache_size=0)
     options = {"max_new_tokens": 6, "image_size": SIZE, "logprobs": 0}
     for messages, kept in (
         ([user(image(0), "What is this?")], False),
@@ -140,8 +140,8 @@ def test_another_question_about_an_image_runs_the_question_only(shallow_multimod
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2"])
 def test_bad_numbers_of_prompts(folder, value):
-    with pytest.raises(OptionError, match="kept_prompts"):
-        OnnxGemma3n.from_pretrained(folder, kept_prompts=value)
+    with pytest.raises(OptionError, match="prefix_cache_size"):
+        OnnxGemma3n.from_pretrained(folder, prefix_cache_size=value)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_positions_thin_out_away_from_both_ends(positions, left):
 
 
 def test_a_kept_prompt_is_usable_up_to_a_position_it_remembers():
-    kept = KeptPrompt([1, 2, 3, 4, 5, 6], cache=None, windows={2: [], 4: [], 6: []})  # type: ignore[arg-type]
+    kept = PrefixEntry([1, 2, 3, 4, 5, 6], cache=None, windows={2: [], 4: [], 6: []})  # type: ignore[arg-type]
     assert [kept.usable(keys) for keys in ([1], [1, 2, 9], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7], [9])] == [
         0,
         2,

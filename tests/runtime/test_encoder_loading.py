@@ -78,7 +78,7 @@ def test_each_encoder_is_loaded_by_the_first_request_that_needs_it(folder, loade
 
 @pytest.mark.parametrize("released", ["vision", "audio", None])
 def test_a_released_encoder_is_unmapped_and_loads_again(folder, loaded, released):
-    model = OnnxGemma3n.from_pretrained(folder, kept_prompts=0)
+    model = OnnxGemma3n.from_pretrained(folder, prefix_cache_size=0)
     before = ask(model, IMAGE, CLIP)
     model.release(released)
     left = {"vision", "audio"} - ({released} if released else {"vision", "audio"})

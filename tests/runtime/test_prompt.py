@@ -10,13 +10,10 @@ from tokenizers import decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from gemma3n_onnx.runtime.errors import ArtifactError, PromptError
-from gemma3n_onnx.runtime.prompt.tokenizer import (
-    ChatTemplate,
-    IncrementalDetokenizer,
-    StopMatcher,
-    Tokenizer,
-    encode_plain,
-)
+from gemma3n_onnx.runtime.generation.detokenizer import IncrementalDetokenizer
+from gemma3n_onnx.runtime.generation.stop_strings import StopMatcher
+from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
+from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer, encode_plain
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 TEMPLATE = """{{ bos_token }}
@@ -78,7 +75,7 @@ def tokenizer(backend: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def template() -> ChatTemplate:
-    return ChatTemplate(TEMPLATE, {"bos_token": "<bos>"})
+    return ChatTemplate(TEMPLATE)
 
 
 def test_a_folder_without_a_usable_tokenizer_is_an_error(tmp_path: Path) -> None:
@@ -165,7 +162,7 @@ def test_rendering_is_that_of_transformers(
 ) -> None:
     reference = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", chat_template=source)
     expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    assert ChatTemplate(source, {"bos_token": "<bos>"}).render(messages, generate) == expected
+    assert ChatTemplate(source).render(messages, generate) == expected
 
 
 USER: dict[str, Any] = {"role": "user", "content": "x"}
@@ -175,11 +172,11 @@ def test_what_the_template_refuses_is_one_sentence(template: ChatTemplate) -> No
     with pytest.raises(PromptError, match=r"refuses these messages: Roles must alternate\.$"):
         template.render([USER, USER])
     with pytest.raises(PromptError, match="refuses these messages"):
-        ChatTemplate("{{ 1 + messages }}", {}).render([USER])
+        ChatTemplate("{{ 1 + messages }}").render([USER])
     with pytest.raises(PromptError, match="refuses these messages"):
-        ChatTemplate("{{ messages.append(1) }}", {}).render([USER])
+        ChatTemplate("{{ messages.append(1) }}").render([USER])
     with pytest.raises(ArtifactError, match="cannot be read"):
-        ChatTemplate("{% if %}", {})
+        ChatTemplate("{% if %}")
 
 
 def test_each_kind_of_plain_prompt_becomes_ids(tokenizer: Tokenizer) -> None:

@@ -17,9 +17,9 @@ import pytest
 import uvicorn
 
 from gemma3n_onnx.runtime import ArtifactError, FetchPolicy, OnnxGemma3n, OptionError
-from gemma3n_onnx.runtime.serve import library as library_module
+from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.serve.app import Limits, create_app
-from gemma3n_onnx.runtime.serve.library import Library, ServeOptions, artifacts_in, estimated_bytes
+from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in, estimated_bytes
 from gemma3n_onnx.runtime.serve.run import run_app
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -57,10 +57,10 @@ def message(text: str, *parts: dict) -> list[dict]:
 
 @contextlib.contextmanager
 def serving(folders: list[Path], options: ServeOptions | None = None, api_key: str | None = None, **limits):
-    """The application on a port of its own: `url`, `client` and `library`."""
+    """The application on a port of its own: `url`, `client` and `pool`."""
     fetch = FetchPolicy(allow_private=True, files_under=DEMO)
-    library = Library(folders, options or ServeOptions(rows=4, context=1024), {"fetch": fetch, "threads": 1})
-    app = create_app(library, Limits(**limits), api_key)
+    pool = ModelPool(folders, options or ServeOptions(rows=4, context=1024), {"fetch": fetch, "threads": 1})
+    app = create_app(pool, Limits(**limits), api_key)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -69,7 +69,7 @@ def serving(folders: list[Path], options: ServeOptions | None = None, api_key: s
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0)
     try:
-        yield SimpleNamespace(url=url, client=client, library=library)
+        yield SimpleNamespace(url=url, client=client, pool=pool)
     finally:
         client.close()
         server.should_exit = True
@@ -160,7 +160,7 @@ def test_a_request_chooses_its_slice(server):
     for name in (E2B, HALF, E2B):
         answer = chat(server, message(SUM), model=name)
         assert (answer.model, answer.choices[0].message.content) == (name, "3 plus 4 is 7.")
-    assert {*server.library.loaded} == {E2B, HALF}
+    assert {*server.pool.loaded} == {E2B, HALF}
     listed = {model.id: model for model in server.client.models.list()}
     assert {*listed} == {E2B, HALF} and listed[HALF].slice == "half"
     assert server.client.models.retrieve(E2B).id == E2B
@@ -253,7 +253,7 @@ def test_stop_bias_and_length(server, model):
 
 
 def test_a_completion(server, model):
-    prompt = model.render(model.read(message(SUM), None)).removeprefix("<bos>")
+    prompt = model.prompts.render(model.read(message(SUM), None)).removeprefix("<bos>")
     made = server.client.completions.create(model=E2B, prompt=prompt, temperature=0, logprobs=1)
     assert made.choices[0].text == "3 plus 4 is 7."
     assert len(made.choices[0].logprobs.tokens) == made.usage.completion_tokens
@@ -321,16 +321,16 @@ def test_health_metrics_and_the_page(server):
 
 
 def test_a_client_that_goes_stops_its_answer(server):
-    scheduler = server.library.loaded[E2B].scheduler
-    before = scheduler.counts.cancelled
+    worker = server.pool.loaded[E2B].worker
+    before = worker.counts.cancelled
     stream = chat(server, message(LONG_ANSWER), stream=True, logit_bias={"106": -100, "1": -100}, max_tokens=900)
     for _ in zip(range(3), stream):
         pass
     stream.close()
     with pytest.raises(openai.APITimeoutError):
         chat(server, message(LONG_ANSWER), logit_bias={"106": -100, "1": -100}, max_tokens=900, timeout=0.3)
-    eventually(lambda: scheduler.counts.cancelled == before + 2 and scheduler.running == 0)
-    eventually(lambda: server.library.loaded[E2B].users == 0)
+    eventually(lambda: worker.counts.cancelled == before + 2 and worker.running == 0)
+    eventually(lambda: server.pool.loaded[E2B].users == 0)
 
 
 def test_many_at_once_answer_as_one(server, model):
@@ -367,12 +367,12 @@ def test_limits_of_body_time_and_queue(demo_artifact):
 
 def test_models_that_rest_make_room(demo_artifact):
     folders = [demo_artifact(name) for name in ("E2B", "half")]
-    sizes = [estimated_bytes(library_module.load_manifest(folder), 1, 512) for folder in folders]
+    sizes = [estimated_bytes(load_manifest(folder), 1, 512) for folder in folders]
     options = ServeOptions(rows=1, context=512, memory_budget=max(sizes))
     with serving(folders, options) as running:
         for name in (E2B, HALF, E2B):
             assert chat(running, message(SUM), model=name).choices[0].message.content == "3 plus 4 is 7."
-            assert [*running.library.loaded] == [name]
+            assert [*running.pool.loaded] == [name]
         endless = {"logit_bias": {"106": -100, "1": -100}, "max_tokens": 400}
         stream = chat(running, message(LONG_ANSWER), stream=True, **endless)
         next(stream)
@@ -383,12 +383,12 @@ def test_models_that_rest_make_room(demo_artifact):
 
 def test_what_cannot_be_served(demo_artifact, tmp_path):
     with pytest.raises(ArtifactError, match="no artifact to serve"):
-        Library([], ServeOptions(), {})
+        ModelPool([], ServeOptions(), {})
     with pytest.raises(ArtifactError, match="There is no folder"):
         artifacts_in(tmp_path / "none")
     folder = demo_artifact("E2B")
     with pytest.raises(ArtifactError, match="same name"):
-        Library([folder, folder], ServeOptions(), {})
+        ModelPool([folder, folder], ServeOptions(), {})
     assert folder in artifacts_in(folder.parent)
     with pytest.raises(OptionError, match="--rows is 0"):
         ServeOptions(rows=0)

@@ -83,7 +83,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(talk, model, monkeypatch):
             raise KeyboardInterrupt
         return step(decoder, *arguments)
 
-    monkeypatch.setattr("gemma3n_onnx.runtime.engine.engine.Decoder.step_greedy", interrupted)
+    monkeypatch.setattr("gemma3n_onnx.runtime.engine.engine.StepRunner.step_greedy", interrupted)
     out, _ = talk(SUM, KeyboardInterrupt(), SUM)
     stopped, _, rest = out.partition(" (stopped; message and answer are forgotten)\n")
     assert PLUS.startswith(stopped) and stopped != PLUS

@@ -1,4 +1,4 @@
-"""The artifacts that a server offers, by name; loaded when first asked for, within a budget of memory."""
+"""The models that a server offers, by name: loaded at their first request, within a memory budget."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, MANIFEST, Manifest, l
 from gemma3n_onnx.runtime.engine.kv_cache import cache_capacity
 from gemma3n_onnx.runtime.engine.providers.select import provider_of
 from gemma3n_onnx.runtime.errors import ArtifactError, Gemma3nError, OptionError
+from gemma3n_onnx.runtime.generation.scheduler import Counts
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .grammar import Grammars
-from .scheduler import BusyError, Scheduler
+from .worker import BusyError, ModelWorker
 
 
 class UnknownModelError(Gemma3nError, KeyError):
@@ -29,35 +30,34 @@ class UnknownModelError(Gemma3nError, KeyError):
 @dataclass(frozen=True)
 class ServeOptions:
     """Of each model: `rows` answers at once with `context` tokens each, `queue` requests that may wait, and
-    `kept_prompts` whose KV caches are kept. `memory_budget`: bytes that all models together may take."""
+    `prefix_cache_size` whose KV caches are kept. `memory_budget`: bytes that all models together may take."""
 
     rows: int = 4
     context: int = 4096
     queue: int = 64
-    kept_prompts: int = 2
+    prefix_cache_size: int = 2
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", 1), ("context", 1), ("queue", 1), ("kept_prompts", 0)):
+        for name, least in (("rows", 1), ("context", 1), ("queue", 1), ("prefix_cache_size", 0)):
             if (value := getattr(self, name)) < least:
                 raise OptionError(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
 
 
 @dataclass
 class Served:
-    """A model that is loaded."""
+    """A model in memory; `users` requests need it."""
 
     name: str
     model: OnnxGemma3n
-    scheduler: Scheduler
+    worker: ModelWorker
     grammars: Grammars
     bytes: int
     used: float = field(default_factory=time.monotonic)
     users: int = 0
-    """Requests that hold it, from before they are read until they are answered."""
 
 
-class Library:
+class ModelPool:
     """`load`: arguments of `OnnxGemma3n.from_pretrained`.
 
     Raises:
@@ -81,60 +81,97 @@ class Library:
             raise ArtifactError("There is no artifact to serve; give folders that gemma3n-export wrote.")
         self.started = int(time.time())
         self.loaded: dict[str, Served] = {}
-        self._loading, self._counting = threading.Lock(), threading.Lock()
+        self._unloaded: dict[str, Counts] = {}
+        """Totals of models that were unloaded, by name."""
+        self._loading: dict[str, int] = {}
+        """Bytes of the models that are being loaded, by name."""
+        self._changed = threading.Condition(threading.RLock())
 
-    def hold(self, name: str) -> Served:
-        """The model, loaded; `release` gives it back. Others that are not held are unloaded to make room.
+    def acquire(self, name: str) -> Served:
+        """The model, loaded; `release` gives it back. Idle models are unloaded to make room.
+
+        Other models are acquired and released while one loads.
 
         Raises:
-            UnknownModelError: there is none of that name. BusyError: those that are held take all the memory.
+            UnknownModelError: there is none of that name. BusyError: models in use take all the memory.
             ArtifactError, ProviderError: it cannot be loaded.
         """
         if name not in self.folders:
             raise UnknownModelError(f"There is no model {name!r}; there are {', '.join(self.folders)}.")
-        with self._loading:
-            served = self.loaded.get(name) or self._load_model(name)
-            self.hold_too(served)
-            return served
+        context = min(self._options.context, self.manifests[name].max_context)
+        size = estimated_bytes(self.manifests[name], self._options.rows, context)
+        with self._changed:
+            while name in self._loading:
+                self._changed.wait()
+            if (served := self.loaded.get(name)) is not None:
+                self.retain(served)
+                return served
+            idle = self._make_room(size)
+            self._loading[name] = size
+        try:
+            for served in idle:
+                served.worker.close()
+            served = self._load_model(name, size, context)
+            with self._changed:
+                self.loaded[name] = served
+                self.retain(served)
+        finally:
+            with self._changed:
+                del self._loading[name]
+                self._changed.notify_all()
+        return served
 
-    def hold_too(self, served: Served) -> None:
-        """Holds a model that is held already once more; waits for nothing."""
+    def retain(self, served: Served) -> None:
+        """Counts one more user of a model that is acquired already; waits for nothing."""
         self._count(served, 1)
 
     def release(self, served: Served) -> None:
         self._count(served, -1)
 
+    def counts(self) -> dict[str, Counts]:
+        """Totals of each model that was ever loaded, by name."""
+        with self._changed:
+            totals = dict(self._unloaded)
+            for name, served in self.loaded.items():
+                totals[name] = totals.get(name, Counts()) + served.worker.counts
+        return totals
+
     def close(self) -> None:
-        with self._loading:
+        """Waits for models that are being loaded."""
+        with self._changed:
+            while self._loading:
+                self._changed.wait()
             while self.loaded:
-                self.loaded.popitem()[1].scheduler.close()
+                self.loaded.popitem()[1].worker.close()
 
     def _count(self, served: Served, change: int) -> None:
-        with self._counting:
+        with self._changed:
             served.users += change
             served.used = time.monotonic()
 
-    def _load_model(self, name: str) -> Served:
-        options, manifest = self._options, self.manifests[name]
-        context = min(options.context, manifest.max_context)
-        size = estimated_bytes(manifest, options.rows, context)
-        self._make_room(size)
-        model = OnnxGemma3n.from_pretrained(self.folders[name], kept_prompts=0, **self._load)
-        scheduler = Scheduler(model, options.rows, context, options.queue, options.kept_prompts)
-        self.loaded[name] = Served(name, model, scheduler, Grammars(self.folders[name], manifest), size)
-        return self.loaded[name]
+    def _load_model(self, name: str, size: int, context: int) -> Served:
+        options = self._options
+        model = OnnxGemma3n.from_pretrained(self.folders[name], prefix_cache_size=0, **self._load)
+        worker = ModelWorker(model, options.rows, context, options.queue, options.prefix_cache_size)
+        return Served(name, model, worker, Grammars(self.folders[name], self.manifests[name]), size)
 
-    def _make_room(self, size: int) -> None:
-        budget = self._options.memory_budget
-        if budget is None:
-            return
-        idle = sorted((of for of in self.loaded.values() if not of.users), key=lambda of: of.used)
-        while self.loaded and sum(of.bytes for of in self.loaded.values()) + size > budget:
+    def _make_room(self, size: int) -> list[Served]:
+        """Takes idle models out of the pool until `size` more bytes fit; returns them, to be closed."""
+        removed: list[Served] = []
+        if (budget := self._options.memory_budget) is None:
+            return removed
+        idle = sorted((served for served in self.loaded.values() if not served.users), key=lambda served: served.used)
+        taken = sum(self._loading.values()) + sum(served.bytes for served in self.loaded.values())
+        needed = taken + size - budget
+        while needed > 0 and (len(removed) < len(self.loaded) or self._loading):
             if not idle:
                 raise BusyError("The models that are answering take all the memory; try again later.")
-            oldest = idle.pop(0)
-            del self.loaded[oldest.name]
-            oldest.scheduler.close()
+            removed.append(idle.pop(0))
+            needed -= removed[-1].bytes
+        for served in removed:
+            del self.loaded[served.name]
+            self._unloaded[served.name] = self._unloaded.get(served.name, Counts()) + served.worker.counts
+        return removed
 
 
 def estimated_bytes(manifest: Manifest, rows: int, context: int) -> int:

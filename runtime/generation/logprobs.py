@@ -1,0 +1,36 @@
+"""Log-probabilities of generated tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .logits_processors import relative_weights, top_k_positions
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probability of a chosen token, and of the likeliest tokens, most likely first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def log_probabilities(logits: np.ndarray, chosen: int, top: int) -> TokenLogprob:
+    """Log-probabilities under softmax(logits), logits float32 [V] as the model gave them.
+
+    That is before penalties, temperature and filters: what the model thinks, not what the sampler was told
+    to do. `top` is how many of the likeliest tokens to list, the chosen one among them if it is that
+    likely; equals come in the order of their ids, and tokens of probability 0 are not listed.
+    """
+    log_total = float(logits.max()) + math.log(relative_weights(logits).sum(dtype=np.float64))
+    likeliest = top_k_positions(logits, top) if top else np.empty(0, np.int64)
+    likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")][:top]
+    return TokenLogprob(
+        token_id=chosen,
+        logprob=float(logits[chosen]) - log_total,
+        top=tuple((int(token), float(logits[token]) - log_total) for token in likeliest),
+    )

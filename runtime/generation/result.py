@@ -1,0 +1,89 @@
+"""What a generation gives back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .logprobs import TokenLogprob
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds and tokens of one generation; the prompts of a batch share them. Rates count the tokens of all rows.
+
+    `encoder_seconds` are those of images and clips; the first use of an encoder loads it. `cached_tokens` of the prompt
+    were reused from an earlier one.
+    """
+
+    encoder_seconds: float
+    cached_tokens: int
+    prefill_tokens: int
+    prefill_seconds: float
+    decode_tokens: int
+    decode_seconds: float
+    time_to_first_token: float
+    peak_memory_bytes: int | None
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class RowTimings:
+    """Timings of one row while it runs; seconds of a decode step count for every row in it."""
+
+    encoder_seconds: float = 0.0
+    cached_tokens: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    time_to_first_token: float = 0.0
+
+
+def batch_timings(rows: Sequence[RowTimings], peak_memory_bytes: int | None) -> Timings:
+    """Timings of rows that were prefilled one after another and decoded together."""
+    started = [row.time_to_first_token for row in rows if row.time_to_first_token]
+    return Timings(
+        encoder_seconds=sum(row.encoder_seconds for row in rows),
+        cached_tokens=sum(row.cached_tokens for row in rows),
+        prefill_tokens=sum(row.prefill_tokens for row in rows),
+        prefill_seconds=sum(row.prefill_seconds for row in rows),
+        decode_tokens=sum(row.decode_tokens for row in rows),
+        decode_seconds=max(row.decode_seconds for row in rows),
+        time_to_first_token=min(started, default=0.0),
+        peak_memory_bytes=peak_memory_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One answer.
+
+    `text` leaves out special tokens and everything from a stop string on; `token_ids` are all that were generated.
+    `finish_reason` is "stop" (an end token or a stop string) or "length" (`max_new_tokens`).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: str
+    logprobs: tuple[TokenLogprob, ...] | None
+    timings: Timings
+
+
+def peak_memory_bytes() -> int | None:
+    """The process's largest resident size so far, mapped files included; None where the system has no count."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,164 @@
+"""From the logits of one row to one token id: penalties, temperature, top-k, top-p, min-p, and a draw, in the order of
+transformers.
+
+Legend: V = vocabulary, n = candidates still in play; logits are float32 [V] or [n] and are never modified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from gemma3n_onnx.runtime.errors import no_token
+
+from .logits_processors import (
+    GROUP_SIZE,
+    TokenCounts,
+    apply_bias,
+    apply_temperature,
+    min_p_positions,
+    penalize,
+    relative_weights,
+    top_k_positions,
+    top_p_positions,
+)
+from .logprobs import TokenLogprob, log_probabilities
+from .options import GenerationOptions
+
+
+def _draw_weighted(weights: np.ndarray, rng: np.random.Generator) -> int:
+    """Position i of weights [n] with probability weights[i] / sum; never one of weight 0."""
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    below = min(rng.random() * cumulative[-1], np.nextafter(cumulative[-1], 0))
+    return int(np.searchsorted(cumulative, below, side="right"))
+
+
+def draw(logits: np.ndarray, rng: np.random.Generator) -> int:
+    """Position i of logits [n] with probability softmax(logits)[i]: first its group, then itself."""
+    weights = relative_weights(logits)
+    starts = np.arange(0, len(weights), GROUP_SIZE)
+    start = int(starts[_draw_weighted(np.add.reduceat(weights, starts, dtype=np.float64), rng)])
+    return start + _draw_weighted(weights[start : start + GROUP_SIZE], rng)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The choice of a token as the options ask; it keeps nothing between calls."""
+
+    options: GenerationOptions
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the choice is always the largest logit as the model gives it."""
+        return self.options.temperature == 0 and not self._processes
+
+    @property
+    def candidates(self) -> int | None:
+        """So many of the largest logits, and the equals of the least of them, are all that the choice is made of; None
+        where it takes them all."""
+        return None if self._processes or self.options.temperature == 0 else self.options.top_k
+
+    @property
+    def _processes(self) -> bool:
+        """Whether logits of single tokens are changed before they are compared."""
+        return self._penalizes or bool(self.options.logit_bias) or self.options.logits_processor is not None
+
+    @property
+    def _penalizes(self) -> bool:
+        o = self.options
+        return (o.repetition_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0)
+
+    def sample(self, logits: np.ndarray, counts: TokenCounts, rng: np.random.Generator) -> int:
+        """The next token's id from logits float32 [V], the row's tokens so far and its random stream.
+
+        -inf excludes a token. ProviderError: a logit is NaN or +inf, or every token is excluded.
+        """
+        o = self.options
+        if o.logit_bias:
+            logits = apply_bias(logits, o.logit_bias)
+        if self._penalizes:
+            logits = penalize(logits, counts, o.repetition_penalty, o.presence_penalty, o.frequency_penalty)
+        likeliest = int(logits.argmax())  # the first NaN, where there is one
+        if not np.isfinite(logits[likeliest]):
+            raise no_token(float(logits[likeliest]))
+        if o.temperature == 0:
+            return likeliest
+        return self._draw(logits, None, rng)
+
+    def sample_candidates(self, ids: np.ndarray, logits: np.ndarray, rng: np.random.Generator) -> int:
+        """As `sample`, from ascending `ids` [n] and their logits [n], the largest of them finite, which have what
+        `candidates` wants."""
+        return self._draw(logits, ids, rng)
+
+    def _draw(self, logits: np.ndarray, ids: np.ndarray | None, rng: np.random.Generator) -> int:
+        """`ids` None stands for every id."""
+        logits = apply_temperature(logits, self.options.temperature)
+        for positions_to_keep in self._filters():
+            kept = positions_to_keep(logits)
+            ids = kept if ids is None else ids[kept]
+            logits = logits[kept]
+        drawn = draw(logits, rng)
+        return drawn if ids is None else int(ids[drawn])
+
+    def _filters(self) -> list[Callable[[np.ndarray], np.ndarray]]:
+        o = self.options
+        filters: list[Callable[[np.ndarray], np.ndarray]] = []
+        if o.top_k is not None:
+            filters.append(partial(top_k_positions, k=o.top_k))
+        if o.top_p is not None and o.top_p < 1:
+            filters.append(partial(top_p_positions, p=o.top_p))
+        if o.min_p is not None and o.min_p > 0:
+            filters.append(partial(min_p_positions, p=o.min_p))
+        return filters
+
+
+class SamplerState:
+    """A row's sampler with what its choices depend on beside the logits: the tokens so far, a random stream and a
+    logits processor. `sample` tells apart several continuations of one prompt."""
+
+    def __init__(self, options: GenerationOptions, prompt: Sequence[int], sample: int = 0) -> None:
+        self.options, self._sampler = options, Sampler(options)
+        self._counts = TokenCounts(prompt)
+        self._random = rng_for(options.seed, sample)
+        self._processor = None if options.logits_processor is None else options.logits_processor()
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the argmax of the logits is all that it needs."""
+        return self._sampler.is_greedy and self.options.logprobs is None
+
+    @property
+    def candidates(self) -> int | None:
+        """As of `Sampler`; None also where log-probabilities are reported, which need all logits."""
+        return None if self.options.logprobs is not None else self._sampler.candidates
+
+    def sample(self, logits: np.ndarray) -> tuple[int, TokenLogprob | None]:
+        """Samples and accepts a token from logits float32 [V]; errors as of `Sampler.sample`."""
+        processed = logits if self._processor is None else self._processor.process(logits)
+        token = self.accept(self._sampler.sample(processed, self._counts, self._random))
+        count = self.options.logprobs
+        return token, None if count is None else log_probabilities(logits, token, count)
+
+    def sample_candidates(self, ids: np.ndarray, logits: np.ndarray) -> int:
+        """As `Sampler.sample_candidates`, where `candidates` is a number; accepts the token."""
+        return self.accept(self._sampler.sample_candidates(ids, logits, self._random))
+
+    def accept(self, token: int) -> int:
+        """Counts a token as generated, and returns it."""
+        self._counts.add(token)
+        if self._processor is not None:
+            self._processor.accept(token)
+        return token
+
+
+def rng_for(seed: int | None, sample: int = 0) -> np.random.Generator:
+    """A row's own random stream.
+
+    The row's place in a batch is no part of it: with a seed, each prompt of a batch draws what it draws
+    alone. `sample` tells apart several continuations of one prompt, whose streams are independent. Without
+    a seed every stream is new.
+    """
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(sample,))))

@@ -1,0 +1,381 @@
+"""Continuous batching: the one loop that prefills prompts, runs decode steps and samples tokens.
+
+A request joins the running batch when a row of the KV cache is free, and leaves when it ends. `generate`, `stream`,
+`chat` and the server call it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gemma3n_onnx.runtime.engine.engine import Engine
+from gemma3n_onnx.runtime.engine.kv_cache import KVCache
+from gemma3n_onnx.runtime.engine.prefix_cache import PrefixCache
+from gemma3n_onnx.runtime.errors import ContextLengthError, Gemma3nError
+from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
+from gemma3n_onnx.runtime.tokens import PromptTokens
+
+from .logprobs import TokenLogprob
+from .options import GenerationOptions
+from .result import RowTimings
+from .sampler import SamplerState
+from .text import TextAssembler
+
+
+class DeadlineError(Gemma3nError, TimeoutError):
+    """A request took longer than it may."""
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token: the text that it completes, which may be empty, and its log-probability where asked for."""
+
+    token_id: int
+    text: str
+    logprob: TokenLogprob | None
+
+
+@dataclass(frozen=True)
+class FinishEvent:
+    """`reason` is "stop" or "length"; `cached_tokens` of the prompt were reused from an earlier one."""
+
+    reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class FailureEvent:
+    error: Exception
+
+
+Event = TokenEvent | FinishEvent | FailureEvent
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence to generate.
+
+    The scheduler calls `on_event` for each token, and last with a FinishEvent or a FailureEvent; never again after
+    `cancel`. `sample` tells apart several continuations of one prompt. `deadline` is a time of `time.monotonic`.
+    """
+
+    prompt: PromptTokens
+    options: GenerationOptions
+    on_event: Callable[[Event], None]
+    sample: int = 0
+    deadline: float = float("inf")
+    submitted: float = field(default_factory=time.monotonic)
+    timings: RowTimings = field(default_factory=RowTimings)
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """From any thread; the row is free after the scheduler's next step."""
+        self.cancelled = True
+
+
+@dataclass
+class Counts:
+    """Totals of a scheduler: tokens prefilled, reused and generated, and requests that were cancelled."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    cancelled: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
+
+
+@dataclass
+class _Row:
+    """A request that runs: its sampler, its text, and the tokens generated so far."""
+
+    request: Request
+    sampler: SamplerState
+    text: TextAssembler
+    new_ids: list[int] = field(default_factory=list)
+
+    @property
+    def keys(self) -> list[Hashable]:
+        return [*self.request.prompt.keys(), *self.new_ids]
+
+
+class _CancelledError(Exception):
+    pass
+
+
+class Scheduler:
+    """Runs `rows` requests at once, each of `capacity` tokens with its answer. Not thread-safe, except for
+    `Request.cancel`.
+
+    A prompt reuses the prefix that it shares with a `prefix_cache` entry, or without one with the row that it joins.
+
+    With `interleave`, the other rows take a decode step between two chunks of a prompt, and while `executor` runs an
+    image or audio encoder. On host memory the prompt is then prefilled into a cache of its own, because a decode step
+    also computes the idle rows below the last running one, and that moves their windowed caches.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        rows: int,
+        capacity: int,
+        *,
+        prefix_cache: PrefixCache | None = None,
+        interleave: bool = False,
+        executor: Executor | None = None,
+    ) -> None:
+        self._engine, self._tokenizer, self.capacity = engine, tokenizer, capacity
+        self._cache = engine.new_cache(rows, capacity)
+        self._interleave, self._executor = interleave, executor
+        self._stages = interleave and engine.provider.host_memory
+        copies = engine.provider.host_memory and (self._stages or rows == 1)
+        self._prefix_cache = prefix_cache if copies else None
+        self._cache_is_entry = False
+        """Whether the prefix cache keeps `_cache` itself, which no other prompt may then overwrite."""
+        self._held: list[list[Hashable]] = [[] for _ in range(rows)]
+        """Keys of the tokens that the row of each finished request still holds."""
+        self._running: dict[int, _Row] = {}
+        self._prefilling: int | None = None
+        self._waiting: deque[Request] = deque()
+        self.counts = Counts()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def submit(self, request: Request) -> None:
+        """Raises ContextLengthError where prompt and new tokens do not fit into a row."""
+        check_context(self.capacity, len(request.prompt), request.options.max_new_tokens)
+        self._waiting.append(request)
+
+    def advance(self) -> bool:
+        """Prefills the first waiting request if a row is free, else runs a decode step; False when nothing is left."""
+        if self._waiting and len(self._running) < self._cache.rows:
+            self._admit(self._waiting.popleft())
+        elif self._running:
+            self._step()
+        return bool(self._waiting or self._running)
+
+    def abort(self, error: Exception) -> None:
+        """Fails every request that runs or waits."""
+        requests = [*(row.request for row in self._running.values()), *self._waiting]
+        self._running.clear()
+        self._waiting.clear()
+        for request in requests:
+            self._fail(request, error)
+
+    def _admit(self, request: Request) -> None:
+        try:
+            self._require_wanted(request)
+            sampler = SamplerState(request.options, request.prompt.ids, request.sample)
+        except _CancelledError:
+            return
+        except Exception as error:
+            self._fail(request, error)
+            return
+        keys = request.prompt.keys()
+        row = self._prefilling = self._free_row(keys)
+        try:
+            logits = self._prefill(row, keys, request)
+            self._running[row] = _Row(request, sampler, TextAssembler(self._tokenizer, request.options.stop))
+            self._push(row, *sampler.sample(logits))
+        except _CancelledError:
+            self._leave(row, keys)
+        except Exception as error:
+            self._forget(row)
+            self._fail(request, error)
+        except BaseException:
+            self._leave(row, keys)
+            raise
+        finally:
+            self._prefilling = None
+
+    def _free_row(self, keys: list[Hashable]) -> int:
+        """The free row that holds the longest prefix of a prompt, of equals the first."""
+        free = (row for row in range(self._cache.rows) if row not in self._running)
+        return max(free, key=lambda row: (_shared(self._held[row], keys), -row))
+
+    def _prefill(self, row: int, keys: list[Hashable], request: Request) -> np.ndarray:
+        """Runs the prompt into `row`; logits [V] after its last token."""
+        started = time.perf_counter()
+        entry = None
+        if self._prefix_cache is not None or self._stages:
+            self._forget(row)
+            cache, place = self._prompt_cache(len(keys)), 0 if self._stages else row
+            if self._prefix_cache is not None:
+                entry = self._prefix_cache.begin(keys, cache)
+        else:
+            cache, place = self._cache, row
+            self._keep_prefix(row, keys)
+        cached = int(cache.lengths[place])
+        copied = time.perf_counter()
+        rest = self._encode(request.prompt.after(cached), request)
+        encoded = time.perf_counter()
+
+        def after_chunk(_: int) -> None:
+            self._require_wanted(request)
+            if self._interleave and self._running:
+                self._step()
+
+        if self._prefix_cache is not None and entry is not None:
+            logits = self._prefix_cache.run(self._engine, entry, rest, after_chunk)
+        else:
+            logits = self._engine.prefill(cache, place, rest.ids, rest.slots, after_chunk)
+        if self._stages:
+            self._cache.fill_row(row, cache)
+        timings = request.timings
+        timings.cached_tokens, timings.prefill_tokens = cached, len(rest)
+        timings.encoder_seconds = encoded - copied
+        timings.prefill_seconds = time.perf_counter() - encoded + copied - started
+        self.counts.prompt_tokens += len(rest)
+        self.counts.cached_tokens += cached
+        return logits
+
+    def _prompt_cache(self, tokens: int) -> KVCache:
+        """An empty cache for a prompt of `tokens`: of its own to be copied into a row, or the only row itself."""
+        if self._stages:
+            return self._engine.new_cache(1, tokens)
+        if self._cache_is_entry:
+            self._cache = self._engine.new_cache(1, self.capacity)
+        self._cache_is_entry = True
+        return self._cache
+
+    def _keep_prefix(self, row: int, keys: list[Hashable]) -> None:
+        """Cuts a row to the tokens that it shares with a prompt, short of the prompt's last one."""
+        if not self._cache.truncate(row, _shared(self._held[row], keys[:-1])):
+            self._cache.truncate(row, 0)
+        self._held[row] = []
+
+    def _encode(self, prompt: PromptTokens, request: Request) -> PromptTokens:
+        """Runs the encoders of a prompt's images and clips; meanwhile the other rows go on."""
+        if self._executor is None or not prompt.slots:
+            return prompt.encoded()
+        encoding = self._executor.submit(prompt.encoded)
+        while self._running and not encoding.done():
+            self._require_wanted(request)
+            self._step()
+        return encoding.result()
+
+    def _step(self) -> None:
+        """One more token for every row."""
+        for row, state in [*self._running.items()]:
+            try:
+                self._require_wanted(state.request)
+            except _CancelledError:
+                self._leave(row, state.keys)
+            except DeadlineError as error:
+                self._leave(row, state.keys)
+                self._fail(state.request, error)
+        if not self._running:
+            return
+        count = max(self._running) + 1
+        tokens = np.full(count, self._engine.manifest.pad_token_id, dtype=np.int64)
+        active = np.zeros(count, dtype=bool)
+        for row in range(count):
+            if row in self._running:
+                tokens[row], active[row] = self._running[row].new_ids[-1], True
+            elif row != self._prefilling or self._stages:
+                self._forget(row)
+        started = time.perf_counter()
+        try:
+            choose = self._run_step(tokens, active)
+        except Exception as error:
+            for row, state in [*self._running.items()]:
+                self._forget(row)
+                self._fail(state.request, error)
+            return
+        seconds = time.perf_counter() - started
+        for row, state in [*self._running.items()]:
+            state.request.timings.decode_tokens += 1
+            state.request.timings.decode_seconds += seconds
+            try:
+                self._push(row, *choose(row))
+            except Exception as error:
+                self._leave(row, state.keys)
+                self._fail(state.request, error)
+
+    def _run_step(self, tokens: np.ndarray, active: np.ndarray) -> Callable[[int], tuple[int, TokenLogprob | None]]:
+        """Runs tokens [B] of the active rows [B]; returns the function that chooses the next token of a row. The
+        samplers need the argmax, a few candidates, or all logits: no more is copied to the host than they need."""
+        runner = self._engine.step_runner(self._cache, len(tokens))
+        samplers = {row: state.sampler for row, state in self._running.items()}
+        if all(sampler.is_greedy for sampler in samplers.values()):
+            greedy = runner.step_greedy(tokens, active)
+            return lambda row: (samplers[row].accept(int(greedy[row])), None)
+        counts = [sampler.candidates for sampler in samplers.values()]
+        if runner.has_candidates and None not in counts:
+            candidates = runner.step_candidates(tokens, active, max(count for count in counts if count is not None))
+            return lambda row: (samplers[row].sample_candidates(*candidates[row]), None)
+        logits = runner.step(tokens, active)
+        return lambda row: samplers[row].sample(logits[row])
+
+    def _push(self, row: int, token: int, logprob: TokenLogprob | None) -> None:
+        """Emits a sampled token, and ends its request if it is the last."""
+        state = self._running[row]
+        request = state.request
+        state.new_ids.append(token)
+        self.counts.new_tokens += 1
+        text, reason = state.text.push(token, self._finish_reason(state, token))
+        if len(state.new_ids) == 1:
+            request.timings.time_to_first_token = time.monotonic() - request.submitted
+        if reason is not None:
+            self._leave(row, state.keys)
+        request.on_event(TokenEvent(token, text, logprob))
+        if reason is not None:
+            new_tokens, cached = len(state.new_ids), request.timings.cached_tokens
+            request.on_event(FinishEvent(reason, len(request.prompt), cached, new_tokens))
+
+    def _finish_reason(self, state: _Row, token: int) -> str | None:
+        if token in self._engine.manifest.eos_token_ids:
+            return "stop"
+        return "length" if len(state.new_ids) == state.request.options.max_new_tokens else None
+
+    def _require_wanted(self, request: Request) -> None:
+        if request.cancelled:
+            self.counts.cancelled += 1
+            raise _CancelledError
+        if time.monotonic() > request.deadline:
+            raise DeadlineError("The request took longer than this server allows; ask for fewer tokens.")
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.on_event(FailureEvent(error))
+
+    def _leave(self, row: int, keys: list[Hashable]) -> None:
+        """Frees a row, which goes on holding its tokens of these `keys` until a step computes it while it is idle."""
+        self._running.pop(row, None)
+        self._held[row] = keys[: int(self._cache.lengths[row])]
+
+    def _forget(self, row: int) -> None:
+        """Frees and empties a row."""
+        self._running.pop(row, None)
+        self._held[row] = []
+        self._cache.truncate(row, 0)
+
+
+def check_context(capacity: int, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises ContextLengthError where prompt and answer together may exceed `capacity` tokens."""
+    if prompt_tokens + max_new_tokens > capacity:
+        raise ContextLengthError(
+            f"The prompt has {prompt_tokens:,} tokens and max_new_tokens is {max_new_tokens:,}, which is more "
+            f"than the context of {capacity:,}; shorten the prompt or lower max_new_tokens."
+        )
+
+
+def _shared(ours: list[Hashable], theirs: list[Hashable]) -> int:
+    """How many of the first keys are equal."""
+    differing = (i for i, (our, their) in enumerate(zip(ours, theirs)) if our != their)
+    return next(differing, min(len(ours), len(theirs)))

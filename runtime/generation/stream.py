@@ -1,0 +1,104 @@
+"""Generation of one batch of prompts, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
+
+from gemma3n_onnx.runtime.tokens import PromptTokens
+
+from .logprobs import TokenLogprob
+from .options import GenerationOptions
+from .result import GenerationResult, batch_timings, peak_memory_bytes
+from .scheduler import Event, FailureEvent, FinishEvent, Request, Scheduler, TokenEvent
+
+
+class GenerationStream:
+    """Iterate for pieces of text; `results()` and `result` hold what has been generated so far."""
+
+    def __init__(self, scheduler: Scheduler, prompts: Sequence[PromptTokens], options: GenerationOptions) -> None:
+        """Raises ContextLengthError, as `Scheduler.submit`."""
+        self._scheduler, self._options = scheduler, options
+        self._sequences = [_Sequence() for _ in prompts]
+        self._pieces: list[str] = []
+        self._requests = [
+            Request(prompt, options, partial(self._take, sequence))
+            for prompt, sequence in zip(prompts, self._sequences)
+        ]
+        for request in self._requests:
+            scheduler.submit(request)
+        self._running = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._running)
+
+    def close(self) -> None:
+        """Ends the generation early."""
+        self._cancel()  # also where the iteration has not begun
+        self._running.close()
+
+    def _run(self) -> Generator[str, None, None]:
+        try:
+            while self._scheduler.advance():
+                yield from self._new_pieces()
+            yield from self._new_pieces()
+        finally:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        for request in self._requests:
+            request.cancel()
+
+    def _new_pieces(self) -> list[str]:
+        """Raises the first failure."""
+        for sequence in self._sequences:
+            if sequence.error is not None:
+                raise sequence.error
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def _take(self, sequence: _Sequence, event: Event) -> None:
+        match event:
+            case TokenEvent():
+                sequence.token_ids.append(event.token_id)
+                sequence.text.append(event.text)
+                if event.logprob is not None:
+                    sequence.logprobs.append(event.logprob)
+                if event.text:
+                    self._pieces.append(event.text)
+            case FinishEvent():
+                sequence.finish_reason = event.reason
+            case FailureEvent():
+                sequence.error = event.error
+
+    def results(self) -> list[GenerationResult]:
+        timings = batch_timings([request.timings for request in self._requests], peak_memory_bytes())
+        return [
+            GenerationResult(
+                text="".join(sequence.text),
+                token_ids=tuple(sequence.token_ids),
+                prompt_token_ids=tuple(request.prompt.ids),
+                finish_reason=sequence.finish_reason,
+                logprobs=None if self._options.logprobs is None else tuple(sequence.logprobs),
+                timings=timings,
+            )
+            for request, sequence in zip(self._requests, self._sequences)
+        ]
+
+    @property
+    def result(self) -> GenerationResult:
+        return self.results()[0]
+
+
+class _Sequence:
+    """What the scheduler has emitted for one prompt."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.text: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason = "stop"
+        self.error: Exception | None = None

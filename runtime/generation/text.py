@@ -1,0 +1,26 @@
+"""The text of one sequence while its tokens arrive."""
+
+from __future__ import annotations
+
+from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
+
+from .detokenizer import IncrementalDetokenizer
+from .stop_strings import StopMatcher
+
+
+class TextAssembler:
+    """Detokenizes, and ends the text before a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._matcher = StopMatcher(stop)
+
+    def push(self, token_id: int, finish_reason: str | None) -> tuple[str, str | None]:
+        """The text that the token completes, and why the sequence ends: `finish_reason`, or "stop" at a stop
+        string."""
+        piece = self._matcher.push(self._detokenizer.push(token_id))
+        if finish_reason and self._matcher.matched is None:
+            piece += self._matcher.push(self._detokenizer.flush())
+            if self._matcher.matched is None:
+                piece += self._matcher.flush()
+        return piece, "stop" if self._matcher.matched is not None else finish_reason

@@ -1,0 +1,20 @@
+"""Keyword options of `generate`, `stream` and `chat`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import OptionError
+from .generation.options import GenerationOptions
+from .media.reader import MediaOptions
+
+
+def read_options(options: Mapping[str, Any]) -> tuple[GenerationOptions, MediaOptions]:
+    """Raises OptionError for an unknown option, as for a bad value."""
+    kinds = (GenerationOptions, MediaOptions)
+    known = [name for kind in kinds for name in kind.__dataclass_fields__]
+    if unknown := sorted(options.keys() - set(known)):
+        raise OptionError(f"Unknown option {unknown[0]!r}; known are {', '.join(known)}.")
+    generation, media = ({k: v for k, v in options.items() if k in kind.__dataclass_fields__} for kind in kinds)
+    return GenerationOptions(**generation), MediaOptions(**media)

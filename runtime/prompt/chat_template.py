@@ -1,0 +1,72 @@
+"""Messages to prompt text, by a checkpoint's chat template."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gemma3n_onnx.runtime.errors import ArtifactError, PromptError
+
+from .tokenizer import BOS_TOKEN, EOS_TOKEN
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks what a model is trained on; for a prompt it is its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
+    """JSON as text: jinja2's own filter escapes it for HTML."""
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
+
+
+class ChatTemplate:
+    """A checkpoint's chat template, in the dialect of Hugging Face: jinja2, sandboxed."""
+
+    def __init__(self, source: str) -> None:
+        """ArtifactError: the template is no valid jinja2."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ArtifactError(f"The chat template cannot be read ({error}); export the model again.") from error
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Prompt text of messages as `MessageReader.read` gives them; by default up to the model's turn.
+
+        PromptError: the template refuses them, for instance because roles do not alternate.
+        """
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                bos_token=BOS_TOKEN,
+                eos_token=EOS_TOKEN,
+            )
+        except Exception as error:  # a template can raise whatever its expressions can
+            reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
+            raise PromptError(f"The chat template refuses these messages: {reason}.") from error

@@ -1,0 +1,101 @@
+"""The thread that runs a model's scheduler."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from gemma3n_onnx.runtime.engine.prefix_cache import PrefixCache
+from gemma3n_onnx.runtime.errors import Gemma3nError, ProviderError
+from gemma3n_onnx.runtime.generation.scheduler import Counts, FailureEvent, Request, Scheduler, check_context
+from gemma3n_onnx.runtime.model import OnnxGemma3n
+
+log = logging.getLogger(__name__)
+
+
+class BusyError(Gemma3nError, RuntimeError):
+    """The queue is full, or every model in memory is in use."""
+
+
+class ModelWorker:
+    """`rows` requests at once, each with its prompt within `context` tokens; `queue` more may wait."""
+
+    def __init__(self, model: OnnxGemma3n, rows: int, context: int, queue: int, prefixes: int) -> None:
+        self.context, self._queue_limit = context, queue
+        self._encoders = ThreadPoolExecutor(1, thread_name_prefix="encoders")
+        self._scheduler = Scheduler(
+            model.engine,
+            model.tokenizer,
+            rows,
+            context,
+            prefix_cache=PrefixCache(prefixes) if prefixes else None,
+            interleave=True,
+            executor=self._encoders,
+        )
+        self._submitted: deque[Request] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._submitted) + self._scheduler.waiting
+
+    @property
+    def running(self) -> int:
+        return self._scheduler.running
+
+    @property
+    def counts(self) -> Counts:
+        return self._scheduler.counts
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """All of them or none.
+
+        Raises:
+            BusyError: too many wait. ContextLengthError: one does not fit into a row.
+        """
+        for request in requests:
+            check_context(self.context, len(request.prompt), request.options.max_new_tokens)
+        with self._changed:
+            if self._closed or self.waiting + len(requests) > self._queue_limit:
+                raise BusyError("Too many requests wait for this model; try again later.")
+            self._submitted.extend(requests)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Ends the thread; requests that run or wait fail."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        self._encoders.shutdown()
+
+    def _run(self) -> None:
+        busy = False
+        while True:
+            with self._changed:
+                while not (busy or self._closed or self._submitted):
+                    self._changed.wait()
+                if self._closed:
+                    break
+                while self._submitted:
+                    self._scheduler.submit(self._submitted.popleft())
+            busy = self._scheduler.advance()
+        gone = ProviderError("The model was unloaded; send the request again.")
+        self._scheduler.abort(gone)
+        for request in self._submitted:
+            request.on_event(FailureEvent(gone))
+        self._submitted.clear()
+
+
+def to_gemma3n_error(error: Exception) -> Gemma3nError:
+    """An error that a client may read; others are logged."""
+    if isinstance(error, Gemma3nError):
+        return error
+    log.error("a request failed", exc_info=error)
+    return ProviderError("The server failed in this request; its log says why.")

@@ -1,0 +1,114 @@
+"""An engine without a model: scripted logits over a vocabulary of letters."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import numpy as np
+
+END = 1
+FIRST_LETTER = 4
+VOCABULARY = FIRST_LETTER + len(string.ascii_lowercase)
+
+Script = Callable[[Sequence[int]], int | np.ndarray]
+
+
+def ids_of(text: str) -> list[int]:
+    return [FIRST_LETTER + string.ascii_lowercase.index(letter) for letter in text]
+
+
+class FakeTokenizer:
+    """A token is a letter."""
+
+    special_ids = frozenset(range(FIRST_LETTER))
+    byte_ids: frozenset[int] = frozenset()
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return "".join(string.ascii_lowercase[i - FIRST_LETTER] for i in ids if i >= FIRST_LETTER)
+
+
+class FakeCache:
+    """Remembers tokens instead of keys and values."""
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self.lengths = np.zeros(rows, dtype=np.int64)
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+
+    def append(self, row: int, ids: Sequence[int]) -> None:
+        self.tokens[row] = [*self.tokens[row][: int(self.lengths[row])], *ids]
+        self.lengths[row] += len(ids)
+        assert self.lengths[row] <= self.capacity
+
+    def truncate(self, row: int, length: int) -> bool:
+        self.lengths[row] = length
+        return True
+
+    def copy_windows(self) -> list[np.ndarray]:
+        return []
+
+    def fill_from(self, other: FakeCache, tokens: int, windows: list[np.ndarray]) -> None:
+        self.lengths[:] = 0
+        self.append(0, other.tokens[0][:tokens])
+
+    def fill_row(self, row: int, other: FakeCache) -> None:
+        self.lengths[row] = 0
+        self.append(row, other.tokens[0][: int(other.lengths[0])])
+
+
+class FakeEngine:
+    """`script` gives the next token, or logits [V], after the tokens of a row. `log` lists what ran: ("prefill", ids)
+    for each chunk, and for each step its kind and the active rows."""
+
+    def __init__(self, script: Script, *, chunk: int = 4, host_memory: bool = True, candidates: bool = False) -> None:
+        self.manifest = SimpleNamespace(eos_token_ids=(END,), pad_token_id=0)
+        self.provider = SimpleNamespace(host_memory=host_memory)
+        self.has_candidates = candidates
+        self.log: list[tuple] = []
+        self._script, self._chunk = script, chunk
+        self._cache: FakeCache | None = None
+
+    def new_cache(self, rows: int, capacity: int) -> FakeCache:
+        return FakeCache(rows, capacity)
+
+    def prefill(self, cache, row, ids, slots=(), after_chunk=None) -> np.ndarray:
+        for slot in slots:
+            slot.features()
+        for start in range(0, len(ids), self._chunk):
+            chunk = ids[start : start + self._chunk]
+            cache.append(row, chunk)
+            self.log.append(("prefill", chunk))
+            if after_chunk is not None:
+                after_chunk(int(cache.lengths[row]))
+        return self._logits(cache, row)
+
+    def step_runner(self, cache: FakeCache, rows: int) -> FakeEngine:
+        self._cache = cache
+        return self
+
+    def step(self, tokens: np.ndarray, active: np.ndarray, kind: str = "step") -> np.ndarray:
+        cache = self._cache
+        assert cache is not None
+        self.log.append((kind, [*np.flatnonzero(active).tolist()]))
+        for row in np.flatnonzero(active):
+            cache.append(row, [int(tokens[row])])
+        return np.stack([self._logits(cache, row) for row in range(len(tokens))])
+
+    def step_greedy(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:
+        return self.step(tokens, active, "greedy").argmax(-1)
+
+    def step_candidates(self, tokens: np.ndarray, active: np.ndarray, count: int) -> list[tuple]:
+        logits = self.step(tokens, active, f"{count} candidates")
+        best = np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :count], axis=1)
+        return [(ids, row[ids]) for ids, row in zip(best, logits)]
+
+    def _logits(self, cache: FakeCache, row: int) -> np.ndarray:
+        tokens = cache.tokens[row][: int(cache.lengths[row])]
+        given = self._script(tokens) if tokens else np.zeros(VOCABULARY, dtype=np.float32)  # an idle row
+        if isinstance(given, np.ndarray):
+            return given
+        logits = np.zeros(VOCABULARY, dtype=np.float32)
+        logits[given] = 20
+        return logits
