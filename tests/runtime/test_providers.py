@@ -1,0 +1,80 @@
+"""Execution providers: one file each, and an entry of the table that selects among them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fake_provider import FakeProvider
+from gemma3n_onnx.runtime import GenerationOptions, OnnxGemma3n
+from gemma3n_onnx.runtime.artifact import load_manifest
+from gemma3n_onnx.runtime.cli.bench import Sizes, measure
+from gemma3n_onnx.runtime.engine.providers.base import DeviceOptions
+from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
+from gemma3n_onnx.runtime.engine.providers.select import AUTO, PROVIDERS, choices, select_provider
+from gemma3n_onnx.runtime.errors import OptionError, ProviderError
+from gemma3n_onnx.runtime.generation.scheduler import Request, Scheduler
+
+SUM = [{"role": "user", "content": "What is 3 plus 4?"}]
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setitem(PROVIDERS, FakeProvider.name, FakeProvider)
+
+
+@pytest.fixture(scope="module")
+def folder(demo_artifact):
+    return demo_artifact("E2B")
+
+
+def test_a_new_provider_runs_everything(folder):
+    cpu, fake = (OnnxGemma3n.from_pretrained(folder, provider) for provider in ("cpu", "fake"))
+    assert isinstance(fake.engine.provider, FakeProvider)
+    for options in ({}, {"temperature": 0.9, "seed": 1, "top_k": 20}, {"logprobs": 2}):
+        wanted, found = (model.generate([SUM, SUM], max_new_tokens=12, **options) for model in (cpu, fake))
+        assert [answer.token_ids for answer in found] == [answer.token_ids for answer in wanted]
+    windows = {layer.info.window: layer.capacity for layer in fake.engine.new_cache(1, 999).layers}
+    assert all(capacity == (999 if window is None else 2 * window) for window, capacity in windows.items())
+    chat = fake.chat()
+    assert [chat.send("What is 3 plus 4?").text for _ in range(2)] == ["3 plus 4 is 7."] * 2
+
+
+def test_a_scheduler_without_host_memory_keeps_prefixes_in_its_rows(folder):
+    model = OnnxGemma3n.from_pretrained(folder, "fake", prefix_cache_size=4)
+    scheduler = Scheduler(model.engine, model.tokenizer, 2, 512, interleave=True)
+    events = []
+    for text in ("What is 3 plus 4?", "What is 3 plus 5?"):
+        prompt = model.encode([{"role": "user", "content": text}])
+        scheduler.submit(Request(prompt, GenerationOptions(max_new_tokens=24), events.append))
+        while scheduler.advance():
+            pass
+    text = "".join(event.text for event in events if hasattr(event, "text"))
+    assert text == "3 plus 4 is 7.3 plus 5 is 8."
+    assert events[-1].cached_tokens > 4
+
+
+def test_bench_reports_the_devices_memory_and_bandwidth(folder):
+    figures = measure(folder, Sizes(32, 8, 64), 1, {"provider": "fake"})
+    assert (figures.provider, figures.gpu_bytes, figures.bandwidth) == ("fake", 123_000_000, 7e9)
+
+
+def test_auto_takes_the_provider_that_the_artifact_is_made_for(folder):
+    manifest = load_manifest(folder)
+    assert isinstance(select_provider(AUTO, manifest), CPUProvider)
+    assert isinstance(select_provider(AUTO, replace(manifest, target="fake")), FakeProvider)
+    assert isinstance(select_provider(AUTO, replace(manifest, target="cuda")), CPUProvider), "CUDA is not installed"
+
+
+def test_what_cannot_be_selected(folder):
+    manifest = load_manifest(folder)
+    assert choices() == "auto, cpu, cuda or fake"
+    with pytest.raises(OptionError, match="Unknown provider 'tpu'; choose auto, cpu, cuda or fake"):
+        select_provider("tpu", manifest)
+    with pytest.raises(ProviderError, match=r"no CUDAExecutionProvider .*gemma3n-onnx\[cuda\]"):
+        select_provider("cuda", manifest)
+    with pytest.raises(ProviderError, match="no device 4"):
+        select_provider("fake", manifest, DeviceOptions(4))
+    with pytest.raises(ProviderError, match="computes in bf16, which CPUExecutionProvider does not run"):
+        select_provider("fake", replace(manifest, compute_dtype="bf16"))
