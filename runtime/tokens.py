@@ -10,10 +10,10 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Slot:
+class SoftTokenSpan:
     """`count` soft tokens from position `start` on: one image or clip.
 
-    `features()` gives their embeddings [count, H] fp32, running the encoder. Slots of equal `key` have equal
+    `features()` gives their embeddings [count, H] fp32, running the encoder. Spans of equal `key` have equal
     features.
     """
 
@@ -26,7 +26,7 @@ class Slot:
     def stop(self) -> int:
         return self.start + self.count
 
-    def encoded(self) -> Slot:
+    def encoded(self) -> SoftTokenSpan:
         features = self.features()
         return replace(self, features=lambda: features)
 
@@ -34,7 +34,7 @@ class Slot:
 @dataclass(frozen=True)
 class PromptTokens:
     ids: list[int]
-    slots: tuple[Slot, ...] = ()
+    spans: tuple[SoftTokenSpan, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -42,24 +42,24 @@ class PromptTokens:
     def keys(self) -> list[Hashable]:
         """For each position what its embedding follows from: equal keys, equal embeddings."""
         keys: list[Hashable] = list(self.ids)
-        for slot in self.slots:
-            for i in range(max(slot.start, 0), slot.stop):
-                keys[i] = (slot.key, i - slot.start)
+        for span in self.spans:
+            for i in range(max(span.start, 0), span.stop):
+                keys[i] = (span.key, i - span.start)
         return keys
 
     def encoded(self) -> PromptTokens:
         """The same, the encoders run."""
-        return PromptTokens(self.ids, tuple(slot.encoded() for slot in self.slots))
+        return PromptTokens(self.ids, tuple(span.encoded() for span in self.spans))
 
     def after(self, count: int) -> PromptTokens:
-        """The prompt without its first `count` tokens; a slot that they cut begins before the rest."""
-        rest = (replace(slot, start=slot.start - count) for slot in self.slots)
-        return PromptTokens(self.ids[count:], tuple(slot for slot in rest if slot.stop > 0))
+        """The prompt without its first `count` tokens; a span that they cut begins before the rest."""
+        rest = (replace(span, start=span.start - count) for span in self.spans)
+        return PromptTokens(self.ids[count:], tuple(span for span in rest if span.stop > 0))
 
     @property
-    def end_of_slots(self) -> int:
-        """The position after the last slot, 0 without any."""
-        return max((slot.stop for slot in self.slots), default=0)
+    def end_of_spans(self) -> int:
+        """The position after the last span, 0 without any."""
+        return max((span.stop for span in self.spans), default=0)
 
     def split(self, positions: Iterable[int]) -> list[PromptTokens]:
         """The prompt in parts that end at those of `positions` that lie within it."""
@@ -67,15 +67,17 @@ class PromptTokens:
         return [self.after(start)._first(stop - start) for start, stop in pairwise(borders)]
 
     def _first(self, count: int) -> PromptTokens:
-        return PromptTokens(self.ids[:count], tuple(slot for slot in self.slots if slot.start < count))
+        return PromptTokens(self.ids[:count], tuple(span for span in self.spans if span.start < count))
 
 
-def fill(rows: np.ndarray, first: int, slots: Sequence[Slot], features: Callable[[Slot], np.ndarray]) -> None:
-    """Overwrites rows [S, H], which begin at position `first` of a prompt, where slots lie.
+def fill(
+    rows: np.ndarray, first: int, spans: Sequence[SoftTokenSpan], features: Callable[[SoftTokenSpan], np.ndarray]
+) -> None:
+    """Overwrites rows [S, H], which begin at position `first` of a prompt, where spans lie.
 
-    `features(slot)` gives a slot's [count, H] in the dtype of `rows`.
+    `features(span)` gives a span's [count, H] in the dtype of `rows`.
     """
-    for slot in slots:
-        start, stop = max(slot.start, first), min(slot.stop, first + len(rows))
+    for span in spans:
+        start, stop = max(span.start, first), min(span.stop, first + len(rows))
         if start < stop:
-            rows[start - first : stop - first] = features(slot)[start - slot.start : stop - slot.start]
+            rows[start - first : stop - first] = features(span)[start - span.start : stop - span.start]

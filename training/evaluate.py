@@ -49,7 +49,7 @@ def answer_logits(model: OnnxGemma3n, conversation: Conversation) -> tuple[list[
     prompt = model.encode(messages_of(conversation, sources_of(conversation))).encoded()
     tokens = model.tokenizer.encode(f"{conversation.turns[-1].answer}<end_of_turn>", add_bos=False)
     cache = model.engine.new_cache(1, len(prompt) + len(tokens))
-    logits = [model.engine.prefill(cache, 0, prompt.ids, prompt.slots)]
+    logits = [model.engine.prefill(cache, 0, prompt.ids, prompt.spans)]
     decoder = model.engine.step_runner(cache)
     logits += [decoder.step(np.array([token]), np.array([True]))[0].copy() for token in tokens[:-1]]
     return tokens, np.stack(logits)

@@ -21,7 +21,7 @@ from gemma3n_onnx.runtime.artifact import (
 )
 from gemma3n_onnx.runtime.checks import require_integer
 from gemma3n_onnx.runtime.errors import ArtifactError, no_token
-from gemma3n_onnx.runtime.tokens import Slot, fill
+from gemma3n_onnx.runtime.tokens import SoftTokenSpan, fill
 
 from .candidates import Candidates, Chosen
 from .decoder_io import check_decoder
@@ -78,12 +78,12 @@ class Engine:
         cache: KVCache,
         row: int,
         ids: Sequence[int],
-        slots: Sequence[Slot] = (),
+        spans: Sequence[SoftTokenSpan] = (),
         after_chunk: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Appends `ids` to one row, in chunks of bounded memory; logits [V] fp32 after the last.
 
-        The features of `slots`, whose positions count from the first of `ids`, stand in for embeddings.
+        The features of `spans`, whose positions count from the first of `ids`, stand in for embeddings.
         `after_chunk` is told how many tokens the row then has.
         """
         self._require_logits("last")
@@ -92,20 +92,20 @@ class Engine:
         without_logits, first = binding, 0
         if (session := self.prefill_graph.session(len(ids))) is not None:
             without_logits, first = self._bind(session, cache, row, 1), len(ids) - 1
-        for chunk, embeds in self._chunks(ids, slots, first):
+        for chunk, embeds in self._chunks(ids, spans, first):
             bound = without_logits if chunk.stop <= first else binding
             self._run(bound, np.array([ids[chunk.start : chunk.stop]]), embeds, cache.lengths[row : row + 1])
             if after_chunk is not None:
                 after_chunk(int(cache.lengths[row]))
         return logits[0, 0]
 
-    def evaluate(self, ids: Sequence[int], slots: Sequence[Slot] = ()) -> np.ndarray:
+    def evaluate(self, ids: Sequence[int], spans: Sequence[SoftTokenSpan] = ()) -> np.ndarray:
         """Logits [S, V] fp32 at every position of `ids`, from an artifact exported with `--logits all`."""
         self._require_logits("all")
         cache = self.new_cache(1, len(ids))
         binding = self._bind(self._session, cache, 0, 1)
         parts = []
-        for chunk, embeds in self._chunks(ids, slots, 0):
+        for chunk, embeds in self._chunks(ids, spans, 0):
             parts.append(self._output(binding, 1, len(chunk)))
             self._run(binding, np.array([ids[chunk.start : chunk.stop]]), embeds, cache.lengths)
         return np.concatenate(parts, axis=1)[0]
@@ -121,19 +121,21 @@ class Engine:
                 f"export it with --logits {wanted} for this."
             )
 
-    def _chunks(self, ids: Sequence[int], slots: Sequence[Slot], border: int) -> Iterator[tuple[range, np.ndarray]]:
+    def _chunks(
+        self, ids: Sequence[int], spans: Sequence[SoftTokenSpan], border: int
+    ) -> Iterator[tuple[range, np.ndarray]]:
         """Positions in order, up to `prefill_chunk` at once and none across `border`, and their embeddings
         [1, S, H]."""
 
-        @functools.lru_cache(maxsize=1)  # a slot may lie in several chunks, one after another
-        def features(slot: Slot) -> np.ndarray:
-            return to_compute_dtype(slot.features(), self.manifest.compute_dtype)
+        @functools.lru_cache(maxsize=1)  # a span may lie in several chunks, one after another
+        def features(span: SoftTokenSpan) -> np.ndarray:
+            return to_compute_dtype(span.features(), self.manifest.compute_dtype)
 
         for part in (range(border), range(border, len(ids))):
             for first in part[:: self.prefill_chunk]:
                 chunk = range(first, min(first + self.prefill_chunk, part.stop))
                 embeds = self._embed(np.array(ids[chunk.start : chunk.stop], dtype=np.int64))
-                fill(embeds, first, slots, features)
+                fill(embeds, first, spans, features)
                 yield chunk, embeds[None]
 
     def _embed(self, ids: np.ndarray) -> np.ndarray:

@@ -86,8 +86,8 @@ class PrefixCache:
                 after_chunk(tokens)
 
         done = int(prompt.cache.lengths[0])
-        for part in rest.split((rest.end_of_slots, prompt.shared - done)):
-            logits = engine.prefill(prompt.cache, 0, part.ids, part.slots, remember)
+        for part in rest.split((rest.end_of_spans, prompt.shared - done)):
+            logits = engine.prefill(prompt.cache, 0, part.ids, part.spans, remember)
         self.keep(prompt)
         return logits
 

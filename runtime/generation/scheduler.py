@@ -234,7 +234,7 @@ class Scheduler:
         if self._prefix_cache is not None and entry is not None:
             logits = self._prefix_cache.run(self._engine, entry, rest, after_chunk)
         else:
-            logits = self._engine.prefill(cache, place, rest.ids, rest.slots, after_chunk)
+            logits = self._engine.prefill(cache, place, rest.ids, rest.spans, after_chunk)
         if self._stages:
             self._cache.fill_row(row, cache)
         timings = request.timings
@@ -262,7 +262,7 @@ class Scheduler:
 
     def _encode(self, prompt: PromptTokens, request: Request) -> PromptTokens:
         """Runs the encoders of a prompt's images and clips; meanwhile the other rows go on."""
-        if self._executor is None or not prompt.slots:
+        if self._executor is None or not prompt.spans:
             return prompt.encoded()
         encoding = self._executor.submit(prompt.encoded)
         while self._running and not encoding.done():

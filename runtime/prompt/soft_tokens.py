@@ -12,7 +12,7 @@ import numpy as np
 from gemma3n_onnx.runtime.artifact import Manifest, SoftTokens
 from gemma3n_onnx.runtime.errors import ArtifactError, PromptError
 from gemma3n_onnx.runtime.media.reader import Item
-from gemma3n_onnx.runtime.tokens import Slot
+from gemma3n_onnx.runtime.tokens import SoftTokenSpan
 
 RunEncoder = Callable[[str, Mapping[str, np.ndarray]], np.ndarray]
 
@@ -47,13 +47,13 @@ class Placeholders:
         pieces[1::2] = [_written_out(self._soft[modality]) for modality in found]
         return "".join(pieces)
 
-    def find(self, ids: Sequence[int], items: Sequence[Item], run: RunEncoder) -> tuple[Slot, ...]:
+    def find(self, ids: Sequence[int], items: Sequence[Item], run: RunEncoder) -> tuple[SoftTokenSpan, ...]:
         """Where in the ids of an expanded prompt each item stands; `run(modality, inputs)` makes its features.
 
         ArtifactError: the tokenizer does not keep the soft tokens whole.
         """
         runs = {modality: _runs(ids, soft.token_id, soft.count) for modality, soft in self._soft.items()}
-        slots = []
+        spans = []
         for item in items:
             start = next(runs[item.modality], None)
             if start is None:
@@ -61,8 +61,8 @@ class Placeholders:
                     f"The tokenizer does not know {self._soft[item.modality].token} as one token; export the model "
                     "again with the checkpoint's own tokenizer."
                 )
-            slots.append(Slot(start, self._soft[item.modality].count, item.key, partial(_features, item, run)))
-        return tuple(slots)
+            spans.append(SoftTokenSpan(start, self._soft[item.modality].count, item.key, partial(_features, item, run)))
+        return tuple(spans)
 
 
 def _written_out(soft: SoftTokens) -> str:

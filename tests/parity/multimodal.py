@@ -146,7 +146,7 @@ def assert_equals_transformers(
     inputs = oracle.inputs(messages, size)
     prompt = model.encode(messages, MediaOptions(image_size=size))
     assert prompt.ids == inputs.ids
-    ours = generate_greedily(model, prompt.ids, steps, prompt.slots)
+    ours = generate_greedily(model, prompt.ids, steps, prompt.spans)
     theirs = oracle.logits(ours.oracle_ids, inputs.media, steps)
     assert_close(f"{what}, {len(prompt)} tokens", ours.logits, theirs, TOLERANCE)
     assert_same_choices(ours, theirs)

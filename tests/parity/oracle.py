@@ -17,7 +17,7 @@ import torch
 from transformers import Gemma3nForCausalLM, GenerationConfig
 
 from gemma3n_onnx.runtime import OnnxGemma3n
-from gemma3n_onnx.runtime.tokens import Slot
+from gemma3n_onnx.runtime.tokens import SoftTokenSpan
 
 TOLERANCE = 1e-4  # fp32 through tens of layers, between two implementations
 SAME_GRAPH = 1e-5  # the same graph fed in another way: only the order of sums differs
@@ -79,10 +79,12 @@ class Greedy:
         return [*self.prompt, *self.tokens[:-1]]
 
 
-def generate_greedily(model: OnnxGemma3n, prompt: Sequence[int], steps: int, slots: Sequence[Slot] = ()) -> Greedy:
+def generate_greedily(
+    model: OnnxGemma3n, prompt: Sequence[int], steps: int, spans: Sequence[SoftTokenSpan] = ()
+) -> Greedy:
     """The engine's prefill and decode steps; no token ends it."""
     cache = model.engine.new_cache(1, len(prompt) + steps)
-    logits = [model.engine.prefill(cache, 0, prompt, slots).copy()]
+    logits = [model.engine.prefill(cache, 0, prompt, spans).copy()]
     decoder = model.engine.step_runner(cache)
     while len(logits) < steps:
         token = np.array([logits[-1].argmax()])

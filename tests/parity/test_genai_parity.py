@@ -32,7 +32,7 @@ def text_only(shallow_multimodal_checkpoint, exported):
 def assert_same_answer(model, messages, theirs):
     tokens, logits = theirs
     prompt = model.encode(messages, OPTIONS)
-    ours = generate_greedily(model, prompt.ids, len(tokens), prompt.slots)
+    ours = generate_greedily(model, prompt.ids, len(tokens), prompt.spans)
     assert_close(f"{len(prompt)} prompt tokens, {len(tokens)} new", logits, ours.logits, SAME_GRAPH)
     assert len(prompt) > 2 * WINDOW and len(tokens) >= 24
     assert tokens == ours.tokens == list(model.generate(messages, max_new_tokens=NEW_TOKENS, image_size=SIZE).token_ids)

@@ -83,7 +83,7 @@ def test_last_turn_of_a_chat_equals_transformers(model, shallow_multimodal_oracl
     send(chat, image(0), "What is this?")
     result, prompt = send(chat, clip(0), "And this?")
     media = shallow_multimodal_oracle.inputs([{"role": "user", "content": [image(0), clip(0)]}]).media
-    ours = generate_greedily(model, prompt.ids, len(result.token_ids), prompt.slots)
+    ours = generate_greedily(model, prompt.ids, len(result.token_ids), prompt.spans)
     theirs = shallow_multimodal_oracle.logits(ours.oracle_ids, media, len(result.token_ids))
     assert_close("second turn", ours.logits, theirs, TOLERANCE)
     assert list(result.token_ids) == ours.tokens == theirs.argmax(-1).tolist()
@@ -100,9 +100,9 @@ def test_another_image_or_clip_in_the_same_place_is_not_taken_from_the_cache(mod
     assert result.timings.prefill_tokens > 188
     assert_equals_a_fresh_start(model, result, prompt)
     # The ids do not tell the two apart, so compare with what the first image or clip would have led to.
-    other = PromptTokens(prompt.ids, first.slots)
-    assert [slot.start for slot in first.slots] == [slot.start for slot in prompt.slots]
-    logits = [generate_greedily(model, p.ids, 1, p.slots).logits for p in (prompt, other)]
+    other = PromptTokens(prompt.ids, first.spans)
+    assert [span.start for span in first.spans] == [span.start for span in prompt.spans]
+    logits = [generate_greedily(model, p.ids, 1, p.spans).logits for p in (prompt, other)]
     difference = relative_error(*logits)
     print(f"the two differ by {difference:.1e} of the range")
     assert difference > 100 * SAME_GRAPH

@@ -76,7 +76,7 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def ours(shallow_multimodal_model):
     prompt = shallow_multimodal_model.encode(MESSAGES, OPTIONS)
-    return generate_greedily(shallow_multimodal_model, prompt.ids, STEPS, prompt.slots)
+    return generate_greedily(shallow_multimodal_model, prompt.ids, STEPS, prompt.spans)
 
 
 def error_against(oracle, ours, change):

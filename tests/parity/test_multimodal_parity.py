@@ -78,7 +78,7 @@ def test_larger_images_equal_transformers(model, oracle, size):
 
 def test_images_take_the_checkpoints_size_unless_told(model):
     default, told = (model.encode([user(image(0))], MediaOptions(image_size=size)) for size in (None, 768))
-    assert default.slots[0].key == told.slots[0].key != model.encode([user(image(0))], OPTIONS).slots[0].key
+    assert default.spans[0].key == told.spans[0].key != model.encode([user(image(0))], OPTIONS).spans[0].key
 
 
 MESSAGES = {
@@ -119,14 +119,14 @@ def test_batch_equals_each_prompt_alone_and_transformers(model, oracle):
     steps, engine = 16, model.engine
     prompts = [model.encode(messages, OPTIONS) for messages in batch]
     cache = engine.new_cache(len(prompts), max(map(len, prompts)) + steps)
-    rows = [engine.prefill(cache, row, prompt.ids, prompt.slots).copy() for row, prompt in enumerate(prompts)]
+    rows = [engine.prefill(cache, row, prompt.ids, prompt.spans).copy() for row, prompt in enumerate(prompts)]
     logits, decoder = [np.stack(rows)], engine.step_runner(cache)
     while len(logits) < steps:
         logits.append(decoder.step(logits[-1].argmax(-1), np.full(len(prompts), True)).copy())
     together = np.stack(logits, axis=1)  # [B, N, V]
     generated = model.generate(batch, max_new_tokens=steps, image_size=SIZE)
     for row, (messages, prompt, result) in enumerate(zip(batch, prompts, generated, strict=True)):
-        alone = generate_greedily(model, prompt.ids, steps, prompt.slots)
+        alone = generate_greedily(model, prompt.ids, steps, prompt.spans)
         assert_close(f"row {row}, {len(prompt)} tokens", together[row], alone.logits, SAME_GRAPH)
         assert together[row].argmax(-1).tolist() == alone.tokens == oracle.tokens(oracle.inputs(messages), steps)
         assert list(result.token_ids) == alone.tokens[: len(result.token_ids)]
@@ -144,8 +144,8 @@ def test_video_equals_transformers_given_its_frames_as_images(model, oracle, tmp
     messages = [user({"type": "video", "video": str(film)}, "What moves?")]
     inputs = oracle.inputs([user(*frames, "What moves?")])
     prompt = model.encode(messages, MediaOptions(image_size=SIZE, video_fps=1))
-    assert prompt.ids == inputs.ids and len({slot.key for slot in prompt.slots}) == 10
-    ours = generate_greedily(model, prompt.ids, 8, prompt.slots)
+    assert prompt.ids == inputs.ids and len({span.key for span in prompt.spans}) == 10
+    ours = generate_greedily(model, prompt.ids, 8, prompt.spans)
     theirs = oracle.logits(ours.oracle_ids, inputs.media, 8)
     assert_close(f"10 frames, {len(prompt)} tokens", ours.logits, theirs, TOLERANCE)
     assert_same_choices(ours, theirs)
@@ -160,8 +160,8 @@ def test_long_speech_in_pieces_equals_transformers_given_the_pieces(model, oracl
     whole, *pieces = ({"type": "audio", "audio": (part, rate)} for part in (samples, first, second))
     prompt = model.encode([user(whole, "What was said?")], MediaOptions(long_audio="split"))
     inputs = oracle.inputs([user(*pieces, "What was said?")])
-    assert prompt.ids == inputs.ids and len(prompt.slots) == 2
-    ours = generate_greedily(model, prompt.ids, 8, prompt.slots)
+    assert prompt.ids == inputs.ids and len(prompt.spans) == 2
+    ours = generate_greedily(model, prompt.ids, 8, prompt.spans)
     theirs = oracle.logits(ours.oracle_ids, inputs.media, 8)
     assert_close(f"{len(samples) / rate:.1f} s cut at {len(first) / rate:.1f} s", ours.logits, theirs, TOLERANCE)
     assert_same_choices(ours, theirs)
@@ -216,12 +216,12 @@ def test_narrow_storage_of_all_parts_equals_transformers_on_rounded_weights(
 
 def test_image_across_chunk_borders_equals_prefill_at_once(shallow_multimodal_checkpoint, exported, model):
     prompt = model.encode([TEXT_FIRST], OPTIONS)
-    whole = generate_greedily(model, prompt.ids, 16, prompt.slots)
+    whole = generate_greedily(model, prompt.ids, 16, prompt.spans)
     for chunk in (100, 7 * WINDOW + 1):
         other = OnnxGemma3n.from_pretrained(exported(shallow_multimodal_checkpoint), prefill_chunk=chunk)
         prompt = other.encode([TEXT_FIRST], OPTIONS)
-        assert any(slot.start % chunk and slot.start // chunk < (slot.stop - 1) // chunk - 1 for slot in prompt.slots)
-        chunked = generate_greedily(other, prompt.ids, 16, prompt.slots)
+        assert any(span.start % chunk and span.start // chunk < (span.stop - 1) // chunk - 1 for span in prompt.spans)
+        chunked = generate_greedily(other, prompt.ids, 16, prompt.spans)
         assert_close(f"chunks of {chunk}", chunked.logits, whole.logits, SAME_GRAPH)
         assert chunked.tokens == whole.tokens
 
@@ -230,7 +230,7 @@ def test_all_logits_equal_transformers_at_every_position(shallow_multimodal_chec
     model = OnnxGemma3n.from_pretrained(exported(shallow_multimodal_checkpoint, logits="all"), prefill_chunk=100)
     prompt, inputs = model.encode([TEXT_FIRST], OPTIONS), oracle.inputs([TEXT_FIRST])
     assert prompt.ids == inputs.ids
-    ours, theirs = model.engine.evaluate(prompt.ids, prompt.slots), oracle.logits(inputs.ids, inputs.media)
+    ours, theirs = model.engine.evaluate(prompt.ids, prompt.spans), oracle.logits(inputs.ids, inputs.media)
     assert_close(f"{len(prompt)} positions", ours, theirs, TOLERANCE)
 
 
@@ -241,15 +241,15 @@ def test_embedding_graph_agrees_with_the_engine_bit_for_bit(shallow_multimodal_c
     # Encoders for CUDA compute in bf16, which the CPU lacks.
     model.encoders = Encoders(folder, model.manifest, exact_provider(CPUProvider()))
     prompt = model.encode([TEXT_FIRST], OPTIONS)
-    prompt = type(prompt)([*prompt.ids, *random_prompt(20, vocab_size=1280)], prompt.slots)
+    prompt = type(prompt)([*prompt.ids, *random_prompt(20, vocab_size=1280)], prompt.spans)
     manifest = model.manifest
     features = {"image_features": [], "audio_features": []}
-    for slot in prompt.slots:
-        modality = "image" if prompt.ids[slot.start] == manifest.vision.soft_tokens.token_id else "audio"
-        features[f"{modality}_features"].append(slot.features())
+    for span in prompt.spans:
+        modality = "image" if prompt.ids[span.start] == manifest.vision.soft_tokens.token_id else "audio"
+        features[f"{modality}_features"].append(span.features())
     inputs = {name: np.concatenate(parts) for name, parts in features.items()}
     graph = Session(folder / manifest.embedding.file, CPUProvider())
     made = graph.run({"input_ids": np.array([prompt.ids]), **inputs})["inputs_embeds"]
-    ((_, ours),) = model.engine._chunks(prompt.ids, prompt.slots, 0)
+    ((_, ours),) = model.engine._chunks(prompt.ids, prompt.spans, 0)
     assert made.dtype == ours.dtype
     np.testing.assert_array_equal(made.view(np.uint8), ours.view(np.uint8))

@@ -73,9 +73,9 @@ class FakeEngine:
     def new_cache(self, rows: int, capacity: int) -> FakeCache:
         return FakeCache(rows, capacity)
 
-    def prefill(self, cache, row, ids, slots=(), after_chunk=None) -> np.ndarray:
-        for slot in slots:
-            slot.features()
+    def prefill(self, cache, row, ids, spans=(), after_chunk=None) -> np.ndarray:
+        for span in spans:
+            span.features()
         for start in range(0, len(ids), self._chunk):
             chunk = ids[start : start + self._chunk]
             cache.append(row, chunk)

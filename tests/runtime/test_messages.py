@@ -194,8 +194,8 @@ def test_placeholders_are_written_out_and_found_again() -> None:
     media = items("vision", "audio", "vision")
     assert placeholders.expand("x<i>y<a><i>", media) == "x(<i><i>)y[<a><a><a>](<i><i>)"
     ids = [1, 7, 7, 2, 7, 8, 8, 8, 3, 7, 7]  # the 7 between 2 and 8 is one that a model made
-    slots = placeholders.find(ids, media, lambda modality, inputs: np.zeros(0))
-    assert [(slot.start, slot.count, slot.key) for slot in slots] == [(1, 2, b"\0"), (5, 3, b"\1"), (9, 2, b"\2")]
+    spans = placeholders.find(ids, media, lambda modality, inputs: np.zeros(0))
+    assert [(span.start, span.count, span.key) for span in spans] == [(1, 2, b"\0"), (5, 3, b"\1"), (9, 2, b"\2")]
 
 
 @pytest.mark.parametrize("rendered", ["<i>", "<i><i>", "", "<i><a><i>"])

@@ -22,7 +22,7 @@ from gemma3n_onnx.runtime.generation.scheduler import (
     Scheduler,
     TokenEvent,
 )
-from gemma3n_onnx.runtime.tokens import PromptTokens, Slot
+from gemma3n_onnx.runtime.tokens import PromptTokens, SoftTokenSpan
 
 A, Z = ids_of("az")
 
@@ -39,11 +39,11 @@ def uniform(_):
 class Told:
     """A request and its events."""
 
-    def __init__(self, prompt: str, *, slots=(), on_event=None, deadline=float("inf"), sample=0, **options):
+    def __init__(self, prompt: str, *, spans=(), on_event=None, deadline=float("inf"), sample=0, **options):
         self.events = []
         self._then = on_event
         options = GenerationOptions(**({"max_new_tokens": 4} | options))
-        prompt = PromptTokens(ids_of(prompt), slots)
+        prompt = PromptTokens(ids_of(prompt), spans)
         self.request = Request(prompt, options, self._take, sample=sample, deadline=deadline)
 
     def _take(self, event):
@@ -352,7 +352,7 @@ def test_the_others_go_on_while_an_encoder_runs():
     engine = FakeEngine(alphabet)
     with ThreadPoolExecutor(1) as executor:
         scheduler = schedule(engine, interleave=True, executor=executor)
-        second = Told("hij", slots=(Slot(0, 1, "an image", features),))
+        second = Told("hij", spans=(SoftTokenSpan(0, 1, "an image", features),))
         run(scheduler, first, second)
     assert encoder_started.is_set() and tokens_meanwhile[0] >= 3
     assert second.text == "klmn" and second.request.timings.encoder_seconds > 0
@@ -364,7 +364,7 @@ def test_an_encoder_that_fails_fails_its_request():
 
     with ThreadPoolExecutor(1) as executor:
         scheduler = schedule(FakeEngine(alphabet), interleave=True, executor=executor)
-        fine, fails = Told("a"), Told("hij", slots=(Slot(0, 1, "an image", features),))
+        fine, fails = Told("a"), Told("hij", spans=(SoftTokenSpan(0, 1, "an image", features),))
         run(scheduler, fine, fails)
     assert str(fails.last.error) == "the encoder failed" and fine.text == "bcde"
 

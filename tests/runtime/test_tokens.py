@@ -3,18 +3,20 @@
 import numpy as np
 import pytest
 
-from gemma3n_onnx.runtime.tokens import PromptTokens, Slot, fill
+from gemma3n_onnx.runtime.tokens import PromptTokens, SoftTokenSpan, fill
 
 FEATURES = {"a": np.full((3, 2), 1.0) * [[1], [2], [3]], "b": np.full((2, 2), 7.0)}
 IDS = [10, 11, 5, 5, 5, 12, 6, 6, 13]
-PROMPT = PromptTokens(IDS, (Slot(2, 3, "a", lambda: FEATURES["a"]), Slot(6, 2, "b", lambda: FEATURES["b"])))
+PROMPT = PromptTokens(
+    IDS, (SoftTokenSpan(2, 3, "a", lambda: FEATURES["a"]), SoftTokenSpan(6, 2, "b", lambda: FEATURES["b"]))
+)
 EXPECTED = np.array([0, 0, 1, 2, 3, 0, 7, 7, 0])
 
 
 def filled(prompt: PromptTokens, chunk: int) -> np.ndarray:
     rows = np.zeros((len(prompt), 2))
     for first in range(0, len(prompt), chunk):
-        fill(rows[first : first + chunk], first, prompt.slots, lambda slot: slot.features())
+        fill(rows[first : first + chunk], first, prompt.spans, lambda span: span.features())
     return rows[:, 0]
 
 
