@@ -185,22 +185,22 @@ def table(figures: Sequence[Figures]) -> str:
     )
 
 
-def _row(of: Figures) -> tuple[str, ...]:
+def _row(figures: Figures) -> tuple[str, ...]:
     return (
-        of.slice,
-        of.precision,
-        str(of.threads),
-        str(of.prompt_tokens),
-        str(of.new_tokens),
-        f"{of.prefill_tokens_per_second:.1f}",
-        f"{of.decode_tokens_per_second:.1f}",
-        f"{of.decode_limit:.1f}",
-        f"{of.decode_tokens_per_second / of.decode_limit:.0%}",
-        f"{of.time_to_first_token:.2f}",
-        f"{of.load_seconds:.2f}",
+        figures.slice,
+        figures.precision,
+        str(figures.threads),
+        str(figures.prompt_tokens),
+        str(figures.new_tokens),
+        f"{figures.prefill_tokens_per_second:.1f}",
+        f"{figures.decode_tokens_per_second:.1f}",
+        f"{figures.decode_limit:.1f}",
+        f"{figures.decode_tokens_per_second / figures.decode_limit:.0%}",
+        f"{figures.time_to_first_token:.2f}",
+        f"{figures.load_seconds:.2f}",
         *(
             "-" if n is None else f"{n / 1e6:.0f}"
-            for n in (of.model_bytes, of.peak_bytes, of.private_bytes, of.gpu_bytes)
+            for n in (figures.model_bytes, figures.peak_bytes, figures.private_bytes, figures.gpu_bytes)
         ),
     )
 
@@ -215,14 +215,14 @@ def plot(figures: Sequence[Figures], path: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise OptionError('--plot needs matplotlib; install it with: pip install "gemma3n-onnx[bench]".') from error
-    names = [f"{of.slice}\n{of.precision}" for of in figures]
+    names = [f"{each.slice}\n{each.precision}" for each in figures]
     panels: list[tuple[str, list[float]]] = [
-        ("decode, tokens/s", [of.decode_tokens_per_second for of in figures]),
-        ("prefill, tokens/s", [of.prefill_tokens_per_second for of in figures]),
-        ("private memory, GB", [(of.private_bytes or 0) / 1e9 for of in figures]),
+        ("decode, tokens/s", [each.decode_tokens_per_second for each in figures]),
+        ("prefill, tokens/s", [each.prefill_tokens_per_second for each in figures]),
+        ("private memory, GB", [(each.private_bytes or 0) / 1e9 for each in figures]),
     ]
-    if any(of.mmlu for of in figures):
-        panels.append(("MMLU, % (published)", [of.mmlu or float("nan") for of in figures]))
+    if any(each.mmlu for each in figures):
+        panels.append(("MMLU, % (published)", [each.mmlu or float("nan") for each in figures]))
     figure = Figure(figsize=(max(6.0, 0.7 * len(figures)), 2.4 * len(panels)), layout="constrained")
     for axes, (title, values) in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels):
         axes.bar(range(len(values)), values, color="#3b6ea5")

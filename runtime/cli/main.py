@@ -320,7 +320,7 @@ def bench(
         figures = [measure_apart(folder, sizes, runs, load) for folder in bar]
     if plot_file is not None:
         plot(figures, plot_file)
-    everything = [asdict(of) | {"decode_limit": of.decode_limit} for of in figures]
+    everything = [asdict(each) | {"decode_limit": each.decode_limit} for each in figures]
     click.echo(json.dumps(everything, indent=2) if as_json else table(figures))
 
 

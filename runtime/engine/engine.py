@@ -30,7 +30,7 @@ from .ort import Binding, Session
 from .prefill_graph import PrefillGraph
 from .providers.base import ExecutionProvider
 from .steps import Steps
-from .tables import Table, to_compute_dtype
+from .tables import EmbeddingTable, to_compute_dtype
 
 PREFILL_CHUNK = 512
 
@@ -50,8 +50,8 @@ class Engine:
     ) -> None:
         require_integer("prefill_chunk", prefill_chunk, 1)
         self.manifest, self.provider, self.prefill_chunk = manifest, provider, prefill_chunk
-        self._tokens = Table(folder, manifest.token_embeddings, manifest.compute_dtype)
-        self._per_layer = Table(folder, manifest.per_layer_embeddings, manifest.compute_dtype)
+        self._tokens = EmbeddingTable(folder, manifest.token_embeddings, manifest.compute_dtype)
+        self._per_layer = EmbeddingTable(folder, manifest.per_layer_embeddings, manifest.compute_dtype)
         quantized = bool(manifest.quantization)
         self._session = Session(
             folder / manifest.decoder.file, provider, threads, quantized=quantized, captures=provider.captures_steps

@@ -14,7 +14,7 @@ from gemma3n_onnx.runtime.errors import ArtifactError
 _STORED = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 
 
-class Table:
+class EmbeddingTable:
     """A row-major table on disk. Rows are read, not mapped: a mapping costs resident memory in whole pages
     (with large folios in megabytes) around every row, and a truncated file would end the process."""
 

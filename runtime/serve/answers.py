@@ -42,8 +42,8 @@ def read_chat(request: ChatRequest, served: Served) -> Work:
     Raises:
         Gemma3nError: what is wrong with the request.
     """
-    may_call = tools.chosen(request.tools, request.tool_choice)
-    messages = tools.spoken(request.messages, may_call)
+    may_call = tools.select_tools(request.tools, request.tool_choice)
+    messages = tools.to_plain_messages(request.messages, may_call)
     media = MediaOptions(
         image_size=request.image_size,
         long_audio=request.long_audio,  # type: ignore[arg-type]
@@ -201,10 +201,10 @@ def chat_choice(index: int, choice: Choice, work: Work, served: Served) -> dict[
     assert choice.end is not None
     message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
     finish = choice.end.reason
-    if work.tools and finish == "stop" and (calls := tools.calls_in(choice.text, work.tools)):
+    if work.tools and finish == "stop" and (calls := tools.parse_tool_calls(choice.text, work.tools)):
         message |= {"content": None, "tool_calls": calls}
         finish = "tool_calls"
-    logprobs = {"content": [chat_logprob(of, served) for of in choice.logprobs], "refusal": None}
+    logprobs = {"content": [chat_logprob(token, served) for token in choice.logprobs], "refusal": None}
     return {
         "index": index,
         "message": message,
@@ -213,12 +213,12 @@ def chat_choice(index: int, choice: Choice, work: Work, served: Served) -> dict[
     }
 
 
-def chat_logprob(of: TokenLogprob, served: Served) -> dict[str, Any]:
+def chat_logprob(chosen: TokenLogprob, served: Served) -> dict[str, Any]:
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         token = served.model.tokenizer.decode([token_id], skip_special=False)
         return {"token": token, "logprob": logprob, "bytes": [*token.encode()]}
 
-    return {**entry(of.token_id, of.logprob), "top_logprobs": [entry(*likely) for likely in of.top]}
+    return {**entry(chosen.token_id, chosen.logprob), "top_logprobs": [entry(*likely) for likely in chosen.top]}
 
 
 def completion_choice(index: int, choice: Choice, work: Work, served: Served) -> dict[str, Any]:
@@ -231,17 +231,17 @@ def completion_logprobs(found: Sequence[TokenLogprob], served: Served) -> dict[s
     def text(token_id: int) -> str:
         return served.model.tokenizer.decode([token_id], skip_special=False)
 
-    tokens = [text(of.token_id) for of in found]
+    tokens = [text(token.token_id) for token in found]
     offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
     return {
         "tokens": tokens,
-        "token_logprobs": [of.logprob for of in found],
-        "top_logprobs": [{text(token_id): logprob for token_id, logprob in of.top} for of in found],
+        "token_logprobs": [token.logprob for token in found],
+        "top_logprobs": [{text(token_id): logprob for token_id, logprob in token.top} for token in found],
         "text_offset": offsets,
     }
 
 
-class Chunks(ABC):
+class StreamChunks(ABC):
     """The chunks of a streamed answer: `first`, then `next` for each event, then `usage`."""
 
     object: str
@@ -273,7 +273,7 @@ class Chunks(ABC):
         """What a choice, which has taken the event, then tells."""
 
 
-class ChatChunks(Chunks):
+class ChatChunks(StreamChunks):
     """Text that may turn out to be a call is held until it has ended."""
 
     object, prefix = "chat.completion.chunk", "chatcmpl"
@@ -291,7 +291,7 @@ class ChatChunks(Chunks):
         choice = self._choices[index]
         if isinstance(event, FinishEvent):
             return self._last(index, choice)
-        self._holds[index] = self._holds[index] and tools.may_be_calls(choice.text)
+        self._holds[index] = self._holds[index] and tools.may_be_tool_calls(choice.text)
         return [] if self._holds[index] else self._text(index, choice)
 
     def _text(self, index: int, choice: Choice) -> list[dict[str, Any]]:
@@ -301,7 +301,9 @@ class ChatChunks(Chunks):
         found = choice.logprobs[told:]
         if not text and not found:
             return []
-        logprobs = {"content": [chat_logprob(of, self._served) for of in found], "refusal": None} if found else None
+        logprobs = (
+            {"content": [chat_logprob(token, self._served) for token in found], "refusal": None} if found else None
+        )
         return [_delta(index, {"content": text}, logprobs=logprobs)]
 
     def _last(self, index: int, choice: Choice) -> list[dict[str, Any]]:
@@ -318,7 +320,7 @@ def _delta(index: int, delta: Mapping[str, Any], finish: str | None = None, logp
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
 
-class CompletionChunks(Chunks):
+class CompletionChunks(StreamChunks):
     object, prefix = "text_completion", "cmpl"
 
     def _parts(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
@@ -337,7 +339,7 @@ class Kind:
     prefix: str
     read: Callable[[Any, Served], Work]
     choice: Callable[[int, Choice, Work, Served], dict[str, Any]]
-    stream: type[Chunks]
+    stream: type[StreamChunks]
 
 
 CHAT = Kind("chat.completion", "chatcmpl", read_chat, chat_choice, ChatChunks)

@@ -32,8 +32,8 @@ from .answers import (
     CHAT,
     COMPLETION,
     Answering,
-    Chunks,
     Kind,
+    StreamChunks,
     Work,
     collect,
     envelope,
@@ -183,7 +183,7 @@ class _Service:
             collecting.cancel()
             answering.cancel()
 
-    def stream(self, work: Work, served: Served, chunks: Chunks) -> Response:
+    def stream(self, work: Work, served: Served, chunks: StreamChunks) -> Response:
         answering = self._begin(work, served)
         self._pool.retain(served)
 

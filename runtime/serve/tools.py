@@ -26,7 +26,7 @@ def described(tools: Sequence[Tool]) -> str:
     return INSTRUCTIONS.format(functions="\n".join(json.dumps(function) for function in functions))
 
 
-def chosen(tools: Sequence[Tool], choice: str | NamedTool) -> list[Tool]:
+def select_tools(tools: Sequence[Tool], choice: str | NamedTool) -> list[Tool]:
     """Those that may be called. PromptError: the choice names none of them."""
     if isinstance(choice, NamedTool):
         named = [tool for tool in tools if tool.function.name == choice.function.name]
@@ -53,13 +53,13 @@ def schema_of(tools: Sequence[Tool]) -> dict[str, Any]:
     }
 
 
-def may_be_calls(text: str) -> bool:
+def may_be_tool_calls(text: str) -> bool:
     """Whether what begins so may turn out to be calls."""
     start = text.lstrip()
     return not start or start[0] in "{[" or "```".startswith(start[:3])
 
 
-def calls_in(text: str, tools: Sequence[Tool]) -> list[dict[str, Any]]:
+def parse_tool_calls(text: str, tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """The calls that a whole answer consists of, in OpenAI's form; none where it is anything else."""
     names = {tool.function.name for tool in tools}
     text = text.strip()
@@ -86,7 +86,7 @@ def _is_call(call: Any, names: set[str]) -> bool:
     return isinstance(call, dict) and call.get("name") in names and isinstance(call.get("arguments", {}), dict)
 
 
-def spoken(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+def to_plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """Messages without functions: what may be called is in the system prompt, calls and results are text.
 
     Raises:

@@ -31,7 +31,7 @@ from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 from gemma3n_onnx.runtime.artifact import TableInfo
 from gemma3n_onnx.runtime.engine.ort import Session
 from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
-from gemma3n_onnx.runtime.engine.tables import Table
+from gemma3n_onnx.runtime.engine.tables import EmbeddingTable
 
 ROWS, COLUMNS = 48, 256
 SCHEMES = [Scheme(bits, block, method) for bits in (4, 8) for block in (32, 128) for method in METHODS]
@@ -127,7 +127,9 @@ def test_a_table_on_disk_gives_the_same_rows(tmp_path: Path, scheme: Scheme) -> 
     place = written(tmp_path, values, scheme)
     info = TableInfo(FILE, f"int{scheme.bits}", ROWS, COLUMNS, 2.0, scheme.block, place.scales.offset)
     ids = np.array([ROWS - 1, 3, 0, 5])
-    np.testing.assert_array_equal(Table(tmp_path, info, "fp32").rows(ids), 2 * as_stored(values, scheme)[ids].numpy())
+    np.testing.assert_array_equal(
+        EmbeddingTable(tmp_path, info, "fp32").rows(ids), 2 * as_stored(values, scheme)[ids].numpy()
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

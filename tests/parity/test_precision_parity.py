@@ -22,7 +22,7 @@ from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.engine.encoders import Encoders
 from gemma3n_onnx.runtime.engine.ort import Session
 from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
-from gemma3n_onnx.runtime.engine.tables import Table
+from gemma3n_onnx.runtime.engine.tables import EmbeddingTable
 from oracle import (
     LONG,
     TOLERANCE,
@@ -170,7 +170,7 @@ def test_embedding_graph_of_quantized_tables_rounds_their_rows_to_fp16(shallow_c
         "inputs_embeds": manifest.token_embeddings,
         "per_layer_inputs": manifest.per_layer_embeddings,
     }.items():
-        ours = Table(folder, info, manifest.compute_dtype).rows(ids.reshape(-1)).reshape(*ids.shape, -1)
+        ours = EmbeddingTable(folder, info, manifest.compute_dtype).rows(ids.reshape(-1)).reshape(*ids.shape, -1)
         np.testing.assert_allclose(graph[name], ours, rtol=2**-10, atol=1e-6)
 
 
@@ -186,7 +186,7 @@ def test_embedding_graph_agrees_with_the_runtime_tables_bit_for_bit(shallow_chec
         "per_layer_inputs": (manifest.per_layer_embeddings, np.where(ids <= last_row, ids, 0)),
     }
     for name, (info, rows) in tables.items():
-        ours = Table(folder, info, manifest.compute_dtype).rows(rows.reshape(-1)).reshape(*ids.shape, -1)
+        ours = EmbeddingTable(folder, info, manifest.compute_dtype).rows(rows.reshape(-1)).reshape(*ids.shape, -1)
         assert graph[name].dtype == ours.dtype
         np.testing.assert_array_equal(graph[name].view(np.uint8), ours.view(np.uint8), name)
 
