@@ -103,7 +103,7 @@ class TableInfo:
 
     @property
     def row_bytes(self) -> int:
-        """Of the values alone."""
+        """Bytes of a row's values, without scales."""
         bits = QUANTIZED_BITS.get(self.dtype)
         return self.width * BYTES_PER_VALUE[self.dtype] if bits is None else self.width * bits // 8
 
@@ -238,7 +238,7 @@ class Manifest:
 
     @property
     def encoders(self) -> dict[str, VisionInfo | AudioInfo]:
-        """Those that the artifact holds, by modality."""
+        """The artifact's encoders, by modality."""
         both = {"vision": self.vision, "audio": self.audio}
         return {modality: info for modality, info in both.items() if info is not None}
 
@@ -322,7 +322,7 @@ def _is_plain_name(name: str) -> bool:
 
 
 def _check_consistency(manifest: Manifest, path: Path) -> None:
-    """What the runtime relies on when it reads tables and lays out caches."""
+    """Checks the invariants that table reads and cache layouts rely on."""
 
     def require(holds: bool, complaint: str) -> None:
         if not holds:

@@ -1,10 +1,10 @@
-"""`OnnxGemma3n`: an artifact, loaded, that answers."""
+"""`OnnxGemma3n`: a loaded artifact."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from .engine.providers.base import DeviceOptions
 from .engine.providers.select import select_provider
 from .errors import ArtifactError, PromptError
 from .generation.options import GenerationOptions
+from .generation.result import GenerationResult
 from .generation.scheduler import Scheduler, check_context
 from .generation.stream import GenerationStream
 from .media.fetch import FetchPolicy
@@ -36,8 +37,32 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 class OnnxGemma3n:
     """A Gemma 3n artifact on ONNX Runtime.
 
+    Load a folder that `gemma3n-export` wrote, and ask:
+
     >>> model = OnnxGemma3n.from_pretrained("gemma-3n-E2B")
+    >>> model.generate([{"role": "user", "content": "What is 3 plus 4?"}]).text
+    '3 plus 4 is 7.'
+
+    A string is continued as it is, without the chat template; a list of prompts is a batch:
+
     >>> model.generate("The capital of France is", max_new_tokens=8).text
+    >>> [answer.text for answer in model.generate(["One, two,", "Red, green,"], max_new_tokens=4)]
+
+    Images, clips and videos are parts of a message, as paths, URLs, bytes or arrays:
+
+    >>> picture = {"type": "image", "image": "photo.jpg"}
+    >>> model.generate([{"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]}]).text
+
+    Stream pieces of text, or hold a conversation whose KV cache is kept from turn to turn:
+
+    >>> for piece in model.stream("Once upon a time", temperature=0.8, max_new_tokens=64):
+    ...     print(piece, end="", flush=True)
+    >>> chat = model.chat("You answer in one sentence.")
+    >>> chat.send("Who wrote Hamlet?").text
+    >>> chat.send("When?", max_new_tokens=32).text
+
+    A `GenerationResult` also has token ids, log-probabilities where asked for, the finish reason and timings. Every
+    error that a caller can cause is a `Gemma3nError` whose message says what to do.
     """
 
     def __init__(
@@ -76,15 +101,14 @@ class OnnxGemma3n:
         Args:
             provider: "cpu", "cuda", or "auto": CUDA for an artifact made for it where it is installed.
             threads: of ONNX Runtime; None for one for each physical core.
-            prefill_chunk: tokens of a prompt that are run at once; less takes less memory.
-            memory_budget: bytes that the decoder's weights may take. Those of the faster graph for prompts, as many
-                again, are loaded at the first long prompt if they fit in; by default, if twice as much is free.
-            fetch: what media may be read from disk and network, and how much of them.
-            prefix_cache_size: so many prompts keep their KV caches when they are answered, and what a later one begins
-                with alike is not run again; on the CPU only. Their memory goes with `release`.
+            prefill_chunk: prompt tokens prefilled at once; smaller chunks use less memory.
+            memory_budget: bytes for the decoder's weights. The prefill graph, which doubles them, is loaded at the
+                first long prompt if it fits; by default, if twice its size is free.
+            fetch: which files and URLs media may come from, and their size limits.
+            prefix_cache_size: prompts whose KV caches are kept for prefix reuse, on the CPU only; `release` frees them.
             device_id: of the GPU, from 0.
-            gpu_memory_limit: bytes that ONNX Runtime may take on the GPU for one graph; None is all that is there.
-            cuda_graphs: record a decode step once and replay it, which needs no work of the CPU for each operator.
+            gpu_memory_limit: bytes of GPU memory for each graph; None is no limit.
+            cuda_graphs: capture the decode step as a CUDA graph and replay it.
 
         Raises:
             ArtifactError: the folder is missing, incomplete, damaged or of another version.
@@ -113,7 +137,13 @@ class OnnxGemma3n:
         require_integer("prefix_cache_size", prefix_cache_size, 0)
         return cls(folder, manifest, engine, encoders, tokenizer, template, fetch or FetchPolicy(), prefix_cache_size)
 
-    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Any
+    ) -> GenerationResult: ...
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[GenerationResult]: ...
+    def generate(self, prompt: Any, **options: Any) -> GenerationResult | list[GenerationResult]:
         """The answer to a prompt, or a list of them to a batch of prompts of any lengths.
 
         Args:
@@ -137,7 +167,7 @@ class OnnxGemma3n:
         return stream.results() if batched else stream.result
 
     def stream(self, prompt: Prompt, **options: Any) -> GenerationStream:
-        """The answer to one prompt as it is made: iterate for pieces of text that are whole characters.
+        """Streams the answer to one prompt: iterate for pieces of text, each of whole characters.
 
         After the last piece, `result` holds the `GenerationResult`. Arguments and errors as for `generate`.
         """
@@ -163,8 +193,8 @@ class OnnxGemma3n:
         return Chat(self.engine, self.prompts, system)
 
     def release(self, encoder: str | None = None) -> None:
-        """Frees the memory of the "vision" or the "audio" encoder, or of both, of the graph for prompts and of the kept
-        prompts; graphs load again when needed."""
+        """Frees the "vision" or the "audio" encoder; without a name both, the prefill graph and the prefix cache.
+        Graphs load again when needed."""
         self.encoders.release(encoder)
         if encoder is None:
             self.engine.release()
@@ -175,7 +205,7 @@ class OnnxGemma3n:
         return self.encoders.features(modality, inputs)
 
     def encode(self, prompt: Any, media: MediaOptions | None = None) -> PromptTokens:
-        """Token ids of a prompt in any of its forms, and where its images and clips stand among them."""
+        """Token ids and soft-token spans of a prompt in any form."""
         return self.prompts.encode(prompt, media)
 
     def read(self, messages: Sequence[Mapping[str, Any]], media: MediaOptions) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Token ids of a prompt, and the places in it that an encoder's features take."""
+"""Token ids of a prompt, and the spans that encoder features fill."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PromptTokens:
         return len(self.ids)
 
     def keys(self) -> list[Hashable]:
-        """For each position what its embedding follows from: equal keys, equal embeddings."""
+        """One key for each position: equal keys, equal embeddings."""
         keys: list[Hashable] = list(self.ids)
         for span in self.spans:
             for i in range(max(span.start, 0), span.stop):
@@ -48,7 +48,7 @@ class PromptTokens:
         return keys
 
     def encoded(self) -> PromptTokens:
-        """The same, the encoders run."""
+        """A copy whose encoders have run."""
         return PromptTokens(self.ids, tuple(span.encoded() for span in self.spans))
 
     def after(self, count: int) -> PromptTokens:
@@ -62,7 +62,7 @@ class PromptTokens:
         return max((span.stop for span in self.spans), default=0)
 
     def split(self, positions: Iterable[int]) -> list[PromptTokens]:
-        """The prompt in parts that end at those of `positions` that lie within it."""
+        """The prompt split at those of `positions` that lie within it."""
         borders = [0, *sorted({position for position in positions if 0 < position < len(self)}), len(self)]
         return [self.after(start)._first(stop - start) for start, stop in pairwise(borders)]
 
@@ -73,7 +73,7 @@ class PromptTokens:
 def fill(
     rows: np.ndarray, first: int, spans: Sequence[SoftTokenSpan], features: Callable[[SoftTokenSpan], np.ndarray]
 ) -> None:
-    """Overwrites rows [S, H], which begin at position `first` of a prompt, where spans lie.
+    """Overwrites rows [S, H], which begin at position `first` of a prompt, with the features of spans.
 
     `features(span)` gives a span's [count, H] in the dtype of `rows`.
     """

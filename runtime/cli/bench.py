@@ -39,8 +39,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Figures:
-    """Medians of the runs. `private_bytes` has no mapped files in it; `gpu_bytes` are of all processes, None on the
-    CPU.
+    """Medians of the runs. `private_bytes` excludes mapped files; `gpu_bytes` counts all processes, None on the CPU.
 
     `read_bytes` are those of weights and KV caches that a decode step reads, at the middle of the answer; `bandwidth`
     is the machine's, in bytes a second, read by as many threads, or that of the GPU's memory.
@@ -163,7 +162,7 @@ def read_bytes(manifest: Manifest, tokens: int) -> int:
 
 
 def private_bytes() -> int | None:
-    """Resident memory of this process that is no mapped file; None where the system does not tell."""
+    """Anonymous resident memory of this process; None where the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""A conversation in a terminal: what `gemma3n chat` does."""
+"""The terminal chat of `gemma3n chat`."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class TerminalChat:
 
 
 def _read_message() -> str:
-    """A line, or several that a backslash joins. EOFError: the input has ended."""
+    """One line, or several joined by trailing backslashes. EOFError: the input has ended."""
     lines = [_read_line(PROMPT)]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
@@ -113,7 +113,7 @@ def _read_line(prompt: str) -> str:
 
 @contextlib.contextmanager
 def line_history(path: Path) -> Iterator[None]:
-    """Meanwhile lines can be edited and called back, those of earlier conversations too, where the system can."""
+    """Line editing with a history that persists between conversations, where readline is available."""
     try:
         import readline
     except ImportError:

@@ -1,4 +1,4 @@
-"""The likeliest tokens, taken from logits where they are: a draw among few copies no more than these to the host."""
+"""Top candidates, selected on the device: sampling with top-k copies only them to the host, not all logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Chosen = tuple[np.ndarray, np.ndarray]
 
 
 class Candidates:
-    """The graph of an artifact that has one, loaded when a draw first needs it."""
+    """The top-k graph of an artifact that has one, loaded at first use."""
 
     def __init__(self, folder: Path, manifest: Manifest, provider: Device) -> None:
         self._folder, self._info, self._provider = folder, manifest.candidates, provider
@@ -23,8 +23,8 @@ class Candidates:
         self._bound: tuple[Buffer, Binding, Buffer, Buffer] | None = None
 
     def of(self, logits: Buffer, wanted: int) -> list[Chosen] | None:
-        """Of logits [B, 1, V], for each row what holds the `wanted` largest and all their equals; None where these may
-        be more than the graph gives."""
+        """Candidates of logits [B, 1, V]: for each row the `wanted` largest and their ties; None if the graph returns
+        too few to hold all ties."""
         if self._info is None or wanted > (count := int(self._info.outputs[0].shape[-1])):
             return None
         _, binding, largest, ids = self._bind(logits, count)
@@ -44,8 +44,8 @@ class Candidates:
 
 
 def in_order(ids: np.ndarray, largest: np.ndarray, wanted: int) -> list[Chosen] | None:
-    """From ids and logits [B, n], from the largest down, those of each row in the order of the ids; None where more
-    tokens than n may equal the last that is wanted."""
+    """Sorts each row of ids and logits [B, n], given in descending order of logits, by id; None if more than n tokens
+    may tie with the last one wanted."""
     if (largest[:, wanted - 1] == largest[:, -1]).any():
         return None
     order = np.argsort(ids, axis=1)

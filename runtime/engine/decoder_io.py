@@ -1,4 +1,4 @@
-"""What a decoder graph takes and gives, checked when it is loaded."""
+"""Checks a decoder graph's inputs and outputs at load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .ort import Session
 
 
 def check_decoder(session: Session, manifest: Manifest, file: str, *, logits: bool) -> None:
-    """Raises ArtifactError where the decoder in `file` does not take and give what the runtime binds."""
+    """Raises ArtifactError if the inputs and outputs of the decoder in `file` are not those that the runtime binds."""
     compute = manifest.compute_dtype
     inputs = {
         "inputs_embeds": (compute, manifest.token_embeddings.width),

@@ -39,7 +39,7 @@ class Encoders:
 
         Raises:
             ArtifactError: the encoder's files are damaged.
-            ProviderError: it cannot run, for want of memory, or because the provider lacks its arithmetic.
+            ProviderError: it runs out of memory, or the provider lacks its arithmetic.
         """
         info = self._infos[modality]
         outputs = self._session(modality, info).run(inputs)

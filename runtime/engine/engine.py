@@ -1,4 +1,4 @@
-"""The decoder loop: token ids in, logits out. Knows nothing of text.
+"""Prefill and decode steps: token ids and embeddings in, logits or token ids out. Knows nothing of text.
 
 Shape legend: B rows of the batch, S tokens of one run, V vocabulary.
 """
@@ -36,7 +36,7 @@ PREFILL_CHUNK = 512
 
 
 class Engine:
-    """A loaded decoder with its two tables, and perhaps another for prompts."""
+    """A loaded decoder with its two embedding tables, and a prefill graph if the artifact has one."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Engine:
         return KVCache(self._allocate(rows, capacity))
 
     def release(self) -> None:
-        """Frees what another prompt would load or allocate again."""
+        """Frees the prefill graph and idle KV caches; both return at the next prompt."""
         self.prefill_graph.release()
         self._pool.clear()
 
@@ -81,10 +81,10 @@ class Engine:
         spans: Sequence[SoftTokenSpan] = (),
         after_chunk: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """Appends `ids` to one row, in chunks of bounded memory; logits [V] fp32 after the last.
+        """Appends `ids` to one row in chunks of `prefill_chunk`; returns the logits [V] fp32 after the last.
 
-        The features of `spans`, whose positions count from the first of `ids`, stand in for embeddings.
-        `after_chunk` is told how many tokens the row then has.
+        The features of `spans`, whose positions count from the first of `ids`, replace embeddings. `after_chunk`
+        receives the row's length after each chunk.
         """
         self._require_logits("last")
         binding = self._bind(self._session, cache, row, 1)
@@ -124,8 +124,7 @@ class Engine:
     def _chunks(
         self, ids: Sequence[int], spans: Sequence[SoftTokenSpan], border: int
     ) -> Iterator[tuple[range, np.ndarray]]:
-        """Positions in order, up to `prefill_chunk` at once and none across `border`, and their embeddings
-        [1, S, H]."""
+        """Ranges of up to `prefill_chunk` positions, none across `border`, with their embeddings [1, S, H]."""
 
         @functools.lru_cache(maxsize=1)  # a span may lie in several chunks, one after another
         def features(span: SoftTokenSpan) -> np.ndarray:
@@ -177,7 +176,7 @@ class Engine:
 
 
 class StepRunner:
-    """One token a step for each of the first `rows` of a cache, B in all. What is bound is bound once."""
+    """Decode steps over the first `rows` of a cache, B in all. IO bindings are made once for each B."""
 
     def __init__(self, engine: Engine, cache: KVCache, rows: int) -> None:
         self._engine, self._cache, self._rows = engine, cache, rows
@@ -187,20 +186,20 @@ class StepRunner:
 
     @property
     def has_candidates(self) -> bool:
-        """Whether `step_candidates` takes less than `step`."""
+        """Whether `step_candidates` copies less to the host than `step`."""
         return self._bound.has_candidates
 
     def step(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
         """tokens [B] int64, running [B] bool -> logits [B, V] fp32, valid until the next step.
 
-        Rows that are not running compute along, do not count the token, and cannot run again: their windowed
-        caches may have dropped positions at each step.
+        Idle rows are computed too, their lengths do not grow, and they must be prefilled anew: their windowed caches
+        may have dropped positions.
         """
         self._advance(tokens, running)
         return self._bound.logits()
 
     def step_greedy(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
-        """As `step`, but gives the likeliest token [B] int64 of each row, chosen where the logits are.
+        """As `step`, but returns the argmax [B] int64 of each row, taken on the device.
 
         Raises:
             ProviderError: no token of a running row has a finite logit as the largest.
@@ -211,8 +210,8 @@ class StepRunner:
         return tokens
 
     def step_candidates(self, tokens: np.ndarray, running: np.ndarray, count: int) -> list[Chosen]:
-        """As `step`, but gives for each row ids and logits, in the order of the ids: the `wanted` largest and all their
-        equals are among them.
+        """As `step`, but returns for each row ids, ascending, and logits that include the `count` largest and their
+        ties.
 
         Raises:
             ProviderError: no token of a running row has a finite logit as the largest.

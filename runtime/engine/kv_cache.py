@@ -34,7 +34,7 @@ class LayerCache:
 
 @dataclass
 class CacheMemory:
-    """The buffers of a cache, and what the decoder is bound to the first so many rows with, once it is."""
+    """The buffers of a cache, and IO bindings of decode steps, cached by row count."""
 
     rows: int
     capacity: int
@@ -72,12 +72,12 @@ class KVCache:
             binding.device_buffer(info.past_value, info.present_value, layer.value, first_row, rows)
 
     def copy_windows(self) -> list[np.ndarray]:
-        """What the windowed caches hold, keys and values layer by layer."""
+        """Copies of the windowed caches, keys and values layer by layer."""
         return [buffer.array().copy() for layer in self._windowed for buffer in (layer.key, layer.value)]
 
     def fill_from(self, other: KVCache, tokens: int, windows: list[np.ndarray]) -> None:
-        """Makes the one row hold the first `tokens` of the one of `other`; `windows`: its `copy_windows()` when it held
-        just those."""
+        """Copies the first `tokens` of the only row of `other` into the only row; `windows` is the `copy_windows()` of
+        `other` at that length."""
         for ours, theirs in zip(self.layers, other.layers):
             if ours.info.window is None:
                 ours.key.array()[:, :, :tokens] = theirs.key.array()[:, :, :tokens]
@@ -88,7 +88,7 @@ class KVCache:
         self.lengths[:] = tokens
 
     def fill_row(self, row: int, other: KVCache) -> None:
-        """Makes `row` hold what the one row of `other`, of less capacity, does."""
+        """Copies the only row of `other`, which may have less capacity, into `row`."""
         tokens = int(other.lengths[0])
         for ours, theirs in zip(self.layers, other.layers):
             held = theirs.capacity if ours.info.window is not None else tokens
@@ -116,8 +116,8 @@ class KVCache:
 
 @dataclass
 class MemoryPool:
-    """Memory of caches that nobody uses any more, for the next ones: what was captured for it stays valid. Capacities
-    are rounded up, so that requests of several lengths find each other's."""
+    """Reuses the memory of caches that were dropped, so that steps captured over it stay valid. Capacities are rounded
+    up, so that requests of similar lengths share it."""
 
     allocate: Callable[[int, int], CacheMemory]
     max_capacity: int

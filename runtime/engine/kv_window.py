@@ -1,4 +1,4 @@
-"""How many tokens a windowed KV cache holds, as arithmetic.
+"""How many tokens a windowed KV cache holds.
 
 A sliding-window layer reads the last `window` tokens. Its cache has room for `capacity` of them and is
 appended to until it is full; the token that finds no room first drops the oldest ones, down to the window
@@ -22,10 +22,10 @@ def resident_length(tokens: int, capacity: int, window: int) -> int:
 
 
 def can_truncate(tokens: int, count: int, capacity: int, window: int) -> bool:
-    """Whether cutting the last `count` of `tokens` off the cache leaves what `tokens - count` leave.
+    """Whether truncating a cache of `tokens` by `count` gives the cache of `tokens - count`.
 
-    False where a drop happened within those tokens: what it dropped is gone, and the shorter text still
-    needs it. ValueError: `count` outside [0, tokens], or what `resident_length` refuses.
+    False if positions were dropped within those tokens: the shorter sequence still needs them. ValueError: `count`
+    outside [0, tokens], or what `resident_length` refuses.
     """
     if not 0 <= count <= tokens:
         raise ValueError(f"cannot cut {count} of {tokens} tokens")

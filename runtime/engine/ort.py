@@ -1,4 +1,4 @@
-"""ONNX Runtime: providers, sessions, buffers and IO binding. The only importer of onnxruntime."""
+"""ONNX Runtime: sessions, buffers and IO binding. The only importer of onnxruntime."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class Session:
         quantized: bool = False,
         captures: bool = False,
     ) -> None:
-        """`quantized`: the graph's products read quantized weights, which are fast in packed form only.
-        `captures`: runs of a binding that asks for it are recorded and replayed."""
+        """`quantized`: the graph multiplies by quantized weights. `captures`: bindings may capture a run and replay
+        it."""
         ort = onnxruntime_module()
         options = ort.SessionOptions()
         options.log_severity_level = SILENT
@@ -135,7 +135,7 @@ class Session:
 
 
 class Binding:
-    """IO binding of one session. What is bound stays bound from run to run."""
+    """IO binding of one session; bindings persist between runs."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -150,7 +150,7 @@ class Binding:
         self._options = _run_options(str(next(self._session._capture_ids)))
 
     def fix_input(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
-        """Has `input` copy what it is given to one place on the device."""
+        """Makes `input` copy its arrays to a fixed device buffer."""
         buffer = Buffer(self._session.provider, shape, dtype)
         self._binding.bind_ortvalue_input(name, buffer._value)
         self._fixed[name] = buffer

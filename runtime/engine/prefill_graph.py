@@ -1,7 +1,7 @@
 """The prefill graph: a decoder without logits whose products are in int8, for all of a prompt but its last token.
 
-Its weights are its own and packed in memory, which takes about a second, so it is loaded when a prompt is long enough
-to gain from it, and only where the memory for it is there.
+Its weights are packed in memory of their own, which takes about a second. It is loaded when a prompt is long enough to
+gain from it and enough memory is free.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .ort import Session
 from .providers.base import ExecutionProvider
 
 WORTH_RUNNING = 16
-"""Tokens that it runs as fast as the decoder, which has one more step to do then."""
+"""Break-even prompt length: above it the prefill graph is faster than the decoder."""
 WORTH_LOADING = 96
 
 

@@ -1,9 +1,8 @@
-"""KV caches of earlier prompts, so that what a new prompt begins with alike is not run again.
+"""Prefix cache: a prefix shared with an earlier prompt is reused, not recomputed.
 
-Full-length caches are appended to, so any beginning of them is that of a shorter prompt. Windowed caches drop what
-leaves the window: they are copied at some positions on the way, the ends of prefill chunks, which lie the further
-apart the further they are from both ends of the prompt. Where two prompts part, a chunk of the second one ends, so that
-the third finds a copy there.
+Any prefix of a full-attention cache is the cache of a shorter prompt. Windowed caches drop old positions, so they are
+copied at the ends of some prefill chunks, spaced wider away from both ends of the prompt. Where a prompt parts from an
+earlier one, a chunk ends, so that a third prompt finds a copy there.
 """
 
 from __future__ import annotations
@@ -19,19 +18,18 @@ from .engine import Engine
 from .kv_cache import KVCache
 
 WORTH_SHARING = 32
-"""Tokens that a chunk of their own does not cost more time than it will save."""
+"""Shared tokens that repay a prefill chunk of their own."""
 
 
 @dataclass
 class PrefixEntry:
-    """`keys` of a prompt's tokens, the `cache` that it was run into, and copies of its windowed caches by the number of
-    tokens that they had seen."""
+    """A prompt's token `keys`, its KV `cache`, and copies of the windowed caches by length."""
 
     keys: list[Hashable]
     cache: KVCache
     windows: dict[int, list[np.ndarray]] = field(default_factory=dict)
     shared: int = 0
-    """Tokens that it begins with as some earlier prompt does: where other prompts are likely to part from it."""
+    """Length of the prefix that it shares with an earlier prompt: others are likely to part from it there."""
 
     def remember(self, tokens: int) -> None:
         """To be called when the first `tokens` are in the cache, in rising order."""
@@ -52,15 +50,15 @@ class PrefixEntry:
 
 
 class PrefixCache:
-    """The last `limit` prompts that were run, at least one, the newest last."""
+    """The KV caches of the last `limit` prompts."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._kept: list[PrefixEntry] = []
 
     def begin(self, keys: list[Hashable], cache: KVCache) -> PrefixEntry:
-        """A prompt that is going to be run into `cache`, of one row, which is filled with the longest beginning of it
-        that is kept. At least one token is left to be run."""
+        """Copies the longest cached prefix of a prompt into `cache`, of one row, and returns the prompt's entry. At
+        least one token remains to be prefilled."""
         shared = max((kept.shared_with(keys[:-1]) for kept in self._kept), default=0)
         best = max(self._kept, key=lambda kept: kept.usable(keys[:-1]), default=None)
         tokens = 0 if best is None else best.usable(keys[:-1])
@@ -74,10 +72,10 @@ class PrefixCache:
     def run(
         self, engine: Engine, prompt: PrefixEntry, rest: PromptTokens, after_chunk: Callable[[int], None] | None = None
     ) -> np.ndarray:
-        """Runs what follows the tokens that the cache of `prompt` already has, and keeps it; logits [V] after the last.
+        """Prefills the `rest` of a prompt and keeps its entry; returns the logits [V] after the last token.
 
-        Images and clips come before the question as a rule, so that a chunk ends behind them: what follows them is
-        likely to change. `after_chunk` as of `Engine.prefill`.
+        A chunk ends after the last image or clip, because the question that follows is likely to change. `after_chunk`
+        as of `Engine.prefill`.
         """
 
         def remember(tokens: int) -> None:
@@ -92,7 +90,7 @@ class PrefixCache:
         return logits
 
     def keep(self, prompt: PrefixEntry) -> None:
-        """To be called when the prompt has been run. It takes the places of those that it begins with."""
+        """Adds a prefilled prompt; it replaces the entries that are prefixes of it."""
         rest = [kept for kept in self._kept if prompt.keys[: len(kept.keys)] != kept.keys]
         self._kept = [*rest, prompt][-self.limit :]
 
@@ -108,8 +106,8 @@ class PrefixCache:
 
 
 def _superfluous(positions: Sequence[int]) -> list[int]:
-    """Of rising positions those that can go. The others lie the closer the nearer they are to the end, where a
-    conversation goes on, or to the beginning, which other prompts may share: their distances at least double."""
+    """Positions, given in rising order, that can be dropped. The others are dense near the end, where a conversation
+    goes on, and near the start, which other prompts may share: distances at least double away from both."""
     last, from_end, from_start = positions[-1], 0, 0
     needed = {last}
     for position in reversed(positions[:-1]):

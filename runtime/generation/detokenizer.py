@@ -6,7 +6,7 @@ from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """Text of token ids as they come; all its pieces together are `Tokenizer.decode` of all the ids.
+    """Text of token ids as they arrive; the pieces concatenate to `Tokenizer.decode` of all the ids.
 
     Only byte tokens depend on their neighbours: a run of them decodes as a whole or, if it is not valid
     UTF-8, as one U+FFFD a byte. So a run is held until another token ends it, and every token is decoded

@@ -78,7 +78,7 @@ def penalize(
 
 
 def apply_bias(logits: np.ndarray, bias: Mapping[int, float]) -> np.ndarray:
-    """Logits [V] with what is given for some tokens added; an id beyond the vocabulary is an OptionError."""
+    """Logits [V] plus `bias`, by token id; an id beyond the vocabulary is an OptionError."""
     if (largest := max(bias)) >= len(logits):
         raise OptionError(f"logit_bias names the token {largest}; the largest id is {len(logits) - 1}.")
     biased = logits.copy()

@@ -46,24 +46,23 @@ def draw(logits: np.ndarray, rng: np.random.Generator) -> int:
 
 @dataclass(frozen=True)
 class Sampler:
-    """The choice of a token as the options ask; it keeps nothing between calls."""
+    """Samples a token by the options; stateless."""
 
     options: GenerationOptions
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the choice is always the largest logit as the model gives it."""
+        """Whether the argmax of the model's logits is always sampled."""
         return self.options.temperature == 0 and not self._processes
 
     @property
     def candidates(self) -> int | None:
-        """So many of the largest logits, and the equals of the least of them, are all that the choice is made of; None
-        where it takes them all."""
+        """How many of the largest logits, with ties, suffice to sample; None if all are needed."""
         return None if self._processes or self.options.temperature == 0 else self.options.top_k
 
     @property
     def _processes(self) -> bool:
-        """Whether logits of single tokens are changed before they are compared."""
+        """Whether logits processors change the logits before sampling."""
         return self._penalizes or bool(self.options.logit_bias) or self.options.logits_processor is not None
 
     @property
@@ -89,8 +88,8 @@ class Sampler:
         return self._draw(logits, None, rng)
 
     def sample_candidates(self, ids: np.ndarray, logits: np.ndarray, rng: np.random.Generator) -> int:
-        """As `sample`, from ascending `ids` [n] and their logits [n], the largest of them finite, which have what
-        `candidates` wants."""
+        """As `sample`, from at least `candidates` ids [n], ascending, and their logits [n], the largest of them
+        finite."""
         return self._draw(logits, ids, rng)
 
     def _draw(self, logits: np.ndarray, ids: np.ndarray | None, rng: np.random.Generator) -> int:

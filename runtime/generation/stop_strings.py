@@ -16,7 +16,7 @@ class StopMatcher:
         self.matched: str | None = None
 
     def push(self, piece: str) -> str:
-        """The text that is now sure to come before any stop string; empty after a match."""
+        """Text that certainly precedes any stop string; empty after a match."""
         if self.matched is not None:
             return ""
         text = self._held + piece
@@ -31,7 +31,7 @@ class StopMatcher:
         return text[:safe]
 
     def flush(self) -> str:
-        """The text held back, when no more follows: no stop string came of it."""
+        """The text held back; call it when no more text follows."""
         held, self._held = self._held, ""
         return held
 

@@ -1,4 +1,4 @@
-"""Audio from wherever it comes, as mono samples, and as the log-mel features that the audio encoder takes."""
+"""Audio sources to mono samples, and to the log-mel features of the audio encoder."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def _sound_blocks(sound: Any, rate: int, declared: int, max_seconds: float) -> I
 
 
 def _decode_with_av(file: BinaryIO, sample_rate_hz: int, max_seconds: float) -> np.ndarray:
-    """What libsndfile does not know."""
+    """Decodes formats that libsndfile does not read."""
     from .video import check_codec, open_container
 
     try:

@@ -107,7 +107,7 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
 
 
 def shorten(text: str, length: int = 80) -> str:
-    """`text` as a message may quote it, its beginning and its end: a data URL can have megabytes."""
+    """`text` shortened for a message: a data URL can have megabytes."""
     end = length // 2
     return text if len(text) <= length else f"{text[: length - end]}…{text[-end:]}"
 

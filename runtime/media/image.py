@@ -1,4 +1,4 @@
-"""Images from wherever they come, as RGB, and as the vision encoder's input."""
+"""Image sources to RGB, and to the vision encoder's input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images, clips and videos of a prompt, from wherever they are to what an encoder reads."""
+"""Images, clips and videos of a prompt to encoder inputs."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ TOLERANCE_SECONDS = 1e-6
 
 @dataclass(frozen=True)
 class Frame:
-    """What a video shows at a time."""
+    """A video frame and its time."""
 
     image: Image
     seconds: float

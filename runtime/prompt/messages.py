@@ -8,7 +8,7 @@ from typing import Any
 from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.media.reader import DETAILS, Item, MediaOptions, MediaReader
 
-# What a caller may write, and the name that the templates know it by.
+# Roles that callers may write, and their names in chat templates.
 TEMPLATE_ROLES = {
     "system": "system",
     "developer": "system",
@@ -16,7 +16,7 @@ TEMPLATE_ROLES = {
     "assistant": "assistant",
     "model": "assistant",
 }
-# Where a part of each type has its source; OpenAI's spellings hold it in an object.
+# Keys that may hold a part's source, by type; OpenAI's hold it in an object.
 SOURCE_KEYS = {
     "image": ("image", "url", "path", "base64"),
     "image_url": ("image_url",),

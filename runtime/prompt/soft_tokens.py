@@ -1,4 +1,4 @@
-"""Where media stand in a prompt: written out in its text, found again among its token ids."""
+"""Soft tokens of media: expanded in the prompt text, located among its token ids."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _written_out(soft: SoftTokens) -> str:
 
 
 def _runs(ids: Sequence[int], token_id: int, count: int) -> Iterator[int]:
-    """Where exactly `count` equal tokens stand; the model itself may have made a single one."""
+    """Start positions of runs of exactly `count` equal tokens; the model itself may have generated a single one."""
     position = 0
     for token, group in groupby(ids):
         length = len(list(group))

@@ -28,7 +28,7 @@ from .worker import to_gemma3n_error
 
 @dataclass(frozen=True)
 class Work:
-    """A request, read: its prompts, each to be answered `n` times."""
+    """A parsed request: each of its prompts is answered `n` times."""
 
     prompts: list[PromptTokens]
     options: GenerationOptions
@@ -72,7 +72,7 @@ def read_completion(request: CompletionRequest, served: Served) -> Work:
 def _options(
     request: Sampling, served: Served, prompts: Sequence[PromptTokens], max_tokens: int | None, logprobs: int | None
 ) -> GenerationOptions:
-    """Without a number of tokens, as many as there is room for."""
+    """`max_tokens` None allows as many tokens as fit into the context."""
     largest = served.model.manifest.vocab_size - 1
     if request.logit_bias and max(request.logit_bias) > largest:
         raise OptionError(f"logit_bias names the token {max(request.logit_bias)}; the largest id is {largest}.")
@@ -155,7 +155,7 @@ class Answering:
 
 @dataclass
 class Choice:
-    """What has come of one answer."""
+    """One choice of a response, accumulated from its events."""
 
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -270,11 +270,11 @@ class StreamChunks(ABC):
 
     @abstractmethod
     def _parts(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
-        """What a choice, which has taken the event, then tells."""
+        """Chunk choices to send after an event."""
 
 
 class ChatChunks(StreamChunks):
-    """Text that may turn out to be a call is held until it has ended."""
+    """Holds text back while it may still be a tool call."""
 
     object, prefix = "chat.completion.chunk", "chatcmpl"
 
@@ -295,7 +295,7 @@ class ChatChunks(StreamChunks):
         return [] if self._holds[index] else self._text(index, choice)
 
     def _text(self, index: int, choice: Choice) -> list[dict[str, Any]]:
-        """What has not been told."""
+        """Text that has not been sent yet."""
         told, self._told[index] = self._told[index], len(choice.pieces)
         text = "".join(choice.pieces[told:])
         found = choice.logprobs[told:]

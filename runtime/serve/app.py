@@ -135,7 +135,7 @@ def create_app(pool: ModelPool, limits: Limits, api_key: str | None = None) -> F
 
 
 class _Service:
-    """What the routes share: models held while a request needs them, and its limits of time."""
+    """Shared by the routes: acquires models for the duration of a request, and enforces its time limit."""
 
     def __init__(self, pool: ModelPool, limits: Limits, metrics: Metrics) -> None:
         self._pool, self._limits, self._metrics = pool, limits, metrics
@@ -143,7 +143,7 @@ class _Service:
 
     @asynccontextmanager
     async def held(self, name: str) -> AsyncIterator[Served]:
-        """A streamed answer goes on after this; it holds the model itself."""
+        """A stream outlives this context and retains the model itself."""
         served = await asyncio.to_thread(self._pool.acquire, name)
         try:
             yield served
@@ -167,7 +167,7 @@ class _Service:
             return await asyncio.to_thread(reader, request, served)
 
     async def answer(self, work: Work, served: Served, http: Request) -> list[Any]:
-        """When all of it is there; cancelled when the client goes."""
+        """The complete answer; cancelled when the client disconnects."""
         answering = self._begin(work, served)
         collecting = asyncio.ensure_future(collect(answering))
         try:
@@ -212,7 +212,7 @@ class _Service:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; `done` is called however it ends, also if it never begins."""
+    """Server-sent events; `done` is always called, even if the stream never starts."""
 
     def __init__(self, lines: AsyncIterator[str], done: Callable[[], None]) -> None:
         super().__init__(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -305,11 +305,11 @@ class _Key:
 
 
 class _TooLargeError(Exception):
-    """More of a body came than may."""
+    """The request body exceeds the limit."""
 
 
 class _Body:
-    """Refuses bodies that are too large, before they are read where they say so."""
+    """Refuses bodies over the limit, before reading them if Content-Length says so."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app, self._limit = app, limit

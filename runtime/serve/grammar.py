@@ -1,4 +1,4 @@
-"""Answers that are JSON of a schema: which tokens may come next, by llguidance."""
+"""Structured output: logits processors of JSON schemas, by llguidance."""
 
 from __future__ import annotations
 

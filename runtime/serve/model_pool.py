@@ -175,7 +175,7 @@ class ModelPool:
 
 
 def estimated_bytes(manifest: Manifest, rows: int, context: int) -> int:
-    """What a model takes: the weights of its graphs but the tables, and KV caches."""
+    """Estimated memory of a model: graph weights without the tables, and KV caches."""
     tables = {manifest.token_embeddings.file, manifest.per_layer_embeddings.file}
     weights = sum(info.bytes for name, info in manifest.files.items() if name not in tables)
     provider = provider_of(manifest)

@@ -1,6 +1,6 @@
-"""The requests of OpenAI's HTTP API that are understood, and the few fields beside them that are this server's own.
+"""Requests of OpenAI's HTTP API, with a few fields of this server's own.
 
-A field that would change the answer and is not known is refused; those that change nothing here are accepted.
+Unknown fields that would change the answer are refused; fields without effect here are accepted.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Functions that a model may call. Gemma 3n has no words of its own for them: they are described in the system prompt,
-and a call is JSON with a name and arguments."""
+"""Tool calls. Gemma 3n has no special tokens for them: tools are described in the system prompt, and a call is JSON
+with a name and arguments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def described(tools: Sequence[Tool]) -> str:
 
 
 def select_tools(tools: Sequence[Tool], choice: str | NamedTool) -> list[Tool]:
-    """Those that may be called. PromptError: the choice names none of them."""
+    """Tools that the model may call. PromptError: the choice names none of them."""
     if isinstance(choice, NamedTool):
         named = [tool for tool in tools if tool.function.name == choice.function.name]
         if not named:
@@ -39,7 +39,7 @@ def select_tools(tools: Sequence[Tool], choice: str | NamedTool) -> list[Tool]:
 
 
 def schema_of(tools: Sequence[Tool]) -> dict[str, Any]:
-    """Of a call of one of them."""
+    """JSON schema of a call of one of the tools."""
     return {
         "anyOf": [
             {
@@ -54,13 +54,13 @@ def schema_of(tools: Sequence[Tool]) -> dict[str, Any]:
 
 
 def may_be_tool_calls(text: str) -> bool:
-    """Whether what begins so may turn out to be calls."""
+    """Whether text with this beginning may still become a tool call."""
     start = text.lstrip()
     return not start or start[0] in "{[" or "```".startswith(start[:3])
 
 
 def parse_tool_calls(text: str, tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """The calls that a whole answer consists of, in OpenAI's form; none where it is anything else."""
+    """Tool calls in OpenAI's form; empty unless the whole answer consists of calls."""
     names = {tool.function.name for tool in tools}
     text = text.strip()
     if fenced := _FENCED.fullmatch(text):
@@ -87,7 +87,7 @@ def _is_call(call: Any, names: set[str]) -> bool:
 
 
 def to_plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Messages without functions: what may be called is in the system prompt, calls and results are text.
+    """Messages without tool fields: tools are described in the system prompt, calls and results become text.
 
     Raises:
         PromptError: a call or a result that is not of OpenAI's form.
@@ -113,7 +113,7 @@ def to_plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Too
 
 
 def _add(made: list[dict[str, Any]], role: str, text: str) -> None:
-    """As a message of its own, or to the last where that is of the same role: roles alternate."""
+    """Adds a message, or extends the last one if it has the same role: roles must alternate."""
     if made and made[-1]["role"] == role and isinstance(made[-1]["content"], str):
         made[-1]["content"] += f"\n{text}"
     else:
