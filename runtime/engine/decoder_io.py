@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from gemma3n_onnx.runtime.artifact import Manifest
+from gemma3n_onnx.runtime.artifact import (
+    ATTENTION_MASK,
+    INPUTS_EMBEDS,
+    LOGITS,
+    PER_LAYER_INPUTS,
+    POSITION_IDS,
+    Manifest,
+)
 from gemma3n_onnx.runtime.errors import ArtifactError
 
 from .ort import Session
@@ -12,12 +19,12 @@ def check_decoder(session: Session, manifest: Manifest, file: str, *, logits: bo
     """Raises ArtifactError if the inputs and outputs of the decoder in `file` are not those that the runtime binds."""
     compute = manifest.compute_dtype
     inputs = {
-        "inputs_embeds": (compute, manifest.token_embeddings.width),
-        "per_layer_inputs": (compute, manifest.per_layer_embeddings.width),
-        "position_ids": ("int64", None),
-        "attention_mask": ("int64", None),
+        INPUTS_EMBEDS: (compute, manifest.token_embeddings.width),
+        PER_LAYER_INPUTS: (compute, manifest.per_layer_embeddings.width),
+        POSITION_IDS: ("int64", None),
+        ATTENTION_MASK: ("int64", None),
     }
-    outputs: dict[str, tuple[str, int | None]] = {"logits": ("fp32", manifest.vocab_size)} if logits else {}
+    outputs: dict[str, tuple[str, int | None]] = {LOGITS: ("fp32", manifest.vocab_size)} if logits else {}
     for cache in manifest.caches:
         inputs |= dict.fromkeys((cache.past_key, cache.past_value), (cache.dtype, cache.head_dim))
         outputs |= dict.fromkeys((cache.present_key, cache.present_value), (cache.dtype, cache.head_dim))
