@@ -19,7 +19,7 @@ import click
 from gemma3n_onnx.runtime.cli.main import exit_with_message
 from gemma3n_onnx.runtime.generation.result import peak_memory_bytes
 
-from .layouts.consumers import LAYOUTS
+from .layouts.select import DEFAULT, LAYOUTS, artifact_kind
 from .quantization.precision import PRECISIONS, PREFILLS, TABLE_BITS, TARGETS, QuantizationOptions
 from .quantization.scheme import BLOCKS, METHODS
 
@@ -73,7 +73,7 @@ _force = click.option("--force", is_flag=True, help="Replace the output if it ex
     help="Logits of the last position, or of all (for evaluation).",
 )
 @click.option("--modalities", help="Comma-separated: text,vision,audio; by default all that the checkpoint has.")
-@click.option("--layout", default="native", show_default=True, help=f"For which consumer: {_known(LAYOUTS)}.")
+@click.option("--layout", default=DEFAULT, show_default=True, help=f"For which consumer: {_known(LAYOUTS)}.")
 @click.option("--output", type=_PATH, help="The folder to write; by default named after model and slice.")
 @click.option("--report", type=_PATH, help="A JSON file to write: what quantizing each tensor costs, by itself.")
 @click.option("--report-prompts", type=_PATH, help="Prompts to measure that on, one a line, instead of ours.")
@@ -114,7 +114,7 @@ def export_command(
     check_options(options)
     lines = None if report is None else check_report(report, report_prompts, options)
     if output is not None:
-        check_output(output, force=force)  # before a download
+        check_output(output, force=force, kind=artifact_kind())  # before a download
     checkpoint = Checkpoint.open(model, revision)
     target_folder = output or Path(_folder_name(checkpoint.name, slice_name or "whole", precision, target))
     with TerminalProgress(quiet) as progress:

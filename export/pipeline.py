@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -38,9 +38,8 @@ from .encoders import (
     hard_row_values,
 )
 from .errors import ExportOptionError
-from .layouts import consumers
-from .layouts.consumers import Layout, adapt, layout_of
-from .layouts.genai import GENAI_CONFIG, genai_config
+from .layouts.base import Layout, Requested
+from .layouts.select import DEFAULT, artifact_kind, layout_named
 from .manifest import Exported, TokenIds, graph_info, manifest_of, token_ids
 from .placements import PER_LAYER_TABLE, TOKENS, prefill_placements, table_of, tensor_shapes, text_placements
 from .quantization.precision import Precision, QuantizationOptions, precision_for
@@ -82,13 +81,13 @@ class ExportOptions:
     logits: Logits = "last"
     modalities: tuple[str, ...] | None = None
     """Those of the checkpoint, or of the layout, where None; text is always among them."""
-    layout: str = consumers.NATIVE
+    layout: str = DEFAULT
     force: bool = False
 
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """`manifest` describes what was written; it lies beside it for this project's runtime only."""
+    """`manifest` describes what was written; it is saved only in layouts that have one."""
 
     folder: Path
     manifest: Manifest
@@ -103,10 +102,8 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     """
     started = time.monotonic()
     check_options(options)
-    precision = precision_for(options.precision, options.target, options.quantization)
-    layout = layout_of(options.layout, options.precision)
-    if not layout.native:
-        precision = replace(precision, prefill=None)
+    layout = layout_named(options.layout)
+    precision = layout.precision(precision_for(options.precision, options.target, options.quantization))
     chosen = choose_slice(checkpoint, options.slice, options.matformer_config)
     source = _read_source(checkpoint, chosen, options.modalities or layout.modalities)
     placements = text_placements(chosen.config, precision, source.hard_rows)
@@ -114,23 +111,22 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     of_prefill = prefill_placements(chosen.config, precision, placements) if options.logits == "last" else {}
     needed = _needed_bytes([placements, of_prefill], source, precision)
 
-    with staged(output, force=options.force, needed_bytes=needed) as folder:
+    with staged(output, force=options.force, needed_bytes=needed, kind=artifact_kind()) as folder:
         inner = folder / layout.folder
         inner.mkdir(exist_ok=True)
         traced = _Traced(chosen.config, source, precision, options.logits, layout)
         graphs = _trace_graphs(traced, placements, of_prefill, progress)
+        graph_files = layout.graph_files(precision.name)
         infos = {}
         for name, graph in graphs.items():
-            infos[name] = graph_info(layout.files.get(name, ""), graph.model)
-            if name in layout.files:
+            infos[name] = graph_info(graph_files.get(name, ""), graph.model)
+            if name in graph_files:
                 attach(graph.model, graph.weights)
-                ir.save(graph.model, inner / layout.files[name])
+                ir.save(graph.model, inner / graph_files[name])
         progress.stage("Writing weights")
         weights = [placements, of_prefill, _encoder_weights(graphs)]
         files = _write_weights(inner, checkpoint, chosen, source, weights, progress)
         _copy_companions(checkpoint, folder)
-        for name, config in consumers.configs_of(layout, chosen.hf_config(checkpoint.config), precision).items():
-            write_json(folder / name, config)
         manifest = manifest_of(
             Exported(
                 checkpoint=checkpoint,
@@ -149,11 +145,12 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
                 graphs=infos,
             )
         )
-        if layout.native:
-            write_json(folder / GENAI_CONFIG, genai_config(manifest, chosen.config))
+        model_config = chosen.hf_config(checkpoint.config)
+        for name, content in layout.config_files(model_config, precision, manifest, chosen.config).items():
+            write_json(folder / name, content)
         paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in files)
         manifest = manifest.with_files({**{path.name: file_info(path) for path in paths}, **files})
-        if layout.native:
+        if layout.writes_manifest:
             artifact.save_manifest(folder, manifest)
     return ExportSummary(output, manifest, time.monotonic() - started)
 
@@ -202,7 +199,8 @@ def check_options(options: ExportOptions) -> None:
         SliceError: the CSV breaks a rule, or the slice is not in it.
     """
     precision_for(options.precision, options.target, options.quantization)
-    consumers.check_layout(options.layout, options.precision, options.target, options.logits, options.modalities)
+    requested = Requested(options.precision, options.target, options.logits, options.modalities)
+    layout_named(options.layout).check(requested)
     if options.logits not in LOGITS:
         raise ExportOptionError(f"Unknown logits {options.logits!r}; choose {' or '.join(LOGITS)}.")
     if unknown := sorted(set(options.modalities or ()) - set(MODALITIES)):
@@ -239,7 +237,7 @@ def _trace_graphs(
 ) -> dict[str, _Graph]:
     config, precision, source = of.config, of.precision, of.source
     progress.stage("Tracing the decoder")
-    windows = of.layout.native and not precision.device
+    windows = of.layout.windowed_caches and not precision.device
     decoder = trace.trace_decoder(config, of.logits, precision.compute, windows)
     chooses = precision.device and of.logits == "last"
     if chooses:
@@ -247,9 +245,9 @@ def _trace_graphs(
     soft_ids = {FEATURES[m]: soft.token_id for m, soft in source.front_ends.soft_tokens.items()}
     rows_dtype = precision.storage if precision.tokens is None else "fp16"
     embedding = trace.trace_embedding(
-        config, rows_dtype, precision.compute, source.hard_rows, soft_ids if of.layout.native else {}
+        config, rows_dtype, precision.compute, source.hard_rows, soft_ids if of.layout.merges_soft_tokens else {}
     )
-    adapt(of.layout, decoder, embedding, config)
+    of.layout.adapt(decoder, embedding, config)
     head = table_of(placements, TOKENS).first_rows(config.vocab_size)
     graphs = {"decoder": _Graph(decoder, {**placements, HEAD: head}), "embedding": _Graph(embedding, placements)}
     if chooses:

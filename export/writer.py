@@ -13,11 +13,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from gemma3n_onnx.runtime.artifact import MANIFEST, FileInfo
+from gemma3n_onnx.runtime.artifact import FileInfo
 from gemma3n_onnx.runtime.errors import Gemma3nError
 
 from .errors import ExportError
@@ -25,14 +26,18 @@ from .errors import ExportError
 ALIGNMENT = 4096  # of large tensors, so that they can be mapped in place
 
 
-# What tells a folder that --force may replace from one that holds something else.
-MARKERS = {
-    "artifact": (MANIFEST, "model.onnx", "onnx/decoder_model_merged*.onnx"),
-    "checkpoint": ("model.safetensors", "model.safetensors.index.json"),
-}
+@dataclass(frozen=True)
+class OutputKind:
+    """`markers` are globs: `--force` replaces only a folder that one of them matches in, or an empty one."""
+
+    name: str
+    markers: tuple[str, ...]
 
 
-def check_output(output: Path, *, force: bool, kind: str = "artifact") -> Path:
+CHECKPOINT = OutputKind("checkpoint", ("model.safetensors", "model.safetensors.index.json"))
+
+
+def check_output(output: Path, *, force: bool, kind: OutputKind) -> Path:
     """`output` as an absolute path, links followed.
 
     Raises:
@@ -46,9 +51,9 @@ def check_output(output: Path, *, force: bool, kind: str = "artifact") -> Path:
             raise ExportError(f"{output} exists already; give another output folder, or replace it with --force.")
         if exists and not output.is_dir():
             raise ExportError(f"{output} is a file and will not be replaced; give another output folder.")
-        if exists and any(output.iterdir()) and not any(any(output.glob(name)) for name in MARKERS[kind]):
+        if exists and any(output.iterdir()) and not any(any(output.glob(name)) for name in kind.markers):
             raise ExportError(
-                f"{output} is no {kind} (it holds no {MARKERS[kind][0]}) and will not be replaced; "
+                f"{output} is no {kind.name} (it holds no {kind.markers[0]}) and will not be replaced; "
                 "give another output folder."
             )
         if not ancestor.is_dir():
@@ -63,7 +68,7 @@ def check_output(output: Path, *, force: bool, kind: str = "artifact") -> Path:
 
 
 @contextlib.contextmanager
-def staged(output: Path, *, force: bool, needed_bytes: int, kind: str = "artifact") -> Iterator[Path]:
+def staged(output: Path, *, force: bool, needed_bytes: int, kind: OutputKind) -> Iterator[Path]:
     """A temporary sibling of `output` to write into; put in the place of `output` when the block ends well.
 
     On any failure, Ctrl-C and SIGTERM included, the sibling and the parents made for it are removed, and an

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gemma3n_onnx.export.errors import ExportOptionError
-from gemma3n_onnx.export.writer import staged, write_json
+from gemma3n_onnx.export.writer import CHECKPOINT, staged, write_json
 from gemma3n_onnx.graphs import audio, vision
 from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
 
@@ -144,7 +144,7 @@ def make_checkpoint(
     shards = _shards(tensors, _itemsize(dtype), shard_bytes)
     total = sum(math.prod(named.tensor.shape) for shard in shards for named in shard) * _itemsize(dtype)
     output = Path(output)
-    with staged(output, force=force, needed_bytes=total + SPARE_BYTES, kind="checkpoint") as partial:
+    with staged(output, force=force, needed_bytes=total + SPARE_BYTES, kind=CHECKPOINT) as partial:
         _write_weights(partial, shards, dtype, seed, total, progress=progress)
         write_json(partial / "config.json", config)
         write_tokenizer(partial, architecture.vocab_size_per_layer_input, architecture.vocab_size)

@@ -8,8 +8,10 @@ import pytest
 
 from gemma3n_onnx.export import writer
 from gemma3n_onnx.export.errors import ExportError
+from gemma3n_onnx.export.layouts.select import artifact_kind
 from gemma3n_onnx.export.writer import HashedFile, file_info, staged
 
+ARTIFACT = artifact_kind()
 NO_PROCESS = 2**22 + 1  # above the largest process id that Linux gives
 
 
@@ -20,7 +22,7 @@ def artifact(folder: Path, content: str = "old") -> Path:
 
 
 def write_new(output: Path, *, force: bool = True) -> None:
-    with staged(output, force=force, needed_bytes=0) as folder:
+    with staged(output, force=force, needed_bytes=0, kind=ARTIFACT) as folder:
         (folder / "manifest.json").write_text("new")
 
 
@@ -58,7 +60,7 @@ def test_a_failing_rename_gives_the_old_one_back(tmp_path: Path, monkeypatch: py
 def test_what_a_kill_between_two_renames_moved_away_comes_back(tmp_path: Path) -> None:
     artifact(tmp_path / f".out.{NO_PROCESS}.old")
     artifact(tmp_path / f".out.{NO_PROCESS}.partial", "half")
-    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", force=True, needed_bytes=0):
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", force=True, needed_bytes=0, kind=ARTIFACT):
         raise KeyboardInterrupt
     assert (tmp_path / "out" / "manifest.json").read_text() == "old"
     assert names(tmp_path) == ["out"]
@@ -91,7 +93,8 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 
 def test_parents_made_for_a_failure_go_with_it(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
-    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "kept" / "a" / "b" / "out", force=False, needed_bytes=0):
+    output = tmp_path / "kept" / "a" / "b" / "out"
+    with pytest.raises(KeyboardInterrupt), staged(output, force=False, needed_bytes=0, kind=ARTIFACT):
         raise KeyboardInterrupt
     assert names(tmp_path) == ["kept"] and not names(tmp_path / "kept")
 
@@ -106,7 +109,7 @@ def test_signals_are_handled_as_before_afterwards(tmp_path: Path) -> None:
 def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
     try:
-        with staged(tmp_path / "out", force=False, needed_bytes=0):
+        with staged(tmp_path / "out", force=False, needed_bytes=0, kind=ARTIFACT):
             signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, previous)

@@ -1,0 +1,37 @@
+"""What optimum and transformers.js have in common: KV caches are outside the graph and grow by a token a step.
+
+Only the layers that produce K and V have one. Prompts and decode steps run the same graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from gemma3n_onnx.export.errors import ExportOptionError
+from gemma3n_onnx.export.quantization.precision import Precision
+from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.graphs.passes.borrow_last import BorrowLast
+
+from .base import Layout, Requested
+
+AXES = {
+    "batch": "batch_size",
+    "new_tokens": "sequence_length",
+    "total_length": "total_sequence_length",
+    "capacity": "past_sequence_length",
+}
+"""The names that both libraries expect for the axes of inputs and outputs."""
+
+
+class GrowingCacheLayout(Layout):
+    def check(self, requested: Requested) -> None:
+        if requested.target != "cpu" or requested.logits != "last":
+            raise ExportOptionError(f"--layout {self.name} is for --target cpu and --logits last; leave these two out.")
+
+    def precision(self, precision: Precision) -> Precision:
+        return replace(precision, prefill=None)
+
+    def adapt(self, decoder: ir.Model, embedding: ir.Model, config: TextConfig) -> None:
+        BorrowLast()(decoder)  # their ONNX Runtime may be older than 1.31

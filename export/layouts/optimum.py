@@ -1,0 +1,46 @@
+"""optimum's `ORTModelForCausalLM`: one graph, `model.onnx`, from token ids to logits. Text only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from gemma3n_onnx.export.errors import ExportOptionError
+from gemma3n_onnx.export.quantization.precision import Precision
+from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.graphs.passes.name_axes import NameAxes
+from gemma3n_onnx.graphs.passes.take_ids import TakeIds
+from gemma3n_onnx.runtime.artifact import Manifest
+
+from .base import ConfigFiles, Requested
+from .growing_cache import AXES, GrowingCacheLayout
+
+# The `model_type` for which optimum reads `head_dim` and `num_key_value_heads` from the config.
+_MODEL_TYPE = "gemma3_text"
+
+
+class OptimumLayout(GrowingCacheLayout):
+    name = "optimum"
+    marker = "model.onnx"
+    modalities = ("text",)
+
+    def check(self, requested: Requested) -> None:
+        super().check(requested)
+        if set(requested.modalities or ()) - {"text"}:
+            raise ExportOptionError(f"--layout {self.name} is for text; leave --modalities out.")
+
+    def graph_files(self, precision: str) -> Mapping[str, str]:
+        return {"decoder": "model.onnx"}
+
+    def adapt(self, decoder: ir.Model, embedding: ir.Model, config: TextConfig) -> None:
+        super().adapt(decoder, embedding, config)
+        TakeIds(embedding)(decoder)
+        NameAxes(AXES)(decoder)
+
+    def config_files(
+        self, model_config: Mapping[str, Any], precision: Precision, manifest: Manifest, config: TextConfig
+    ) -> ConfigFiles:
+        text = model_config.get("text_config", model_config)
+        return {"config.json": {**text, "model_type": _MODEL_TYPE, "architectures": ["Gemma3ForCausalLM"]}}

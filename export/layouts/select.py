@@ -1,0 +1,33 @@
+"""The table of layouts."""
+
+from __future__ import annotations
+
+from gemma3n_onnx.export.errors import ExportOptionError
+from gemma3n_onnx.export.writer import OutputKind
+
+from .base import Layout
+from .native import NativeLayout
+from .optimum import OptimumLayout
+from .transformers_js import TransformersJsLayout
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        NativeLayout(),
+        OptimumLayout(),
+        TransformersJsLayout(),
+    )
+}
+DEFAULT = NativeLayout.name
+
+
+def layout_named(name: str) -> Layout:
+    """Raises ExportOptionError, with the known names, for any other."""
+    if name not in LAYOUTS:
+        raise ExportOptionError(f"Unknown layout {name!r}; choose {', '.join(LAYOUTS)}.")
+    return LAYOUTS[name]
+
+
+def artifact_kind() -> OutputKind:
+    """Artifacts in any layout."""
+    return OutputKind("artifact", tuple(layout.marker for layout in LAYOUTS.values()))
