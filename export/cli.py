@@ -20,7 +20,8 @@ from gemma3n_onnx.runtime.cli.main import exit_with_message
 from gemma3n_onnx.runtime.generation.result import peak_memory_bytes
 
 from .layouts.select import DEFAULT, LAYOUTS, artifact_kind
-from .quantization.precision import PRECISIONS, PREFILLS, TABLE_BITS, TARGETS, QuantizationOptions
+from .quantization.options import PREFILLS, TABLE_BITS, QuantizationOptions
+from .quantization.recipes import RECIPES, TARGETS
 from .quantization.scheme import BLOCKS, METHODS
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ _force = click.option("--force", is_flag=True, help="Replace the output if it ex
 @_revision
 @_slice
 @_table
-@click.option("--precision", default="fp32", show_default=True, help=f"{', '.join(PRECISIONS)}.")
+@click.option("--precision", default="fp32", show_default=True, help=f"{_known(RECIPES)}.")
 @click.option("--block-size", type=int, help=f"Values that share a scale, in a quantized precision: {_known(BLOCKS)}.")
 @click.option("--quantizer", help=f"How projections are quantized: {_known(METHODS)}.")
 @click.option("--embedding-bits", type=int, help=f"Of token embeddings and output head: {_known(TABLE_BITS)}.")

@@ -67,6 +67,7 @@ class Exported:
     slice_name: str
     mmlu: float | None
     config: TextConfig
+    precision_name: str
     precision: Precision
     placements: Mapping[str, AnyPlacement]
     encoder_weights: Mapping[str, AnyPlacement]
@@ -90,7 +91,7 @@ def manifest_of(parts: Exported) -> artifact.Manifest:
         producer=PRODUCER,
         source=parts.checkpoint.name,
         slice=parts.slice_name,
-        precision=precision.name,
+        precision=parts.precision_name,
         storage=precision.storage,
         compute_dtype=precision.compute,
         quantization={

@@ -42,7 +42,9 @@ from .layouts.base import Layout, Requested
 from .layouts.select import DEFAULT, artifact_kind, layout_named
 from .manifest import Exported, TokenIds, graph_info, manifest_of, token_ids
 from .placements import PER_LAYER_TABLE, TOKENS, prefill_placements, table_of, tensor_shapes, text_placements
-from .quantization.precision import Precision, QuantizationOptions, precision_for
+from .quantization.options import QuantizationOptions
+from .quantization.precision import Precision
+from .quantization.recipes import precision_for
 from .weights import (
     IR_DTYPES,
     AnyPlacement,
@@ -116,7 +118,7 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
         inner.mkdir(exist_ok=True)
         traced = _Traced(chosen.config, source, precision, options.logits, layout)
         graphs = _trace_graphs(traced, placements, of_prefill, progress)
-        graph_files = layout.graph_files(precision.name)
+        graph_files = layout.graph_files(options.precision)
         infos = {}
         for name, graph in graphs.items():
             infos[name] = graph_info(graph_files.get(name, ""), graph.model)
@@ -133,6 +135,7 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
                 slice_name=chosen.name,
                 mmlu=chosen.mmlu,
                 config=chosen.config,
+                precision_name=options.precision,
                 precision=precision,
                 placements=placements,
                 encoder_weights=_encoder_weights(graphs),
@@ -146,7 +149,7 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
             )
         )
         model_config = chosen.hf_config(checkpoint.config)
-        for name, content in layout.config_files(model_config, precision, manifest, chosen.config).items():
+        for name, content in layout.config_files(model_config, manifest, chosen.config).items():
             write_json(folder / name, content)
         paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in files)
         manifest = manifest.with_files({**{path.name: file_info(path) for path in paths}, **files})

@@ -8,7 +8,7 @@ from typing import Any
 
 from gemma3n_onnx.export.errors import SliceError
 from gemma3n_onnx.export.placements import prefill_placements, text_placements
-from gemma3n_onnx.export.quantization.precision import precision_for
+from gemma3n_onnx.export.quantization.recipes import precision_for
 from gemma3n_onnx.export.slicing import SliceSpec, load_slices, resolve
 from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
 

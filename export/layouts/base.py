@@ -61,8 +61,6 @@ class Layout(ABC):
     def adapt(self, decoder: ir.Model, embedding: ir.Model, config: TextConfig) -> None:  # noqa: B027
         """Rewrites both graphs in place for the consumer; they have no weights yet."""
 
-    def config_files(
-        self, model_config: Mapping[str, Any], precision: Precision, manifest: Manifest, config: TextConfig
-    ) -> ConfigFiles:
+    def config_files(self, model_config: Mapping[str, Any], manifest: Manifest, config: TextConfig) -> ConfigFiles:
         """The consumer's config files. `model_config` is transformers' `config.json` of the slice."""
         return {"config.json": model_config}

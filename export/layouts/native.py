@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gemma3n_onnx.export.quantization.precision import Precision
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.runtime.artifact import MANIFEST, Manifest
 
@@ -24,7 +23,5 @@ class NativeLayout(Layout):
         text = {name: f"{name}.onnx" for name in ("decoder", "prefill", "embedding", "candidates")}
         return text | {modality: f"{modality}_encoder.onnx" for modality in ("vision", "audio")}
 
-    def config_files(
-        self, model_config: Mapping[str, Any], precision: Precision, manifest: Manifest, config: TextConfig
-    ) -> ConfigFiles:
+    def config_files(self, model_config: Mapping[str, Any], manifest: Manifest, config: TextConfig) -> ConfigFiles:
         return {"config.json": model_config, GENAI_CONFIG: genai_config(manifest, config)}

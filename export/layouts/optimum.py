@@ -8,7 +8,6 @@ from typing import Any
 import onnx_ir as ir
 
 from gemma3n_onnx.export.errors import ExportOptionError
-from gemma3n_onnx.export.quantization.precision import Precision
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.passes.name_axes import NameAxes
 from gemma3n_onnx.graphs.passes.take_ids import TakeIds
@@ -39,8 +38,6 @@ class OptimumLayout(GrowingCacheLayout):
         TakeIds(embedding)(decoder)
         NameAxes(AXES)(decoder)
 
-    def config_files(
-        self, model_config: Mapping[str, Any], precision: Precision, manifest: Manifest, config: TextConfig
-    ) -> ConfigFiles:
+    def config_files(self, model_config: Mapping[str, Any], manifest: Manifest, config: TextConfig) -> ConfigFiles:
         text = model_config.get("text_config", model_config)
         return {"config.json": {**text, "model_type": _MODEL_TYPE, "architectures": ["Gemma3ForCausalLM"]}}

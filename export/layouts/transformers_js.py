@@ -9,7 +9,6 @@ from typing import Any
 import onnx_ir as ir
 
 from gemma3n_onnx.export.errors import ExportOptionError
-from gemma3n_onnx.export.quantization.precision import Precision
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.passes.name_axes import NameAxes
 from gemma3n_onnx.graphs.passes.split_layers import SplitLayers
@@ -66,11 +65,9 @@ class TransformersJsLayout(GrowingCacheLayout):
             SplitLayers(config.num_layers)(model)
             NameAxes(AXES)(model)
 
-    def config_files(
-        self, model_config: Mapping[str, Any], precision: Precision, manifest: Manifest, config: TextConfig
-    ) -> ConfigFiles:
+    def config_files(self, model_config: Mapping[str, Any], manifest: Manifest, config: TextConfig) -> ConfigFiles:
         counts = {ours: model_config[key] for ours, key in _SOFT_TOKEN_COUNTS.items() if key in model_config}
         return {
-            "config.json": {**model_config, "transformers.js_config": {"dtype": _DTYPES[precision.name].name}},
+            "config.json": {**model_config, "transformers.js_config": {"dtype": _DTYPES[manifest.precision].name}},
             "processor_config.json": {"processor_class": "Gemma3nProcessor", **counts},
         }

@@ -9,7 +9,7 @@ from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.pipeline import ExportOptions, ExportSummary, choose_slice
 from gemma3n_onnx.export.progress import TerminalProgress
-from gemma3n_onnx.export.quantization.precision import precision_for
+from gemma3n_onnx.export.quantization.recipes import precision_for
 from gemma3n_onnx.export.quantization.sensitivity import Report, sensitivities
 from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate

@@ -13,7 +13,6 @@ import pytest
 from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.layouts import select
 from gemma3n_onnx.export.layouts.base import ConfigFiles, Layout, Requested
-from gemma3n_onnx.export.quantization.precision import Precision
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.passes.name_axes import NameAxes
 from gemma3n_onnx.runtime.artifact import Manifest
@@ -36,9 +35,7 @@ class FakeLayout(Layout):
     def adapt(self, decoder: ir.Model, embedding: ir.Model, config: TextConfig) -> None:
         NameAxes({"batch": "rows"})(decoder)
 
-    def config_files(
-        self, model_config: Mapping[str, Any], precision: Precision, manifest: Manifest, config: TextConfig
-    ) -> ConfigFiles:
+    def config_files(self, model_config: Mapping[str, Any], manifest: Manifest, config: TextConfig) -> ConfigFiles:
         return {"fake.json": {"layers": config.num_layers, "decoder": manifest.decoder.file}}
 
 

@@ -13,8 +13,9 @@ import torch
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 
 from gemma3n_onnx.export.errors import CheckpointError, ExportError, ExportOptionError
-from gemma3n_onnx.export.quantization.precision import QuantizationOptions, precision_for
+from gemma3n_onnx.export.quantization.options import QuantizationOptions
 from gemma3n_onnx.export.quantization.quantize import dequantize, pack, quantize, unpack
+from gemma3n_onnx.export.quantization.recipes import precision_for
 from gemma3n_onnx.export.quantization.scheme import METHODS, PerRow, Scheme
 from gemma3n_onnx.export.quantization.threads import one_thread_an_operation
 from gemma3n_onnx.export.weights import (

@@ -14,7 +14,8 @@ import pytest
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.manifest import graph_info
 from gemma3n_onnx.export.placements import prefill_placements, text_placements
-from gemma3n_onnx.export.quantization.precision import QuantizationOptions, precision_for
+from gemma3n_onnx.export.quantization.options import QuantizationOptions
+from gemma3n_onnx.export.quantization.recipes import precision_for
 from gemma3n_onnx.export.slicing import whole
 from gemma3n_onnx.export.verify.parity import describe, verify
 from gemma3n_onnx.export.verify.reference import load_decoder, prefilled_logits, stored_for_prefill, stored_in

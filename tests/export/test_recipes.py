@@ -1,0 +1,80 @@
+"""A quantization recipe is one entry in the table: command line, messages and pages follow from it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gemma3n_onnx.export.quantization import recipes
+from gemma3n_onnx.export.quantization.precision import Precision
+from gemma3n_onnx.export.quantization.recipes import RECIPES, TARGETS
+from gemma3n_onnx.export.quantization.scheme import Scheme
+from gemma3n_onnx.runtime import OnnxGemma3n
+from gemma3n_onnx.runtime.artifact import BlockInfo
+from support import run_command
+
+ROOT = Path(__file__).parents[2]
+NAME = "hqq8"
+
+
+def test_a_new_recipe_is_exported_and_verified(
+    monkeypatch: pytest.MonkeyPatch, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    recipe = Precision(
+        storage="fp32", compute="fp32", weights=Scheme(8, 32, "hqq"), tokens=Scheme(8, 64), per_layer=Scheme(4, 32)
+    )
+    monkeypatch.setitem(recipes.RECIPES, NAME, {"cpu": recipe})
+    output = tmp_path / "out"
+    model = ["--model", str(small_checkpoint)]
+    done = run_command(monkeypatch, ["gemma3n-export", *model, "--precision", NAME, "--output", str(output)])
+    assert done.code == 0, done.err
+
+    loaded = OnnxGemma3n.from_pretrained(output)
+    manifest = loaded.manifest
+    assert manifest.precision == NAME
+    assert manifest.quantization["layers.0.mlp.up_proj.weight"] == BlockInfo(8, 32, "hqq")
+    assert manifest.quantization["embed_tokens.weight"] == BlockInfo(8, 64, "rtn")
+    assert manifest.quantization["embed_tokens_per_layer.weight"] == BlockInfo(4, 32, "rtn")
+    assert manifest.prefill is None
+    assert loaded.generate("Hello", max_new_tokens=4).token_ids
+
+    lengths = ["--prompts", "1", "--prompt-tokens", "40", "--new-tokens", "8"]
+    verified = run_command(monkeypatch, ["gemma3n", "verify", str(output), *model, *lengths])
+    assert verified.code == 0, verified.out + verified.err
+    assert f"the weights as stored in {NAME}" in verified.out and "PASS" in verified.out
+
+
+def test_a_new_recipe_is_in_the_messages(
+    monkeypatch: pytest.MonkeyPatch, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    recipe = Precision(storage="fp32", compute="fp32", weights=Scheme(8, 32))
+    monkeypatch.setitem(recipes.RECIPES, NAME, {"cpu": recipe})
+    export = ["gemma3n-export", "--model", str(small_checkpoint), "--output", str(tmp_path / "out")]
+    for options, told in (
+        (["--precision", "int3"], f"choose one of {', '.join(RECIPES)}"),
+        (["--precision", NAME, "--target", "cuda"], f"Precision {NAME} does not run on target cuda"),
+        (["--precision", NAME, "--ple-bits", "8"], "--ple-bits is for a --precision that quantizes this table"),
+        (["--precision", "fp32", "--ple-bits", "8"], f"int4, {NAME}"),
+    ):
+        done = run_command(monkeypatch, [*export, *options])
+        assert done.code == 1 and told in done.err
+
+
+def test_a_recipe_quantizes_both_tables_or_neither() -> None:
+    with pytest.raises(ValueError, match="both tables or neither"):
+        Precision(storage="fp32", compute="fp32", tokens=Scheme(8, 32))
+
+
+def test_help_and_page_name_every_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = run_command(monkeypatch, ["gemma3n-export", "--help"]).out
+    assert ", ".join(RECIPES) in " ".join(told.split())
+    lines = (ROOT / "docs" / "formats.md").read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("| `--precision` |"))
+    assert re.findall(r"`--target (\w+)`", lines[begin]) == [*TARGETS]
+    rows = iter(lines[begin + 2 :])
+    names = []
+    while (row := next(rows)).startswith("|"):
+        names += re.findall(r"^\| `([^`]+)` \|", row)
+    assert sorted(names) == sorted(RECIPES)
