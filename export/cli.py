@@ -104,7 +104,8 @@ def export_command(
 ) -> None:
     """Export a Gemma 3n checkpoint, or a MatFormer slice of it, to ONNX Runtime."""
     from .checkpoint.checkpoint import Checkpoint
-    from .pipeline import ExportOptions, check_options, export
+    from .options import ExportOptions, check_options
+    from .pipeline import export
     from .progress import TerminalProgress
     from .verify.report import check_report, describe_report, measure, write_report
     from .writer import check_output

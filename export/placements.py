@@ -15,6 +15,9 @@ TOKENS, PER_LAYER = "embed_tokens.weight", "embed_tokens_per_layer.weight"
 DECODER_DATA, PREFILL_DATA = "decoder.onnx.data", "prefill.onnx.data"
 TOKEN_TABLE, PER_LAYER_TABLE = "token_embeddings.bin", "per_layer_embeddings.bin"
 
+Placements = Mapping[str, AnyPlacement]
+"""Where each tensor lies, by its name in the checkpoint."""
+
 
 def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a text decoder, tables included; the tied head is no tensor of its own."""
@@ -40,9 +43,7 @@ def text_placements(config: TextConfig, precision: Precision, hard_rows: HardRow
     }
 
 
-def prefill_placements(
-    config: TextConfig, precision: Precision, decoder: Mapping[str, AnyPlacement]
-) -> dict[str, AnyPlacement]:
+def prefill_placements(config: TextConfig, precision: Precision, decoder: Placements) -> dict[str, AnyPlacement]:
     """The matrices that a prefill graph has for itself: those that the `decoder` quantizes and that KV caches depend
     on."""
     storage = precision.prefill
@@ -63,7 +64,7 @@ def prefill_placements(
     return lay_out(PREFILL_DATA, own, lambda _: storage)
 
 
-def table_of(placements: Mapping[str, AnyPlacement], name: str) -> TablePlacement:
+def table_of(placements: Placements, name: str) -> TablePlacement:
     """The place of a table, which is never quantized by rows."""
     place = placements[name]
     assert not isinstance(place, RowsPlacement)

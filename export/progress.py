@@ -1,11 +1,20 @@
-"""Progress on a terminal; silence elsewhere."""
+"""Progress of an export: its interface, and the terminal's implementation."""
 
 from __future__ import annotations
 
 import sys
 from types import TracebackType
+from typing import Protocol
 
 from tqdm import tqdm
+
+
+class Progress(Protocol):
+    """What an export reports."""
+
+    def stage(self, title: str) -> None: ...
+    def bytes_total(self, total: int) -> None: ...
+    def bytes_done(self, count: int) -> None: ...
 
 
 class TerminalProgress:

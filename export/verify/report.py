@@ -7,7 +7,9 @@ from pathlib import Path
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.errors import ExportOptionError
-from gemma3n_onnx.export.pipeline import ExportOptions, ExportSummary, choose_slice
+from gemma3n_onnx.export.options import ExportOptions
+from gemma3n_onnx.export.pipeline import ExportSummary
+from gemma3n_onnx.export.plan import choose_slice
 from gemma3n_onnx.export.progress import TerminalProgress
 from gemma3n_onnx.export.quantization.recipes import precision_for
 from gemma3n_onnx.export.quantization.sensitivity import Report, sensitivities

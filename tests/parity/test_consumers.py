@@ -15,7 +15,7 @@ import pytest
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.errors import ExportOptionError
-from gemma3n_onnx.export.pipeline import ExportOptions, check_options
+from gemma3n_onnx.export.options import ExportOptions, check_options
 from gemma3n_onnx.runtime import ArtifactError, OnnxGemma3n
 from oracle import LONG, TOLERANCE, assert_close, generate_greedily, oracle_logits, random_prompt
 

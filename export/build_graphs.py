@@ -1,0 +1,86 @@
+"""Traces the graphs of an export, rewrites them for target and layout, and gives every weight its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import onnx_ir as ir
+
+from gemma3n_onnx.graphs.candidates import candidates
+from gemma3n_onnx.graphs.passes.choose_likeliest import ChooseLikeliest
+from gemma3n_onnx.graphs.passes.narrow_products import NarrowProducts
+from gemma3n_onnx.graphs.passes.only_caches import OnlyCaches
+from gemma3n_onnx.graphs.passes.quantize_dynamic import products
+
+from . import trace
+from .encoders import FEATURES, Encoder
+from .placements import TOKENS, Placements, table_of
+from .plan import ExportPlan
+from .progress import Progress
+from .quantization.precision import Precision
+from .weights import IR_DTYPES, lay_out, weight_shapes
+
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class BuiltGraph:
+    """A graph without weights, and where each of them lies."""
+
+    model: ir.Model
+    weights: Placements
+
+
+def build_graphs(plan: ExportPlan, progress: Progress) -> dict[str, BuiltGraph]:
+    """By the names that `Layout.graph_files` has, those that the layout does not write included."""
+    progress.stage("Tracing the decoder")
+    graphs = _text_graphs(plan)
+    for modality, encoder in plan.encoders.items():
+        progress.stage(f"Tracing the {modality} encoder")
+        graphs[modality] = _encoder_graph(encoder, plan.precision)
+    return graphs
+
+
+def encoder_weights(graphs: Mapping[str, BuiltGraph]) -> Placements:
+    return {name: place for key in FEATURES if key in graphs for name, place in graphs[key].weights.items()}
+
+
+def _text_graphs(plan: ExportPlan) -> dict[str, BuiltGraph]:
+    config, precision, layout = plan.slice.config, plan.precision, plan.layout
+    decoder = trace.trace_decoder(config, plan.logits, precision.compute, plan.windowed_caches)
+    if plan.argmax_in_decoder:
+        ChooseLikeliest()(decoder)
+    embedding = _trace_embedding(plan)
+    layout.adapt(decoder, embedding, config)
+
+    head = table_of(plan.text_weights, TOKENS).first_rows(config.vocab_size)
+    graphs = {
+        "decoder": BuiltGraph(decoder, {**plan.text_weights, HEAD: head}),
+        "embedding": BuiltGraph(embedding, plan.text_weights),
+    }
+    if plan.argmax_in_decoder:
+        graphs["candidates"] = BuiltGraph(candidates(config.vocab_size, trace.OPSET), {})
+    if plan.prefill_weights:
+        prefill = trace.trace_decoder(config, plan.logits, precision.compute, plan.windowed_caches)
+        OnlyCaches()(prefill)
+        graphs["prefill"] = BuiltGraph(prefill, {**plan.text_weights, **plan.prefill_weights})
+    return graphs
+
+
+def _trace_embedding(plan: ExportPlan) -> ir.Model:
+    precision = plan.precision
+    soft_ids = {}
+    if plan.layout.merges_soft_tokens:
+        soft_ids = {FEATURES[m]: soft.token_id for m, soft in plan.front_ends.soft_tokens.items()}
+    rows_dtype = precision.storage if precision.tokens is None else "fp16"
+    return trace.trace_embedding(plan.slice.config, rows_dtype, precision.compute, plan.hard_rows, soft_ids)
+
+
+def _encoder_graph(encoder: Encoder, precision: Precision) -> BuiltGraph:
+    model = encoder.trace()
+    storage_of = partial(precision.of_encoder, products=products(model))
+    if (dtype := precision.encoder_products) != "fp32":
+        NarrowProducts(IR_DTYPES[dtype])(model)
+    return BuiltGraph(model, lay_out(encoder.data_file, weight_shapes(model), storage_of))

@@ -1,0 +1,57 @@
+"""What a caller asks of an export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+from gemma3n_onnx.graphs.decoder import Logits
+
+from .checkpoint.checkpoint import ENCODER_MODULES
+from .errors import ExportOptionError
+from .layouts.base import Requested
+from .layouts.select import DEFAULT, layout_named
+from .quantization.options import QuantizationOptions
+from .quantization.recipes import precision_for
+from .slicing import find_slice, load_slices
+
+LOGITS: tuple[str, ...] = get_args(Logits)
+MODALITIES = ("text", *ENCODER_MODULES)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    slice: str | None = None
+    """None for the whole checkpoint."""
+    matformer_config: Path | None = None
+    precision: str = "fp32"
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
+    target: str = "cpu"
+    logits: Logits = "last"
+    modalities: tuple[str, ...] | None = None
+    """None for all that the layout and the checkpoint have. Text is always exported."""
+    layout: str = DEFAULT
+    force: bool = False
+
+
+def check_options(options: ExportOptions) -> None:
+    """Checks everything that needs no checkpoint, so that errors come before a download.
+
+    A checkpoint may have a slice table of its own: slices are checked only where the options name a table.
+
+    Raises:
+        ExportOptionError: an unknown value, or a slice table without a slice.
+        SliceError: the table breaks a rule, or the slice is not in it.
+    """
+    precision_for(options.precision, options.target, options.quantization)
+    requested = Requested(options.precision, options.target, options.logits, options.modalities)
+    layout_named(options.layout).check(requested)
+    if options.logits not in LOGITS:
+        raise ExportOptionError(f"Unknown logits {options.logits!r}; choose {' or '.join(LOGITS)}.")
+    if unknown := sorted(set(options.modalities or ()) - set(MODALITIES)):
+        raise ExportOptionError(f"Unknown modality {unknown[0]!r}; choose from {', '.join(MODALITIES)}.")
+    if options.matformer_config is not None:
+        if options.slice is None:
+            raise ExportOptionError("--matformer-config needs --slice with the name of one of its slices.")
+        find_slice(options.slice, load_slices(options.matformer_config))

@@ -1,0 +1,124 @@
+"""Every decision of an export, made once and checked against the checkpoint before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from gemma3n_onnx.graphs.decoder import Logits
+from gemma3n_onnx.graphs.embedding import HardRows
+from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE
+
+from . import slicing
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.processor import FrontEnds, read_front_ends
+from .checkpoint.token_ids import TokenIds, token_ids
+from .encoders import Encoder, HardTokens, choose_modalities, find_encoders, find_hard_tokens
+from .layouts.base import Layout
+from .layouts.select import layout_named
+from .options import ExportOptions, check_options
+from .placements import Placements, prefill_placements, tensor_shapes, text_placements
+from .quantization.precision import Precision
+from .quantization.recipes import precision_for
+from .slicing import Slice
+from .weights import check_tensors
+
+_SMALL_FILES_BYTES = 64 << 20  # graphs, tokenizer, configs: an upper bound for the disk-space check
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    source: str
+    """The name of the checkpoint."""
+    slice: Slice
+    precision_name: str
+    precision: Precision
+    target: str
+    logits: Logits
+    layout: Layout
+    tokens: TokenIds
+    hard_tokens: HardTokens | None
+    front_ends: FrontEnds
+    encoders: Mapping[str, Encoder]
+    """By modality."""
+    text_weights: Placements
+    """Of the decoder and both tables."""
+    prefill_weights: Placements
+    """The weights that the prefill graph does not share with the decoder; empty without a prefill graph."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return ("text", *self.encoders)
+
+    @property
+    def hard_rows(self) -> HardRows | None:
+        return self.hard_tokens.rows if self.hard_tokens else None
+
+    @property
+    def windowed_caches(self) -> bool:
+        """KV caches of sliding-window layers keep the window only."""
+        return self.layout.windowed_caches and not self.precision.device
+
+    @property
+    def argmax_in_decoder(self) -> bool:
+        """The decoder graph also returns the most likely token, so that a greedy step copies no logits to the host."""
+        return self.precision.device and self.logits == "last"
+
+    @property
+    def needed_bytes(self) -> int:
+        """An upper bound of the artifact's size."""
+        text = sum(place.nbytes for place in chain(self.text_weights.values(), self.prefill_weights.values()))
+        encoders = sum(math.prod(shape) for encoder in self.encoders.values() for shape in encoder.shapes.values())
+        return text + encoders * BYTES_PER_VALUE[self.precision.storage] + _SMALL_FILES_BYTES
+
+
+def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
+    """Reads the checkpoint's metadata, no weights.
+
+    Raises:
+        SliceError, CheckpointError, ExportOptionError: each says what to change.
+    """
+    check_options(options)
+    layout = layout_named(options.layout)
+    precision = layout.precision(precision_for(options.precision, options.target, options.quantization))
+    chosen = choose_slice(checkpoint, options.slice, options.matformer_config)
+    modalities = choose_modalities(options.modalities or layout.modalities, checkpoint)
+    tokens = token_ids(checkpoint)
+    checkpoint.check_tokenizer()
+    check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
+    checkpoint.check_all_known()
+    encoders = find_encoders(checkpoint, modalities)
+    hard_tokens = find_hard_tokens(checkpoint)
+    front_ends = read_front_ends(checkpoint, modalities)
+    text_weights = text_placements(chosen.config, precision, hard_tokens.rows if hard_tokens else None)
+    prefills = options.logits == "last"
+    return ExportPlan(
+        source=checkpoint.name,
+        slice=chosen,
+        precision_name=options.precision,
+        precision=precision,
+        target=options.target,
+        logits=options.logits,
+        layout=layout,
+        tokens=tokens,
+        hard_tokens=hard_tokens,
+        front_ends=front_ends,
+        encoders=encoders,
+        text_weights=text_weights,
+        prefill_weights=prefill_placements(chosen.config, precision, text_weights) if prefills else {},
+    )
+
+
+def choose_slice(checkpoint: Checkpoint, name: str | None, table: Path | None) -> Slice:
+    """The slice called `name` in the given table, else the checkpoint's own, else the published one.
+
+    Raises:
+        SliceError: there is no such slice, or it cannot be cut from the checkpoint.
+    """
+    if name is None:
+        return slicing.whole(checkpoint.text_config)
+    spec = slicing.find_slice(name, slicing.load_slices(table, checkpoint.slice_table))
+    return slicing.resolve(spec, checkpoint.text_config)
