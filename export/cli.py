@@ -25,6 +25,9 @@ from .quantization.recipes import RECIPES, TARGETS
 from .quantization.scheme import BLOCKS, METHODS
 
 if TYPE_CHECKING:
+    from gemma3n_onnx.graphs.decoder import Logits
+
+    from .checkpoint.make_checkpoint import Size
     from .pipeline import ExportSummary
 
 
@@ -93,7 +96,7 @@ def export_command(
     ple_bits: int | None,
     prefill: str | None,
     target: str,
-    logits: str,
+    logits: Logits,
     modalities: str | None,
     layout: str,
     output: Path | None,
@@ -110,9 +113,19 @@ def export_command(
     from .verify.report import check_report, describe_report, measure, write_report
     from .writer import check_output
 
-    chosen = None if modalities is None else _split(modalities)
-    quantization = QuantizationOptions(block_size, quantizer, embedding_bits, ple_bits, prefill)
-    options = ExportOptions(slice_name, table, precision, quantization, target, logits, chosen, layout, force)  # type: ignore[arg-type]
+    options = ExportOptions(
+        slice=slice_name,
+        matformer_config=table,
+        precision=precision,
+        quantization=QuantizationOptions(
+            block=block_size, method=quantizer, embedding_bits=embedding_bits, ple_bits=ple_bits, prefill=prefill
+        ),
+        target=target,
+        logits=logits,
+        modalities=None if modalities is None else _split(modalities),
+        layout=layout,
+        force=force,
+    )
     check_options(options)
     lines = None if report is None else check_report(report, report_prompts, options)
     if output is not None:
@@ -167,7 +180,7 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--text-only", is_flag=True, help="Leave the vision and the audio encoder out.")
 @_force
-def make_checkpoint(size: str, output: Path, seed: int, text_only: bool, force: bool) -> None:
+def make_checkpoint(size: Size, output: Path, seed: int, text_only: bool, force: bool) -> None:
     """Write a checkpoint with random weights in Hugging Face format."""
     from .checkpoint.make_checkpoint import make_checkpoint as make
     from .progress import TerminalProgress
@@ -183,7 +196,7 @@ def make_checkpoint(size: str, output: Path, seed: int, text_only: bool, force: 
             progress.bytes_done(now - done)
             done = now
 
-        make(size, output, seed, text_only=text_only, progress=report, force=force)  # type: ignore[arg-type]
+        make(size, output, seed, text_only=text_only, progress=report, force=force)
     click.echo(f"Wrote a {size} checkpoint to {output}")
 
 
