@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from gemma3n_onnx.graphs import audio, vision
+from gemma3n_onnx.graphs import audio, names, vision
 from gemma3n_onnx.graphs.config import ConfigError
 from gemma3n_onnx.graphs.embedder import MultimodalEmbedder
 from gemma3n_onnx.graphs.embedding import HardRows
@@ -22,7 +22,7 @@ from .weights import as_torch, check_shape
 
 Shapes = Mapping[str, tuple[int, ...]]
 # What each modality's encoder gives to the embedding graph.
-FEATURES = {"vision": "image_features", "audio": "audio_features"}
+FEATURES = {"vision": names.IMAGE_FEATURES, "audio": names.AUDIO_FEATURES}
 EMBEDDER_KEYS = ("vocab_size", "vocab_offset", "hidden_size", "rms_norm_eps")
 
 
@@ -91,8 +91,8 @@ _MAKERS: Mapping[str, Callable[[Checkpoint], Encoder]] = {"vision": _vision, "au
 
 
 def _check_tensors(checkpoint: Checkpoint, encoder: Encoder) -> None:
-    names = set(checkpoint.encoder_names(encoder.modality))
-    if unused := names - encoder.shapes.keys():
+    found = set(checkpoint.encoder_names(encoder.modality))
+    if unused := found - encoder.shapes.keys():
         raise CheckpointError(
             f"The checkpoint holds {min(unused)} and {len(unused) - 1} more tensors that the {encoder.modality} "
             "encoder of its config.json does not have; give an unchanged checkpoint of Gemma 3n."

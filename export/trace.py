@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 
 from gemma3n_onnx.export.repeat import repeat_parts
 from gemma3n_onnx.export.trace_cache import kept_on_disk
+from gemma3n_onnx.graphs import names
 from gemma3n_onnx.graphs.audio import AudioConfig, AudioEncoder
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Decoder, Logits
@@ -36,13 +37,13 @@ from gemma3n_onnx.graphs.vision import VisionConfig, VisionEncoder
 OPSET = 23
 # Sizes that the varying axes have while tracing: primes that no model dimension is a multiple of.
 AXES = {
-    "batch": 1009,
-    "new_tokens": 2003,
-    "total_length": 4001,
-    "window_capacity": 7001,
-    "capacity": 8009,
-    "image_features_rows": 9001,
-    "audio_features_rows": 9007,
+    names.BATCH: 1009,
+    names.NEW_TOKENS: 2003,
+    names.TOTAL_LENGTH: 4001,
+    names.WINDOW_CAPACITY: 7001,
+    names.CAPACITY: 8009,
+    names.rows_of(names.IMAGE_FEATURES): 9001,
+    names.rows_of(names.AUDIO_FEATURES): 9007,
     "images": 1013,
     "height": 256 * 10007,
     "width": 256 * 10009,
@@ -124,10 +125,10 @@ def _shapes_of_widths(config: TextConfig) -> dict[str, tuple[int, ...]]:
 def _trace_decoder(config: TextConfig, logits: Logits, compute: str, windows: bool) -> ir.Model:
     with torch.device("meta"):
         outline = Decoder(config, logits, windows)
-        batch, new, length = (AXES[name] for name in ("batch", "new_tokens", "total_length"))
+        batch, new, length = (AXES[name] for name in (names.BATCH, names.NEW_TOKENS, names.TOTAL_LENGTH))
         per_layer = config.num_layers * config.hidden_size_per_layer_input
         heads, dim, dtype = config.num_kv_heads, config.head_dim, DTYPES[compute]
-        rows = [AXES["window_capacity" if cache.windowed else "capacity"] for cache in outline.caches]
+        rows = [AXES[names.WINDOW_CAPACITY if cache.windowed else names.CAPACITY] for cache in outline.caches]
         arguments = (
             torch.empty(batch, new, config.hidden_size, dtype=dtype),
             torch.empty(batch, new, per_layer, dtype=dtype),
@@ -135,8 +136,8 @@ def _trace_decoder(config: TextConfig, logits: Logits, compute: str, windows: bo
             torch.empty(batch, new, dtype=torch.int64),
             [torch.empty(batch, heads, n, dim, dtype=dtype) for n in rows for _ in range(2)],
         )
-    names = outline.input_names, outline.output_names
-    return _trace(lambda: Decoder(config, logits, windows), compute, arguments, *names)
+    inputs, outputs = outline.input_names, outline.output_names
+    return _trace(lambda: Decoder(config, logits, windows), compute, arguments, inputs, outputs)
 
 
 @functools.lru_cache(maxsize=8)
@@ -145,10 +146,10 @@ def _trace_embedding(
     config: TextConfig, storage: str, compute: str, hard_rows: HardRows | None, soft_tokens: tuple[tuple[str, int], ...]
 ) -> ir.Model:
     with torch.device("meta"):
-        ids = torch.zeros(AXES["batch"], AXES["new_tokens"], dtype=torch.int64)
-        features = [torch.empty(AXES[f"{name}_rows"], config.hidden_size) for name, _ in soft_tokens]
-    inputs = ["input_ids", *(name for name, _ in soft_tokens)]
-    outputs = ["inputs_embeds", "per_layer_inputs"]
+        ids = torch.zeros(AXES[names.BATCH], AXES[names.NEW_TOKENS], dtype=torch.int64)
+        features = [torch.empty(AXES[names.rows_of(name)], config.hidden_size) for name, _ in soft_tokens]
+    inputs = [names.INPUT_IDS, *(name for name, _ in soft_tokens)]
+    outputs = [names.INPUTS_EMBEDS, names.PER_LAYER_INPUTS]
     token_ids = tuple(token_id for _, token_id in soft_tokens)
     return _trace(
         lambda: Embedding(config, DTYPES[compute], hard_rows, token_ids), storage, (ids, features), inputs, outputs
@@ -163,8 +164,8 @@ def _trace_audio(config: AudioConfig) -> ir.Model:
         torch.empty(clips, frames, config.mel_bins, device="meta"),
         torch.empty(clips, frames, dtype=torch.bool, device="meta"),
     )
-    inputs = ["input_features", "input_features_mask"]
-    model = _trace(lambda: AudioEncoder(config), "fp32", arguments, inputs, ["audio_features"])
+    inputs = [names.INPUT_FEATURES, names.INPUT_FEATURES_MASK]
+    model = _trace(lambda: AudioEncoder(config), "fp32", arguments, inputs, [names.AUDIO_FEATURES])
     model.graph.outputs[0].shape = ir.Shape(["audio_tokens", config.text_hidden_size])
     return model
 
@@ -173,7 +174,7 @@ def _trace_audio(config: AudioConfig) -> ir.Model:
 @kept_on_disk
 def _trace_vision(config: VisionConfig) -> ir.Model:
     pixels = torch.empty(AXES["images"], 3, AXES["height"], AXES["width"], device="meta")
-    model = _trace(lambda: VisionEncoder(config), "fp32", (pixels,), ["pixel_values"], ["image_features"])
+    model = _trace(lambda: VisionEncoder(config), "fp32", (pixels,), [names.PIXEL_VALUES], [names.IMAGE_FEATURES])
     model.graph.outputs[0].shape = ir.Shape(["image_tokens", config.text_hidden_size])
     return model
 

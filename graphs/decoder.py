@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import ops
+from . import names, ops
 from .config import FULL, SLIDING, TextConfig
 from .layers import Linear, RMSNorm
 from .repeated import repeated
@@ -40,12 +40,12 @@ class CacheSpec:
     @property
     def past(self) -> tuple[str, str]:
         """The graph's inputs for K and V."""
-        return f"past_key_values.{self.layer}.key", f"past_key_values.{self.layer}.value"
+        return names.past(self.layer)
 
     @property
     def present(self) -> tuple[str, str]:
         """The graph's outputs for K and V."""
-        return f"present.{self.layer}.key", f"present.{self.layer}.value"
+        return names.present(self.layer)
 
 
 def cache_specs(config: TextConfig, logits: Logits, windows: bool = True) -> tuple[CacheSpec, ...]:
@@ -302,11 +302,11 @@ class Decoder(nn.Module):
     @property
     def input_names(self) -> list[str]:
         past = [name for cache in self.caches for name in cache.past]
-        return ["inputs_embeds", "per_layer_inputs", "attention_mask", "position_ids", *past]
+        return [names.INPUTS_EMBEDS, names.PER_LAYER_INPUTS, names.ATTENTION_MASK, names.POSITION_IDS, *past]
 
     @property
     def output_names(self) -> list[str]:
-        return ["logits", *(name for cache in self.caches for name in cache.present)]
+        return [names.LOGITS, *(name for cache in self.caches for name in cache.present)]
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gemma3n_onnx.graphs import names
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.runtime.artifact import GraphInfo, Manifest
 
@@ -21,8 +22,8 @@ _SESSION_OPTIONS = {
     NO_PACKING: "1",
     "optimization.constant_folding_max_output_size_in_bytes": str(1 << 40),
 }
-_KEY, _VALUE = "past_key_values.%d.key", "past_key_values.%d.value"
-_PRESENT_KEY, _PRESENT_VALUE = "present.%d.key", "present.%d.value"
+_PAST_KEY, _PAST_VALUE = names.past("%d")
+_PRESENT_KEY, _PRESENT_VALUE = names.present("%d")
 
 
 def genai_config(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
@@ -41,8 +42,8 @@ def genai_config(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
         model["vision"] = {
             "filename": manifest.vision.graph.file,
             "session_options": _options(manifest),
-            "inputs": _names(manifest.vision.graph, ["pixel_values"]),
-            "outputs": {"image_features": "image_features"},
+            "inputs": _names(manifest.vision.graph, [names.PIXEL_VALUES]),
+            "outputs": {"image_features": names.IMAGE_FEATURES},
         }
         model["image_token_id"] = manifest.vision.soft_tokens.token_id
         model["speech"] = _speech(manifest)
@@ -85,14 +86,14 @@ def _decoder(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
         "num_hidden_layers": len(manifest.caches),
         "num_key_value_heads": config.num_kv_heads,
         "inputs": {
-            "inputs_embeds": "inputs_embeds",
-            "attention_mask": "attention_mask",
-            "position_ids": "position_ids",
-            "per_layer_inputs": "per_layer_inputs",
-            "past_key_names": _KEY,
-            "past_value_names": _VALUE,
+            "inputs_embeds": names.INPUTS_EMBEDS,
+            "attention_mask": names.ATTENTION_MASK,
+            "position_ids": names.POSITION_IDS,
+            "per_layer_inputs": names.PER_LAYER_INPUTS,
+            "past_key_names": _PAST_KEY,
+            "past_value_names": _PAST_VALUE,
         },
-        "outputs": {"logits": "logits", "present_key_names": _PRESENT_KEY, "present_value_names": _PRESENT_VALUE},
+        "outputs": {"logits": names.LOGITS, "present_key_names": _PRESENT_KEY, "present_value_names": _PRESENT_VALUE},
     }
     windowed = [index for index, cache in enumerate(manifest.caches) if cache.window is not None]
     if windowed:
@@ -110,8 +111,8 @@ def _embedding(manifest: Manifest) -> dict[str, Any]:
     return {
         "filename": manifest.embedding.file,
         "session_options": _SESSION_OPTIONS,
-        "inputs": _names(manifest.embedding, ["input_ids", "image_features", "audio_features"]),
-        "outputs": {"inputs_embeds": "inputs_embeds", "per_layer_inputs": "per_layer_inputs"},
+        "inputs": _names(manifest.embedding, [names.INPUT_IDS, names.IMAGE_FEATURES, names.AUDIO_FEATURES]),
+        "outputs": {"inputs_embeds": names.INPUTS_EMBEDS, "per_layer_inputs": names.PER_LAYER_INPUTS},
     }
 
 
@@ -126,8 +127,8 @@ def _speech(manifest: Manifest) -> dict[str, Any]:
         "filename": manifest.audio.graph.file,
         "config_filename": "config.json",
         "session_options": _options(manifest),
-        "inputs": {"audio_embeds": "input_features", "attention_mask": "input_features_mask"},
-        "outputs": {"audio_features": "audio_features"},
+        "inputs": {"audio_embeds": names.INPUT_FEATURES, "attention_mask": names.INPUT_FEATURES_MASK},
+        "outputs": {"audio_features": names.AUDIO_FEATURES},
     }
 
 

@@ -11,16 +11,17 @@ import onnx_ir as ir
 
 from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.quantization.precision import Precision
+from gemma3n_onnx.graphs import names
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.passes.borrow_last import BorrowLast
 
 from .base import Layout, Requested
 
 AXES = {
-    "batch": "batch_size",
-    "new_tokens": "sequence_length",
-    "total_length": "total_sequence_length",
-    "capacity": "past_sequence_length",
+    names.BATCH: "batch_size",
+    names.NEW_TOKENS: "sequence_length",
+    names.TOTAL_LENGTH: "total_sequence_length",
+    names.CAPACITY: "past_sequence_length",
 }
 """The names that both libraries expect for the axes of inputs and outputs."""
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from gemma3n_onnx.graphs.names import LOGITS, NEXT_LOGIT, NEXT_TOKEN
+
 
 class ChooseLikeliest(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
-        (logits,) = (value for value in graph.outputs if value.name == "logits")
+        (logits,) = (value for value in graph.outputs if value.name == LOGITS)
         assert logits.shape is not None
         chosen = ir.node("ArgMax", [logits], {"axis": 2, "keepdims": 1}, name="choose")
         largest = ir.node("GatherElements", [logits, chosen.outputs[0]], {"axis": 2}, name="largest")
-        for node, name, dtype in ((chosen, "next_token", ir.DataType.INT64), (largest, "next_logit", logits.dtype)):
+        for node, name, dtype in ((chosen, NEXT_TOKEN, ir.DataType.INT64), (largest, NEXT_LOGIT, logits.dtype)):
             assert dtype is not None
             output = node.outputs[0]
             output.name, output.type, output.shape = name, ir.TensorType(dtype), ir.Shape([*logits.shape[:2], 1])

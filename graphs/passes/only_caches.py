@@ -11,11 +11,13 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from gemma3n_onnx.graphs.names import LOGITS
+
 
 class OnlyCaches(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         outputs = model.graph.outputs
-        (logits,) = (value for value in outputs if value.name == "logits")
+        (logits,) = (value for value in outputs if value.name == LOGITS)
         outputs.remove(logits)
         RemoveUnusedNodesPass()(model)
         return PassResult(model, modified=True)

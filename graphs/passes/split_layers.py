@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-_NAME = "per_layer_inputs"
+from gemma3n_onnx.graphs.names import PER_LAYER_INPUTS
 
 
 class SplitLayers(InPlacePass):
@@ -20,7 +20,7 @@ class SplitLayers(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
         for value in (*graph.inputs, *graph.outputs):
-            if value.name == _NAME:
+            if value.name == PER_LAYER_INPUTS:
                 self._split(graph, value, taken=value in graph.inputs)
                 return PassResult(model, modified=True)
         return PassResult(model, modified=False)
@@ -31,7 +31,7 @@ class SplitLayers(InPlacePass):
         assert isinstance(width, int)
         apart = [batch, length, self.layers, width // self.layers]
         if taken:
-            split = ir.Value(name=_NAME, type=ir.TensorType(flat.dtype), shape=ir.Shape(apart))
+            split = ir.Value(name=PER_LAYER_INPUTS, type=ir.TensorType(flat.dtype), shape=ir.Shape(apart))
             graph.inputs[graph.inputs.index(flat)] = split
             joined = _reshaped(graph, split, [0, 0, width])
             flat.name = None
@@ -39,11 +39,11 @@ class SplitLayers(InPlacePass):
             node = joined.producer()
             assert node is not None
             graph.insert_before(graph[0], node)
-            joined.name = f"{_NAME}.flat"
+            joined.name = f"{PER_LAYER_INPUTS}.flat"
         else:
-            flat.name = f"{_NAME}.flat"
+            flat.name = f"{PER_LAYER_INPUTS}.flat"
             split = _reshaped(graph, flat, [0, 0, *apart[2:]])  # type: ignore[list-item]
-            split.name, split.type, split.shape = _NAME, ir.TensorType(flat.dtype), ir.Shape(apart)
+            split.name, split.type, split.shape = PER_LAYER_INPUTS, ir.TensorType(flat.dtype), ir.Shape(apart)
             node = split.producer()
             assert node is not None
             graph.append(node)
@@ -52,10 +52,10 @@ class SplitLayers(InPlacePass):
 
 def _reshaped(graph: ir.Graph, value: ir.Value, sizes: list[int]) -> ir.Value:
     """A node that is in no graph yet."""
-    name = f"{_NAME}.sizes"
+    name = f"{PER_LAYER_INPUTS}.sizes"
     tensor = ir.tensor(sizes, dtype=ir.DataType.INT64, name=name)
     of_sizes = ir.Value(
         name=name, shape=ir.Shape([len(sizes)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
     )
     graph.register_initializer(of_sizes)
-    return ir.node("Reshape", [value, of_sizes], name=f"{_NAME}.reshape").outputs[0]
+    return ir.node("Reshape", [value, of_sizes], name=f"{PER_LAYER_INPUTS}.reshape").outputs[0]

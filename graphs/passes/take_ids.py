@@ -10,6 +10,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from gemma3n_onnx.graphs.names import INPUT_IDS
+
 _PREFIX = "embedding."
 
 
@@ -21,7 +23,7 @@ class TakeIds(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         graph, before = model.graph, self.embedding.graph
         (ids,) = before.inputs
-        assert ids.name == "input_ids", f"the embedding takes {ids.name}"
+        assert ids.name == INPUT_IDS, f"the embedding takes {ids.name}"
         made = {value.name: value for value in before.outputs}
         first, nodes = graph[0], [*before]
         before.outputs.clear()
