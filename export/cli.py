@@ -20,9 +20,9 @@ from gemma3n_onnx.runtime.cli.main import exit_with_message
 from gemma3n_onnx.runtime.generation.result import peak_memory_bytes
 
 from .layouts.select import DEFAULT, LAYOUTS, artifact_kind
+from .quantization.config import BLOCKS, METHODS
 from .quantization.options import PREFILLS, TABLE_BITS, QuantizationOptions
 from .quantization.recipes import RECIPES, TARGETS
-from .quantization.scheme import BLOCKS, METHODS
 
 if TYPE_CHECKING:
     from gemma3n_onnx.graphs.decoder import Logits

@@ -20,7 +20,7 @@ from .checkpoint.sizes import parameter_counts
 from .encoders import Encoder
 from .placements import PER_LAYER, TOKENS, Placements, table_of
 from .plan import ExportPlan
-from .quantization.scheme import PerRow
+from .quantization.config import PerRow
 from .weights import AnyPlacement, QuantizedPlacement, RowsPlacement, TablePlacement
 
 PRODUCER = f"gemma3n-onnx {version('gemma3n-onnx')}"
@@ -80,8 +80,8 @@ def manifest_of(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo], enco
 
 def _block_info(place: AnyPlacement) -> artifact.BlockInfo | None:
     match place:
-        case QuantizedPlacement(scheme=scheme):
-            return artifact.BlockInfo(scheme.bits, scheme.block, scheme.method)
+        case QuantizedPlacement(config=config):
+            return artifact.BlockInfo(config.bits, config.block, config.method)
         case RowsPlacement():
             return artifact.BlockInfo(PerRow.bits, None, PerRow.method)
         case _:
@@ -106,7 +106,7 @@ def _in_memory(place: AnyPlacement, compute: str) -> int:
 
 def _table_info(place: TablePlacement, scale: float) -> artifact.TableInfo:
     if isinstance(place, QuantizedPlacement):
-        dtype, block, scales_offset = f"int{place.scheme.bits}", place.scheme.block, place.scales.offset
+        dtype, block, scales_offset = f"int{place.config.bits}", place.config.block, place.scales.offset
     else:
         dtype, block, scales_offset = place.dtype, None, None
     rows, width = place.shape

@@ -19,8 +19,8 @@ from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, FileInfo
 from . import slicing
 from .checkpoint.checkpoint import Checkpoint
 from .errors import CheckpointError, ExportError
+from .quantization.config import PerRow, QuantizationConfig, Storage
 from .quantization.quantize import dequantize, quantize, quantize_rows
-from .quantization.scheme import PerRow, Scheme, Storage
 from .quantization.threads import one_thread_an_operation
 from .slicing import Slice, TensorCut
 from .trace import DTYPES
@@ -60,23 +60,23 @@ class Placement:
 
 @dataclass(frozen=True)
 class QuantizedPlacement:
-    """Where a matrix [N, K] lies that `scheme` quantizes: codes [N, K / block, block * bits / 8] uint8, scales
-    [N, K / block] fp16, and zero points where the scheme has them, one after another."""
+    """Where a matrix [N, K] lies that `config` quantizes: codes [N, K / block, block * bits / 8] uint8, scales
+    [N, K / block] fp16, and zero points where the config has them, one after another."""
 
-    scheme: Scheme
+    config: QuantizationConfig
     shape: tuple[int, ...]
     codes: Placement
     scales: Placement
     zeros: Placement | None
 
     @classmethod
-    def at(cls, file: str, offset: int, shape: tuple[int, ...], scheme: Scheme) -> QuantizedPlacement:
+    def at(cls, file: str, offset: int, shape: tuple[int, ...], config: QuantizationConfig) -> QuantizedPlacement:
         rows, columns = shape
-        groups, bits = columns // scheme.block, scheme.bits
-        codes = Placement(file, offset, "uint8", (rows, groups, scheme.block * bits // 8))
+        groups, bits = columns // config.block, config.bits
+        codes = Placement(file, offset, "uint8", (rows, groups, config.block * bits // 8))
         scales = Placement(file, codes.end, "fp16", (rows, groups))
-        zeros = Placement(file, scales.end, "uint8", (rows, -(-groups * bits // 8))) if scheme.has_zeros else None
-        return cls(scheme, shape, codes, scales, zeros)
+        zeros = Placement(file, scales.end, "uint8", (rows, -(-groups * bits // 8))) if config.has_zeros else None
+        return cls(config, shape, codes, scales, zeros)
 
     @property
     def file(self) -> str:
@@ -105,7 +105,7 @@ class QuantizedPlacement:
             for part in (self.codes, self.scales, self.zeros)
         )
         assert codes is not None and scales is not None
-        return QuantizedPlacement(self.scheme, (count, *self.shape[1:]), codes, scales, zeros)
+        return QuantizedPlacement(self.config, (count, *self.shape[1:]), codes, scales, zeros)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def lay_out(
 
 
 def _place(file: str, offset: int, shape: tuple[int, ...], storage: Storage) -> AnyPlacement:
-    if isinstance(storage, Scheme):
+    if isinstance(storage, QuantizationConfig):
         return QuantizedPlacement.at(file, offset, shape, storage)
     if isinstance(storage, PerRow):
         return RowsPlacement.at(file, offset, shape)
@@ -200,8 +200,8 @@ def attach(model: ir.Model, placements: Mapping[str, AnyPlacement]) -> None:
 
 def _block_weights(name: str, place: QuantizedPlacement) -> BlockWeights:
     parts = {part: _external(f"{name}.{part}", at) for part, at in place.parts.items()}
-    scheme = place.scheme
-    return BlockWeights(scheme.bits, scheme.block, parts["codes"], parts["scales"], parts.get("zeros"))
+    config = place.config
+    return BlockWeights(config.bits, config.block, parts["codes"], parts["scales"], parts.get("zeros"))
 
 
 def _channel_weights(name: str, place: RowsPlacement) -> ChannelWeights:
@@ -294,7 +294,7 @@ class WeightStream:
         done = 0
         for block in blocks:
             values = torch.from_numpy(_cast(name, block, "fp32", scale))
-            made = quantize(values, place.scheme)
+            made = quantize(values, place.config)
             if not torch.isfinite(made.scales).all():
                 raise ExportError(f"Tensor {name} has values too large to be quantized; choose --precision bf16.")
             self._write(file, made.codes.numpy())
@@ -371,7 +371,7 @@ def as_stored(values: torch.Tensor, storage: Storage) -> torch.Tensor:
     if isinstance(storage, PerRow):
         codes, scales = quantize_rows(values.flatten(1))
         return (codes.T * scales[:, None]).view_as(values)
-    if isinstance(storage, Scheme):
+    if isinstance(storage, QuantizationConfig):
         some = values.split(_rows_of_a_block(tuple(values.shape)))
         return torch.cat([dequantize(quantize(rows, storage), storage) for rows in some])
     return values.to(DTYPES[storage]).float()

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from gemma3n_onnx.export.errors import ExportOptionError
 
+from .config import QuantizationConfig
 from .precision import Precision
-from .scheme import Scheme
 
 TABLE_BITS = (4, 8)
 PREFILLS = ("int8", "shared")
@@ -45,9 +45,11 @@ class QuantizationOptions:
         """
         self._check(precision)
 
-        def changed(scheme: Scheme, bits: int | None = None, method: str | None = None) -> Scheme:
+        def changed(
+            config: QuantizationConfig, bits: int | None = None, method: str | None = None
+        ) -> QuantizationConfig:
             return replace(
-                scheme, bits=bits or scheme.bits, block=self.block or scheme.block, method=method or scheme.method
+                config, bits=bits or config.bits, block=self.block or config.block, method=method or config.method
             )
 
         weights, tokens, per_layer = precision.weights, precision.tokens, precision.per_layer

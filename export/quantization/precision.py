@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from gemma3n_onnx.export.errors import ExportOptionError
 
-from .scheme import PerRow, Scheme, Storage
+from .config import PerRow, QuantizationConfig, Storage
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Precision:
 
     storage: str
     compute: str
-    weights: Scheme | None = None
-    exceptions: Mapping[str, Scheme] = field(default_factory=dict)
-    tokens: Scheme | None = None
-    per_layer: Scheme | None = None
+    weights: QuantizationConfig | None = None
+    exceptions: Mapping[str, QuantizationConfig] = field(default_factory=dict)
+    tokens: QuantizationConfig | None = None
+    per_layer: QuantizationConfig | None = None
     encoders: PerRow | str | None = None
     prefill: PerRow | None = None
     device: bool = False
@@ -54,19 +54,19 @@ class Precision:
         if self.weights is None or len(shape) != 2 or ".altup." in name:
             return self.storage
         module = name.removesuffix(".weight")
-        scheme = next((s for end, s in self.exceptions.items() if module.endswith(end)), self.weights)
-        return scheme.fitting(shape[1]) or self.storage
+        config = next((s for end, s in self.exceptions.items() if module.endswith(end)), self.weights)
+        return config.fitting(shape[1]) or self.storage
 
-    def of_table(self, scheme: Scheme | None, width: int) -> Storage:
-        """How a table with rows of `width` is stored, `scheme` being `tokens` or `per_layer`.
+    def of_table(self, config: QuantizationConfig | None, width: int) -> Storage:
+        """How a table with rows of `width` is stored, `config` being `tokens` or `per_layer`.
 
         Raises:
             ExportOptionError: no block fits into its rows.
         """
-        if scheme is None:
+        if config is None:
             return self.storage
-        if (fitting := scheme.fitting(width)) is None:
+        if (fitting := config.fitting(width)) is None:
             raise ExportOptionError(
-                f"Rows of {width} values cannot be quantized in blocks of {scheme.block}; choose --precision bf16."
+                f"Rows of {width} values cannot be quantized in blocks of {config.block}; choose --precision bf16."
             )
         return fitting

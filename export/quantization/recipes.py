@@ -6,18 +6,18 @@ from dataclasses import replace
 
 from gemma3n_onnx.export.errors import ExportOptionError
 
+from .config import PerRow, QuantizationConfig
 from .options import QuantizationOptions
 from .precision import Precision
-from .scheme import PerRow, Scheme
 
 TARGETS = ("cpu", "cuda")
 
 _INT4 = Precision(
     storage="fp32",
     compute="fp32",
-    weights=Scheme(4, 128, "search"),
-    tokens=Scheme(4, 128, "search"),
-    per_layer=Scheme(4, 32),
+    weights=QuantizationConfig(4, 128, "search"),
+    tokens=QuantizationConfig(4, 128, "search"),
+    per_layer=QuantizationConfig(4, 32),
     encoders=PerRow(),
     prefill=PerRow(),
 )
@@ -39,16 +39,16 @@ RECIPES: dict[str, dict[str, Precision]] = {
         "cpu": Precision(
             storage="fp32",
             compute="fp32",
-            weights=Scheme(8, 128),
-            tokens=Scheme(8, 128),
-            per_layer=Scheme(8, 128),
+            weights=QuantizationConfig(8, 128),
+            tokens=QuantizationConfig(8, 128),
+            per_layer=QuantizationConfig(8, 128),
             encoders=PerRow(),
             prefill=PerRow(),
         ),
     },
     # `--report` on the demo: the attention projections are a sixth of the weights and cause 70 % of the KL divergence.
     "mixed": {
-        "cpu": replace(_INT4, exceptions={f"self_attn.{name}_proj": Scheme(8, 128) for name in "qkvo"}),
+        "cpu": replace(_INT4, exceptions={f"self_attn.{name}_proj": QuantizationConfig(8, 128) for name in "qkvo"}),
     },
     "int4": {
         "cpu": _INT4,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .scheme import PerRow, Scheme, Storage
+from .config import PerRow, QuantizationConfig, Storage
 
 Round = Callable[[Tensor], Tensor]
 
@@ -30,7 +30,7 @@ class Rounding:
 
 def of_storage(storage: Storage) -> Rounding | None:
     """What the product with a weight that is stored so does."""
-    if isinstance(storage, Scheme):
+    if isinstance(storage, QuantizationConfig):
         return Rounding(lambda x: in_blocks(x, storage.block))
     return Rounding(in_rows) if isinstance(storage, PerRow) else None
 

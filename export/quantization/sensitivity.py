@@ -17,7 +17,7 @@ from gemma3n_onnx.export.verify.parity import kl_divergence
 from gemma3n_onnx.export.verify.reference import StorageOf, decoder_logits, load_decoder, load_hard_rows
 from gemma3n_onnx.export.weights import as_stored
 
-from .scheme import Scheme
+from .config import QuantizationConfig
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,17 @@ def sensitivities(
     """
     decoder: Any = load_decoder(checkpoint, chosen)
     names = [*(name for name, _ in decoder.model.named_parameters()), PER_LAYER]
-    schemes = {name: scheme for name in names if isinstance(scheme := storage_of(name), Scheme)}
+    configs = {name: config for name in names if isinstance(config := storage_of(name), QuantizationConfig)}
     run = lambda: _logits(decoder, prompts)  # noqa: E731
     original = run()
     found = []
-    for done, (name, scheme) in enumerate(schemes.items()):
-        progress(done, len(schemes) + 1)
-        with _stored(checkpoint, decoder, name, scheme) as error:
-            found.append(Sensitivity(name, str(scheme), error, _mean_kl(original, run())))
-    progress(len(schemes), len(schemes) + 1)
+    for done, (name, config) in enumerate(configs.items()):
+        progress(done, len(configs) + 1)
+        with _stored(checkpoint, decoder, name, config) as error:
+            found.append(Sensitivity(name, str(config), error, _mean_kl(original, run())))
+    progress(len(configs), len(configs) + 1)
     whole = _logits(load_decoder(checkpoint, chosen, storage_of), prompts)
-    progress(len(schemes) + 1, len(schemes) + 1)
+    progress(len(configs) + 1, len(configs) + 1)
     return Report(
         slice=chosen.name,
         precision=precision,
@@ -91,23 +91,23 @@ def _mean_kl(original: np.ndarray, found: np.ndarray) -> float:
 
 
 @contextmanager
-def _stored(checkpoint: Checkpoint, decoder: Any, name: str, scheme: Scheme) -> Iterator[float]:
+def _stored(checkpoint: Checkpoint, decoder: Any, name: str, config: QuantizationConfig) -> Iterator[float]:
     """Has one tensor be as it is stored, meanwhile; gives its error."""
     if name == PER_LAYER:
         table: Any = decoder.model.embed_tokens_per_layer
-        before, table.storage = table.storage, scheme
+        before, table.storage = table.storage, config
         try:
-            yield table.sampled_error(scheme)
+            yield table.sampled_error(config)
         finally:
             table.storage = before
         return
     parameter = _parameter(decoder, name)
     original = parameter.data
-    parameter.data = as_stored(original, scheme)
+    parameter.data = as_stored(original, config)
     embeddings: Any = decoder.model.embed_tokens
     hard = getattr(embeddings, "rows", None) if name == TOKENS else None
     if hard is not None:
-        embeddings.rows = load_hard_rows(checkpoint, scheme)
+        embeddings.rows = load_hard_rows(checkpoint, config)
     try:
         yield float((parameter.data - original).norm() / original.norm())
     finally:

@@ -15,8 +15,8 @@ from gemma3n_onnx.export.checkpoint.checkpoint import ENCODER_MODULES, Checkpoin
 from gemma3n_onnx.export.encoders import find_hard_tokens
 from gemma3n_onnx.export.errors import ExportError
 from gemma3n_onnx.export.placements import PER_LAYER, TOKENS
+from gemma3n_onnx.export.quantization.config import PerRow, QuantizationConfig, Storage
 from gemma3n_onnx.export.quantization.rounding import IN_BF16, of_storage, rounded
-from gemma3n_onnx.export.quantization.scheme import PerRow, Scheme, Storage
 from gemma3n_onnx.export.slicing import Slice, TensorCut
 from gemma3n_onnx.export.weights import as_stored, as_torch, read_cut
 from gemma3n_onnx.runtime.artifact import Manifest
@@ -34,11 +34,11 @@ def unchanged(name: str) -> Storage:
 
 
 def stored_in(manifest: Manifest) -> StorageOf:
-    schemes = {
-        name: PerRow() if info.block is None else Scheme(info.bits, info.block, info.method)
+    storages = {
+        name: PerRow() if info.block is None else QuantizationConfig(info.bits, info.block, info.method)
         for name, info in manifest.quantization.items()
     }
-    return lambda name: schemes.get(name, manifest.storage)
+    return lambda name: storages.get(name, manifest.storage)
 
 
 def stored_in_encoder(manifest: Manifest, modality: str) -> StorageOf:

@@ -13,10 +13,10 @@ import torch
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 
 from gemma3n_onnx.export.errors import CheckpointError, ExportError, ExportOptionError
+from gemma3n_onnx.export.quantization.config import METHODS, PerRow, QuantizationConfig
 from gemma3n_onnx.export.quantization.options import QuantizationOptions
 from gemma3n_onnx.export.quantization.quantize import dequantize, pack, quantize, unpack
 from gemma3n_onnx.export.quantization.recipes import precision_for
-from gemma3n_onnx.export.quantization.scheme import METHODS, PerRow, Scheme
 from gemma3n_onnx.export.quantization.threads import one_thread_an_operation
 from gemma3n_onnx.export.weights import (
     Placement,
@@ -35,7 +35,7 @@ from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
 from gemma3n_onnx.runtime.engine.tables import EmbeddingTable
 
 ROWS, COLUMNS = 48, 256
-SCHEMES = [Scheme(bits, block, method) for bits in (4, 8) for block in (32, 128) for method in METHODS]
+CONFIGS = [QuantizationConfig(bits, block, method) for bits in (4, 8) for block in (32, 128) for method in METHODS]
 FILE = "data.bin"
 
 
@@ -64,9 +64,9 @@ def graph(kind: str, rows: int, columns: int) -> ir.Model:
     return ir.Model(made, ir_version=10)
 
 
-def written(folder: Path, values: torch.Tensor, scheme: Scheme, chunk: int = 7) -> QuantizedPlacement:
+def written(folder: Path, values: torch.Tensor, config: QuantizationConfig, chunk: int = 7) -> QuantizedPlacement:
     """`values`, a few rows at a time, as an export writes them."""
-    (place,) = lay_out(FILE, {"w": tuple(values.shape)}, lambda _: scheme).values()
+    (place,) = lay_out(FILE, {"w": tuple(values.shape)}, lambda _: config).values()
     assert isinstance(place, QuantizedPlacement)
     blocks = (block.numpy() for block in values.split(chunk))
     info = WeightStream(folder, lambda _: None).write_file(FILE, {"w": place}, lambda _: blocks)
@@ -96,50 +96,52 @@ def test_the_first_code_is_in_the_lowest_bits() -> None:
     assert pack(torch.tensor([[1, 2, 3, 15]], dtype=torch.uint8), 4).tolist() == [[0x21, 0xF3]]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_onnxruntime_multiplies_by_what_dequantize_gives(tmp_path: Path, scheme: Scheme) -> None:
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_onnxruntime_multiplies_by_what_dequantize_gives(tmp_path: Path, config: QuantizationConfig) -> None:
     values = matrix()
-    session = loaded(tmp_path, graph("Gemm", ROWS, COLUMNS), written(tmp_path, values, scheme), int8_activations=False)
+    session = loaded(tmp_path, graph("Gemm", ROWS, COLUMNS), written(tmp_path, values, config), int8_activations=False)
     product = session.run({"x": np.eye(COLUMNS, dtype=np.float32)})["y"]
-    np.testing.assert_allclose(product.T, as_stored(values, scheme), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(product.T, as_stored(values, config), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_int8_activations_cost_little(tmp_path: Path, scheme: Scheme) -> None:
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_int8_activations_cost_little(tmp_path: Path, config: QuantizationConfig) -> None:
     values = matrix()
-    session = loaded(tmp_path, graph("Gemm", ROWS, COLUMNS), written(tmp_path, values, scheme), int8_activations=True)
+    session = loaded(tmp_path, graph("Gemm", ROWS, COLUMNS), written(tmp_path, values, config), int8_activations=True)
     x = np.random.default_rng(0).standard_normal((5, COLUMNS), dtype=np.float32)
-    exact = x @ as_stored(values, scheme).numpy().T
+    exact = x @ as_stored(values, config).numpy().T
     assert np.abs(session.run({"x": x})["y"] - exact).max() < 0.02 * np.ptp(exact)
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.method in ("rtn", "k-quant")], ids=str)
-def test_onnxruntime_gathers_the_rows_that_dequantize_gives(tmp_path: Path, scheme: Scheme) -> None:
+@pytest.mark.parametrize("config", [s for s in CONFIGS if s.method in ("rtn", "k-quant")], ids=str)
+def test_onnxruntime_gathers_the_rows_that_dequantize_gives(tmp_path: Path, config: QuantizationConfig) -> None:
     values = matrix()
-    session = loaded(tmp_path, graph("Gather", ROWS, COLUMNS), written(tmp_path, values, scheme), int8_activations=True)
+    session = loaded(tmp_path, graph("Gather", ROWS, COLUMNS), written(tmp_path, values, config), int8_activations=True)
     ids = np.array([0, 3, 5, ROWS - 1, 7])
     rows = session.run({"x": ids})["y"]
-    np.testing.assert_allclose(rows, as_stored(values, scheme)[ids].half(), rtol=1e-3)
+    np.testing.assert_allclose(rows, as_stored(values, config)[ids].half(), rtol=1e-3)
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 128, "search"), Scheme(8, 64)], ids=str)
-def test_a_table_on_disk_gives_the_same_rows(tmp_path: Path, scheme: Scheme) -> None:
+@pytest.mark.parametrize(
+    "config", [QuantizationConfig(4, 32), QuantizationConfig(4, 128, "search"), QuantizationConfig(8, 64)], ids=str
+)
+def test_a_table_on_disk_gives_the_same_rows(tmp_path: Path, config: QuantizationConfig) -> None:
     values = matrix()
-    place = written(tmp_path, values, scheme)
-    info = TableInfo(FILE, f"int{scheme.bits}", ROWS, COLUMNS, 2.0, scheme.block, place.scales.offset)
+    place = written(tmp_path, values, config)
+    info = TableInfo(FILE, f"int{config.bits}", ROWS, COLUMNS, 2.0, config.block, place.scales.offset)
     ids = np.array([ROWS - 1, 3, 0, 5])
     np.testing.assert_array_equal(
-        EmbeddingTable(tmp_path, info, "fp32").rows(ids), 2 * as_stored(values, scheme)[ids].numpy()
+        EmbeddingTable(tmp_path, info, "fp32").rows(ids), 2 * as_stored(values, config)[ids].numpy()
     )
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_first_rows_are_a_matrix_of_their_own(tmp_path: Path, scheme: Scheme) -> None:
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_first_rows_are_a_matrix_of_their_own(tmp_path: Path, config: QuantizationConfig) -> None:
     values = matrix()
-    place = written(tmp_path, values, scheme).first_rows(20)
+    place = written(tmp_path, values, config).first_rows(20)
     session = loaded(tmp_path, graph("Gemm", 20, COLUMNS), place, int8_activations=False)
     product = session.run({"x": np.eye(COLUMNS, dtype=np.float32)})["y"]
-    np.testing.assert_allclose(product.T, as_stored(values, scheme)[:20], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(product.T, as_stored(values, config)[:20], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("block", [32, 128])
@@ -154,7 +156,7 @@ def test_rounding_to_nearest_is_as_good_as_onnxruntimes_quantizer(block: int) ->
     quantize_matmul_4bits(codes, np.ascontiguousarray(values.numpy().T), scales, zeros, block, 64, 256, True)
     low, high = codes & 0xF, codes >> 4
     theirs = (np.stack((low, high), -1).reshape(64, groups, block) - 8.0) * scales.reshape(64, groups, 1)
-    ours = as_stored(values, Scheme(4, block)).numpy()
+    ours = as_stored(values, QuantizationConfig(4, block)).numpy()
     ours_error, theirs_error = (np.square(x.reshape(64, 256) - values.numpy()).mean() for x in (ours, theirs))
     print(f"mean squared error {ours_error:.3e}, onnxruntime's {theirs_error:.3e}")
     assert ours_error == pytest.approx(theirs_error, rel=0.01)
@@ -164,7 +166,9 @@ def test_rounding_to_nearest_is_as_good_as_onnxruntimes_quantizer(block: int) ->
 @pytest.mark.parametrize("bits", [2, 4])
 def test_searching_beats_rounding(bits: int, block: int) -> None:
     values = matrix()
-    errors = {m: float((as_stored(values, Scheme(bits, block, m)) - values).square().mean()) for m in METHODS}
+    errors = {
+        m: float((as_stored(values, QuantizationConfig(bits, block, m)) - values).square().mean()) for m in METHODS
+    }
     print({method: f"{error:.3e}" for method, error in errors.items()})
     assert errors["search"] < 0.95 * errors["rtn"]
     assert errors["k-quant"] < errors["rtn"]
@@ -174,7 +178,7 @@ def test_half_quadratic_splitting_lowers_its_norm() -> None:
     values = matrix(seed=1)
 
     def norm(method: str) -> float:
-        return float((as_stored(values, Scheme(4, 64, method)) - values).abs().pow(0.7).sum())
+        return float((as_stored(values, QuantizationConfig(4, 64, method)) - values).abs().pow(0.7).sum())
 
     found = {method: norm(method) for method in METHODS}
     print(found)
@@ -184,26 +188,26 @@ def test_half_quadratic_splitting_lowers_its_norm() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_zeros_and_constants_stay(method: str) -> None:
     values = torch.stack([torch.zeros(64), torch.full((64,), 0.5), torch.full((64,), -0.5)])
-    torch.testing.assert_close(as_stored(values, Scheme(4, 32, method)), values, rtol=2e-3, atol=0)
+    torch.testing.assert_close(as_stored(values, QuantizationConfig(4, 32, method)), values, rtol=2e-3, atol=0)
 
 
 def test_stored_values_do_not_depend_on_how_rows_come(tmp_path: Path) -> None:
-    values, scheme = matrix(), Scheme(4, 32, "k-quant")
+    values, config = matrix(), QuantizationConfig(4, 32, "k-quant")
     files = []
     for chunk in (1, 48):
         (tmp_path / str(chunk)).mkdir()
-        written(tmp_path / str(chunk), values, scheme, chunk)
+        written(tmp_path / str(chunk), values, config, chunk)
         files.append((tmp_path / str(chunk) / FILE).read_bytes())
     assert files[0] == files[1]
 
 
 def test_quantize_and_dequantize_fit_each_other() -> None:
     values = matrix()
-    for scheme in SCHEMES:
-        once = as_stored(values, scheme)
-        bound = (values.amax() - values.amin()) / scheme.largest
-        assert (dequantize(quantize(values, scheme), scheme) == once).all()
-        cut = 2 if scheme.method in ("search", "k-quant") else 1  # the largest may be given up for the others
+    for config in CONFIGS:
+        once = as_stored(values, config)
+        bound = (values.amax() - values.amin()) / config.largest
+        assert (dequantize(quantize(values, config), config) == once).all()
+        cut = 2 if config.method in ("search", "k-quant") else 1  # the largest may be given up for the others
         assert (once - values).abs().max() <= 1.05 * cut * bound
 
 
@@ -237,7 +241,7 @@ def test_values_that_cannot_be_quantized(tmp_path: Path, value: float, error: ty
     values = matrix()
     values[9, 9] = value
     with pytest.raises(error, match="Tensor w"):
-        written(tmp_path, values, Scheme(4, 32))
+        written(tmp_path, values, QuantizationConfig(4, 32))
 
 
 def test_a_weight_used_otherwise_is_refused() -> None:
@@ -245,14 +249,14 @@ def test_a_weight_used_otherwise_is_refused() -> None:
     (node,) = model.graph
     extra = ir.node("Transpose", [node.inputs[1]])
     model.graph.append(extra)
-    place = QuantizedPlacement.at(FILE, 0, (ROWS, COLUMNS), Scheme(4, 32))
+    place = QuantizedPlacement.at(FILE, 0, (ROWS, COLUMNS), QuantizationConfig(4, 32))
     with pytest.raises(AssertionError, match="Transpose"):
         attach(model, {"w": place})
 
 
 @pytest.mark.parametrize(("columns", "block"), [(256, 128), (96, 32), (48, 16), (24, None), (7, None)])
 def test_the_largest_block_that_fits(columns: int, block: int | None) -> None:
-    fitting = Scheme(4, 128).fitting(columns)
+    fitting = QuantizationConfig(4, 128).fitting(columns)
     assert (fitting and fitting.block) == block
 
 
@@ -264,14 +268,14 @@ def test_the_largest_block_that_fits(columns: int, block: int | None) -> None:
         ({"bits": 4, "block": 32, "method": "magic"}, "method magic is unknown; choose one of rtn, search"),
     ],
 )
-def test_unknown_schemes(arguments: dict, told: str) -> None:
+def test_unknown_configs(arguments: dict, told: str) -> None:
     with pytest.raises(ExportOptionError, match=told):
-        Scheme(**arguments)
+        QuantizationConfig(**arguments)
 
 
 def test_options_replace_parts_of_a_recipe() -> None:
     recipe = precision_for("int4", "cpu", QuantizationOptions(64, "hqq", 8, 8))
-    assert recipe.weights == Scheme(4, 64, "hqq")
+    assert recipe.weights == QuantizationConfig(4, 64, "hqq")
     assert recipe.tokens is not None and (recipe.tokens.bits, recipe.tokens.block, recipe.tokens.has_zeros) == (
         8,
         64,
@@ -298,16 +302,16 @@ def test_options_that_do_not_fit(precision: str, options: QuantizationOptions, t
 
 def test_exceptions_keep_what_options_leave() -> None:
     recipe = precision_for("mixed", "cpu", QuantizationOptions(ple_bits=8))
-    assert recipe.of_weight("layers.0.self_attn.q_proj.weight", (256, 256)) == Scheme(8, 128)
-    assert recipe.of_weight("layers.0.mlp.up_proj.weight", (256, 256)) == Scheme(4, 128, "search")
+    assert recipe.of_weight("layers.0.self_attn.q_proj.weight", (256, 256)) == QuantizationConfig(8, 128)
+    assert recipe.of_weight("layers.0.mlp.up_proj.weight", (256, 256)) == QuantizationConfig(4, 128, "search")
     larger = precision_for("mixed", "cpu", QuantizationOptions(block=64))
-    assert larger.of_weight("layers.0.self_attn.q_proj.weight", (256, 256)) == Scheme(8, 64)
+    assert larger.of_weight("layers.0.self_attn.q_proj.weight", (256, 256)) == QuantizationConfig(8, 64)
 
 
 def test_altup_and_vectors_are_not_quantized() -> None:
     recipe = precision_for("int4", "cpu")
     assert recipe.of_weight("layers.0.mlp.up_proj.weight", (256, 128)) == recipe.weights
-    assert recipe.of_weight("layers.0.laurel.linear_right.weight", (128, 16)) == Scheme(4, 16, "search")
+    assert recipe.of_weight("layers.0.laurel.linear_right.weight", (128, 16)) == QuantizationConfig(4, 16, "search")
     assert recipe.of_weight("layers.0.altup.modality_router.weight", (4, 128)) == "fp32"
     assert recipe.of_weight("layers.0.laurel.post_laurel_norm.weight", (128,)) == "fp32"
     assert recipe.of_weight("altup_projections.0.weight", (128, 128)) == recipe.weights
@@ -315,7 +319,7 @@ def test_altup_and_vectors_are_not_quantized() -> None:
 
 def test_quantized_and_plain_tensors_lie_one_after_another() -> None:
     shapes = {"a": (64, 256), "b": (7,), "c": (32, 32)}
-    storage = {"a": Scheme(4, 32), "b": "fp32", "c": Scheme(8, 32, "hqq")}
+    storage = {"a": QuantizationConfig(4, 32), "b": "fp32", "c": QuantizationConfig(8, 32, "hqq")}
     places = lay_out(FILE, shapes, storage.__getitem__)
     assert isinstance(places["a"], QuantizedPlacement) and isinstance(places["b"], Placement)
     assert places["a"].nbytes == 64 * 128 + 64 * 8 * 2
@@ -336,7 +340,7 @@ def test_threads_change_nothing(threads: Callable[[int], None]) -> None:
     made = []
     for count in (1, 3):
         threads(count)
-        made.append(quantize(values, Scheme(4, 128, "search")))
+        made.append(quantize(values, QuantizationConfig(4, 128, "search")))
         assert torch.get_num_threads() == count
     assert torch.equal(made[0].codes, made[1].codes) and torch.equal(made[0].scales, made[1].scales)
 
@@ -345,7 +349,7 @@ def test_callers_at_once_share_the_workers(threads: Callable[[int], None]) -> No
     threads(3)
     values = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     with ThreadPoolExecutor(4) as callers:
-        made = [*callers.map(lambda _: quantize(values, Scheme(4, 128, "search")).codes, range(200))]
+        made = [*callers.map(lambda _: quantize(values, QuantizationConfig(4, 128, "search")).codes, range(200))]
     assert all(torch.equal(codes, made[0]) for codes in made)
     assert torch.get_num_threads() == 3
 

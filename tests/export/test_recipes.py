@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from gemma3n_onnx.export.quantization import recipes
+from gemma3n_onnx.export.quantization.config import QuantizationConfig
 from gemma3n_onnx.export.quantization.precision import Precision
 from gemma3n_onnx.export.quantization.recipes import RECIPES, TARGETS
-from gemma3n_onnx.export.quantization.scheme import Scheme
 from gemma3n_onnx.runtime import OnnxGemma3n
 from gemma3n_onnx.runtime.artifact import BlockInfo
 from support import run_command
@@ -23,7 +23,11 @@ def test_a_new_recipe_is_exported_and_verified(
     monkeypatch: pytest.MonkeyPatch, small_checkpoint: Path, tmp_path: Path
 ) -> None:
     recipe = Precision(
-        storage="fp32", compute="fp32", weights=Scheme(8, 32, "hqq"), tokens=Scheme(8, 64), per_layer=Scheme(4, 32)
+        storage="fp32",
+        compute="fp32",
+        weights=QuantizationConfig(8, 32, "hqq"),
+        tokens=QuantizationConfig(8, 64),
+        per_layer=QuantizationConfig(4, 32),
     )
     monkeypatch.setitem(recipes.RECIPES, NAME, {"cpu": recipe})
     output = tmp_path / "out"
@@ -49,7 +53,7 @@ def test_a_new_recipe_is_exported_and_verified(
 def test_a_new_recipe_is_in_the_messages(
     monkeypatch: pytest.MonkeyPatch, small_checkpoint: Path, tmp_path: Path
 ) -> None:
-    recipe = Precision(storage="fp32", compute="fp32", weights=Scheme(8, 32))
+    recipe = Precision(storage="fp32", compute="fp32", weights=QuantizationConfig(8, 32))
     monkeypatch.setitem(recipes.RECIPES, NAME, {"cpu": recipe})
     export = ["gemma3n-export", "--model", str(small_checkpoint), "--output", str(tmp_path / "out")]
     for options, told in (
@@ -64,7 +68,7 @@ def test_a_new_recipe_is_in_the_messages(
 
 def test_a_recipe_quantizes_both_tables_or_neither() -> None:
     with pytest.raises(ValueError, match="both tables or neither"):
-        Precision(storage="fp32", compute="fp32", tokens=Scheme(8, 32))
+        Precision(storage="fp32", compute="fp32", tokens=QuantizationConfig(8, 32))
 
 
 def test_help_and_page_name_every_recipe(monkeypatch: pytest.MonkeyPatch) -> None:

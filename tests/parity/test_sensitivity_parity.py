@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
+from gemma3n_onnx.export.quantization.config import QuantizationConfig
 from gemma3n_onnx.export.quantization.quantize import dequantize, quantize
-from gemma3n_onnx.export.quantization.scheme import Scheme
 from gemma3n_onnx.export.quantization.sensitivity import sensitivities
 from gemma3n_onnx.export.slicing import whole
 from gemma3n_onnx.export.verify import report as report_module
@@ -21,7 +21,7 @@ from support import run_command
 
 PROMPTS = [random_prompt(24, seed=1), random_prompt(31, seed=2)]
 DOWN = "layers.3.mlp.down_proj.weight"
-FOUR_BITS = Scheme(4, 32)
+FOUR_BITS = QuantizationConfig(4, 32)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ _ASYMMETRIC = ("k-quant", "hqq")
 
 
 @dataclass(frozen=True)
-class Scheme:
+class QuantizationConfig:
     """Raises ExportOptionError for bits, a block or a method that there is not."""
 
     bits: int
@@ -49,7 +49,7 @@ class Scheme:
     def largest(self) -> int:
         return (1 << self.bits) - 1
 
-    def fitting(self, columns: int) -> Scheme | None:
+    def fitting(self, columns: int) -> QuantizationConfig | None:
         """With the largest block up to its own that divides `columns`; None where there is none."""
         block = next((size for size in reversed(BLOCKS) if size <= self.block and columns % size == 0), None)
         return None if block is None else replace(self, block=block)
@@ -70,5 +70,5 @@ class PerRow:
         return "int8 by rows"
 
 
-Storage = str | Scheme | PerRow
+Storage = str | QuantizationConfig | PerRow
 """How a tensor is stored: a dtype, or quantized."""
