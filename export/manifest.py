@@ -43,7 +43,7 @@ def manifest_of(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo], enco
         quantization={
             name: info
             for name, place in {**plan.text_weights, **encoder_weights}.items()
-            if (info := _block_info(place)) is not None
+            if (info := _quantization_info(place)) is not None
         },
         target=plan.target,
         logits=plan.logits,
@@ -78,12 +78,12 @@ def manifest_of(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo], enco
     )
 
 
-def _block_info(place: AnyPlacement) -> artifact.BlockInfo | None:
+def _quantization_info(place: AnyPlacement) -> artifact.QuantizationInfo | None:
     match place:
         case QuantizedPlacement(config=config):
-            return artifact.BlockInfo(config.bits, config.block, config.method)
+            return artifact.QuantizationInfo(config.bits, config.block, config.method)
         case RowsPlacement():
-            return artifact.BlockInfo(PerRow.bits, None, PerRow.method)
+            return artifact.QuantizationInfo(PerRow.bits, None, PerRow.method)
         case _:
             return None
 

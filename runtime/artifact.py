@@ -113,7 +113,7 @@ class TableInfo:
 
 
 @dataclass(frozen=True)
-class BlockInfo:
+class QuantizationInfo:
     """How a matrix is quantized: `block` values of a row, or all of them where it is None, share a scale, and a zero
     point in some methods."""
 
@@ -211,7 +211,7 @@ class Manifest:
     precision: str
     storage: str
     compute_dtype: str
-    quantization: Mapping[str, BlockInfo]
+    quantization: Mapping[str, QuantizationInfo]
     target: str
     logits: str
     modalities: tuple[str, ...]

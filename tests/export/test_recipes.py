@@ -12,7 +12,7 @@ from gemma3n_onnx.export.quantization.config import QuantizationConfig
 from gemma3n_onnx.export.quantization.precision import Precision
 from gemma3n_onnx.export.quantization.recipes import RECIPES, TARGETS
 from gemma3n_onnx.runtime import OnnxGemma3n
-from gemma3n_onnx.runtime.artifact import BlockInfo
+from gemma3n_onnx.runtime.artifact import QuantizationInfo
 from support import run_command
 
 ROOT = Path(__file__).parents[2]
@@ -38,9 +38,9 @@ def test_a_new_recipe_is_exported_and_verified(
     loaded = OnnxGemma3n.from_pretrained(output)
     manifest = loaded.manifest
     assert manifest.precision == NAME
-    assert manifest.quantization["layers.0.mlp.up_proj.weight"] == BlockInfo(8, 32, "hqq")
-    assert manifest.quantization["embed_tokens.weight"] == BlockInfo(8, 64, "rtn")
-    assert manifest.quantization["embed_tokens_per_layer.weight"] == BlockInfo(4, 32, "rtn")
+    assert manifest.quantization["layers.0.mlp.up_proj.weight"] == QuantizationInfo(8, 32, "hqq")
+    assert manifest.quantization["embed_tokens.weight"] == QuantizationInfo(8, 64, "rtn")
+    assert manifest.quantization["embed_tokens_per_layer.weight"] == QuantizationInfo(4, 32, "rtn")
     assert manifest.prefill is None
     assert loaded.generate("Hello", max_new_tokens=4).token_ids
 
