@@ -13,7 +13,7 @@ from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.quantization.precision import Precision
 from gemma3n_onnx.graphs import names
 from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.graphs.passes.borrow_last import BorrowLast
+from gemma3n_onnx.graphs.passes.split_donor_cache import SplitDonorCache
 
 from .base import Layout, Requested
 
@@ -35,4 +35,4 @@ class GrowingCacheLayout(Layout):
         return replace(precision, prefill=None)
 
     def adapt(self, decoder: ir.Model, embedding: ir.Model, config: TextConfig) -> None:
-        BorrowLast()(decoder)  # their ONNX Runtime may be older than 1.31
+        SplitDonorCache()(decoder)  # their ONNX Runtime may be older than 1.31
