@@ -9,9 +9,9 @@ from functools import partial
 import onnx_ir as ir
 
 from gemma3n_onnx.graphs.candidates import candidates
+from gemma3n_onnx.graphs.passes.cache_only_decoder import CacheOnlyDecoder
 from gemma3n_onnx.graphs.passes.choose_likeliest import ChooseLikeliest
 from gemma3n_onnx.graphs.passes.narrow_products import NarrowProducts
-from gemma3n_onnx.graphs.passes.only_caches import OnlyCaches
 from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 
 from . import trace
@@ -64,7 +64,7 @@ def _text_graphs(plan: ExportPlan) -> dict[str, BuiltGraph]:
         graphs["candidates"] = BuiltGraph(candidates(config.vocab_size, trace.OPSET), {})
     if plan.prefill_weights:
         prefill = trace.trace_decoder(config, plan.logits, precision.compute, plan.windowed_caches)
-        OnlyCaches()(prefill)
+        CacheOnlyDecoder()(prefill)
         graphs["prefill"] = BuiltGraph(prefill, {**plan.text_weights, **plan.prefill_weights})
     return graphs
 

@@ -19,7 +19,7 @@ from gemma3n_onnx.export.quantization.recipes import precision_for
 from gemma3n_onnx.export.slicing import whole
 from gemma3n_onnx.export.verify.parity import describe, verify
 from gemma3n_onnx.export.verify.reference import load_decoder, prefilled_logits, stored_for_prefill, stored_in
-from gemma3n_onnx.graphs.passes.only_caches import OnlyCaches
+from gemma3n_onnx.graphs.passes.cache_only_decoder import CacheOnlyDecoder
 from gemma3n_onnx.runtime import OnnxGemma3n, OptionError
 from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.engine import prefill_graph as prefill
@@ -35,7 +35,7 @@ LONGER = prefill.WORTH_LOADING + LONG
 def test_without_rounding_its_caches_are_the_decoders(shallow_checkpoint, exported, shallow_oracle, tmp_path, chunk):
     folder = shutil.copytree(exported(shallow_checkpoint), tmp_path / "artifact")
     graph = ir.load(folder / "decoder.onnx")
-    OnlyCaches()(graph)
+    CacheOnlyDecoder()(graph)
     ir.save(graph, folder / "prefill.onnx")
     manifest = dataclasses.replace(load_manifest(folder), prefill=graph_info("prefill.onnx", graph))
     engine = Engine(folder, manifest, CPUProvider(), prefill_chunk=chunk)

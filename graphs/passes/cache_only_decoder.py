@@ -1,7 +1,7 @@
-"""Cuts a decoder down to what fills its KV caches, which is all that a prompt needs of its tokens but the last.
+"""Cuts a decoder down to what fills its KV caches: all that prefill needs from every prompt token but the last.
 
-Matches: a decoder with the short tail, whose logits are of one position. The layers above the last that produces K and
-V go, and of that one all but its attention.
+Matches: a decoder whose logits are of the last position. Removes the layers above the last KV producer, and everything
+of that layer but its attention.
 Refuses: nothing; inputs and the other outputs stay as they are.
 """
 
@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from gemma3n_onnx.graphs.names import LOGITS
 
 
-class OnlyCaches(InPlacePass):
+class CacheOnlyDecoder(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         outputs = model.graph.outputs
         (logits,) = (value for value in outputs if value.name == LOGITS)
