@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.graphs.passes.fuse_embedding import FuseEmbedding
 from gemma3n_onnx.graphs.passes.name_axes import NameAxes
-from gemma3n_onnx.graphs.passes.take_ids import TakeIds
 from gemma3n_onnx.runtime.artifact import Manifest
 
 from .base import ConfigFiles, Requested
@@ -35,7 +35,7 @@ class OptimumLayout(GrowingCacheLayout):
 
     def adapt(self, decoder: ir.Model, embedding: ir.Model, config: TextConfig) -> None:
         super().adapt(decoder, embedding, config)
-        TakeIds(embedding)(decoder)
+        FuseEmbedding(embedding)(decoder)
         NameAxes(AXES)(decoder)
 
     def config_files(self, model_config: Mapping[str, Any], manifest: Manifest, config: TextConfig) -> ConfigFiles:

@@ -1,8 +1,8 @@
-"""Has a decoder take token ids: the embedding graph becomes its beginning.
+"""Fuses the embedding graph into a decoder, which then takes token ids.
 
-Matches: a decoder with the inputs `inputs_embeds` and `per_layer_inputs`, and an embedding graph that gives these from
-`input_ids` alone. Weights keep their names; what else the embedding names gets a prefix.
-Refuses: an embedding with other inputs (AssertionError).
+Matches: a decoder with the inputs `inputs_embeds` and `per_layer_inputs`, and an embedding graph that computes both
+from `input_ids` alone. Weights keep their names; nodes, values and constants of the embedding get a prefix.
+Refuses: an embedding graph with other inputs (AssertionError).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gemma3n_onnx.graphs.names import INPUT_IDS
 _PREFIX = "embedding."
 
 
-class TakeIds(InPlacePass):
+class FuseEmbedding(InPlacePass):
     def __init__(self, embedding: ir.Model) -> None:
         super().__init__()
         self.embedding = embedding.clone()
