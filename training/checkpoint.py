@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemma3n_onnx.export.checkpoint.checkpoint import FULL_LAYOUT, WEIGHTS
+from gemma3n_onnx.export.checkpoint.checkpoint import FULL_NAMING, WEIGHTS
 from gemma3n_onnx.export.checkpoint.make_checkpoint import PREPROCESSOR, TINY_AUDIO, full_config, text_config
 from gemma3n_onnx.export.checkpoint.make_tokenizer import write_tokenizer
 from gemma3n_onnx.export.checkpoint.processor import log_mel_info
@@ -59,7 +59,7 @@ def write_weights(
         **vision.checkpoint_shapes(vision.VisionConfig.from_hf(config)),
         **audio.checkpoint_shapes(audio.AudioConfig.from_hf(config)),
     }
-    named = {f"{FULL_LAYOUT.text}{name}": tensor for name, tensor in text.items()}
-    named |= {f"{FULL_LAYOUT.encoders}{name}": encoders[name].reshape(shape) for name, shape in shapes.items()}
+    named = {f"{FULL_NAMING.text}{name}": tensor for name, tensor in text.items()}
+    named |= {f"{FULL_NAMING.encoders}{name}": encoders[name].reshape(shape) for name, shape in shapes.items()}
     tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in named.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

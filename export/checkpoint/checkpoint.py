@@ -24,21 +24,20 @@ EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a kind of file keeps its tensors: what raw names start with, and the raw name of a separate head.
-
-    `encoders` is the prefix of the encoders' and embedders' names, None where there is none.
-    """
+class TensorNaming:
+    """How a checkpoint names its tensors: prefixes of the raw names, and the raw name of an output head of its own."""
 
     text: str
+    """Prefix of the text decoder."""
     encoders: str | None
+    """Prefix of encoders and embedders; None in a text-only checkpoint."""
     head: str
 
 
-FULL_LAYOUT = Layout("model.language_model.", "model.", "lm_head.weight")
-TEXT_ONLY = Layout("model.", None, "lm_head.weight")
-AS_TRANSFORMERS_4_SAVED = Layout("language_model.model.", "", "language_model.lm_head.weight")
-LAYOUTS = (FULL_LAYOUT, AS_TRANSFORMERS_4_SAVED, TEXT_ONLY)
+FULL_NAMING = TensorNaming("model.language_model.", "model.", "lm_head.weight")
+TEXT_ONLY_NAMING = TensorNaming("model.", None, "lm_head.weight")
+TRANSFORMERS_4_NAMING = TensorNaming("language_model.model.", "", "language_model.lm_head.weight")
+NAMINGS = (FULL_NAMING, TRANSFORMERS_4_NAMING, TEXT_ONLY_NAMING)
 # The modules of each modality besides text.
 ENCODER_MODULES = {"vision": ("vision_tower", "embed_vision"), "audio": ("audio_tower", "embed_audio")}
 TOKENIZER_FILES = (
@@ -68,7 +67,7 @@ class Checkpoint:
         name: what the checkpoint is called: the folder's name, or the Hub id's without its owner.
         config: config.json as it is.
         text_config: the architecture of the text decoder.
-        layout: what raw names start with.
+        naming: how raw names are formed.
         modalities: those that the checkpoint has, "text" first.
     """
 
@@ -86,7 +85,7 @@ class Checkpoint:
                 f"{folder / 'config.json'}: {str(error).rstrip('.')}; give an unchanged checkpoint of Gemma 3n."
             ) from error
         self._files = _open_files(folder)
-        self.layout = self._find_layout()
+        self.naming = self._find_naming()
         self.modalities = ("text", *(m for m in ENCODER_MODULES if self.encoder_names(m)))
         self._check_dtypes()
         self._check_head()
@@ -114,12 +113,12 @@ class Checkpoint:
 
     def text_names(self) -> tuple[str, ...]:
         """The names within the text decoder, sorted; a tied head is not among them."""
-        prefix = self.layout.text
+        prefix = self.naming.text
         return tuple(name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
 
     def encoder_names(self, modality: str) -> tuple[str, ...]:
         """The names of a modality's encoder and embedder, from the module on (`audio_tower.…`), sorted."""
-        prefix = self.layout.encoders
+        prefix = self.naming.encoders
         if prefix is None:
             return ()
         wanted = tuple(f"{prefix}{module}." for module in ENCODER_MODULES[modality])
@@ -128,7 +127,7 @@ class Checkpoint:
     @property
     def head(self) -> str | None:
         """The raw name of the separate, but equal, copy of the token embedding that some files hold."""
-        name = self.layout.head
+        name = self.naming.head
         return name if name in self._files else None
 
     def spec(self, name: str) -> TensorSpec:
@@ -137,15 +136,15 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor; so do the other readers.
         """
-        return self.raw_spec(self.layout.text + name)
+        return self.raw_spec(self.naming.text + name)
 
     def read(self, name: str) -> np.ndarray:
         """A text tensor in the dtype of the file (bf16 as `ml_dtypes.bfloat16`)."""
-        return self.raw_read(self.layout.text + name)
+        return self.raw_read(self.naming.text + name)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of a text tensor, without touching the others."""
-        return self.raw_read_rows(self.layout.text + name, start, stop)
+        return self.raw_read_rows(self.naming.text + name, start, stop)
 
     def raw_spec(self, name: str) -> TensorSpec:
         return self._file(name).spec(name)
@@ -158,7 +157,7 @@ class Checkpoint:
 
     def encoder_raw_name(self, name: str) -> str:
         """The raw name of a tensor that `encoder_names` gives."""
-        return f"{self.layout.encoders}{name}"
+        return f"{self.naming.encoders}{name}"
 
     def tokenizer_files(self) -> list[Path]:
         """The files beside config and weights that belong to an export, those that are there."""
@@ -235,25 +234,25 @@ class Checkpoint:
 
     def check_all_known(self) -> None:
         """Raises CheckpointError where a tensor belongs to no part of a Gemma 3n."""
-        if unknown := set(self.names) - {self.layout.head, *self._known_names()}:
+        if unknown := set(self.names) - {self.naming.head, *self._known_names()}:
             raise CheckpointError(
                 f"The checkpoint holds {min(unknown)} and {len(unknown) - 1} more tensors that no Gemma 3n has; "
                 "give an unchanged checkpoint of Gemma 3n."
             )
 
-    def _find_layout(self) -> Layout:
-        for layout in LAYOUTS:
-            if layout.text + EMBEDDING in self._files:
-                return layout
+    def _find_naming(self) -> TensorNaming:
+        for naming in NAMINGS:
+            if naming.text + EMBEDDING in self._files:
+                return naming
         raise CheckpointError(
             f"{self.folder} has no Gemma 3n text decoder: there is no "
-            f"{' or '.join(layout.text + EMBEDDING for layout in LAYOUTS)}."
+            f"{' or '.join(naming.text + EMBEDDING for naming in NAMINGS)}."
         )
 
     def _known_names(self) -> list[str]:
         """The raw names of all that belongs to a Gemma 3n, a separate head aside."""
         encoders = (self.encoder_raw_name(name) for m in ENCODER_MODULES for name in self.encoder_names(m))
-        return [*(self.layout.text + name for name in self.text_names()), *encoders]
+        return [*(self.naming.text + name for name in self.text_names()), *encoders]
 
     def _check_dtypes(self) -> None:
         for name in self._known_names():
@@ -280,7 +279,7 @@ class Checkpoint:
             )
         if not tied:
             raise CheckpointError(
-                f"{self.head} in {self.folder} differs from {self.layout.text}{EMBEDDING}: untied heads are not "
+                f"{self.head} in {self.folder} differs from {self.naming.text}{EMBEDDING}: untied heads are not "
                 "supported; use a checkpoint whose head is tied to the token embedding, as Gemma 3n's is."
             )
 

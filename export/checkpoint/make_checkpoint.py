@@ -22,7 +22,7 @@ from gemma3n_onnx.export.writer import CHECKPOINT, staged, write_json
 from gemma3n_onnx.graphs import audio, vision
 from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
 
-from .checkpoint import FULL_LAYOUT, INDEX, TEXT_ONLY, WEIGHTS
+from .checkpoint import FULL_NAMING, INDEX, TEXT_ONLY_NAMING, WEIGHTS
 from .make_tokenizer import BOS, END_OF_TURN, EOS, PAD, SMALLEST_TEXT_VOCAB, SOFT_IDS, SpecialIds, write_tokenizer
 from .safetensors_file import LENGTH_BYTES, NUMPY_DTYPES
 
@@ -137,10 +137,10 @@ def make_checkpoint(
     text, architecture = text_config(size, dtype, overrides or {})
     reduced = (TINY_VISION, TINY_AUDIO) if size == "tiny" else ({}, {})
     config = text if text_only else full_config(text, architecture, *reduced)
-    layout = TEXT_ONLY if text_only else FULL_LAYOUT
-    tensors = [_Named(layout.text + tensor.name, tensor) for tensor in _tensors(architecture)]
+    naming = TEXT_ONLY_NAMING if text_only else FULL_NAMING
+    tensors = [_Named(naming.text + tensor.name, tensor) for tensor in _tensors(architecture)]
     if not text_only:
-        tensors += [_Named(f"{layout.encoders}{tensor.name}", tensor) for tensor in _encoder_tensors(config)]
+        tensors += [_Named(f"{naming.encoders}{tensor.name}", tensor) for tensor in _encoder_tensors(config)]
     shards = _shards(tensors, _itemsize(dtype), shard_bytes)
     total = sum(math.prod(named.tensor.shape) for shard in shards for named in shard) * _itemsize(dtype)
     output = Path(output)

@@ -55,7 +55,7 @@ def test_every_tensor_has_the_bytes_that_safetensors_reads(folder: str, request:
     checkpoint = Checkpoint.open(path)
     expected = load_all(path)
     assert checkpoint.names == tuple(sorted(expected))
-    assert checkpoint.layout.text == "model."
+    assert checkpoint.naming.text == "model."
     for name in checkpoint.text_names():
         tensor = expected["model." + name]
         array = checkpoint.read(name)
@@ -101,7 +101,7 @@ def test_full_checkpoints_give_the_same_text_tensors(small: Path, prefix: str) -
     rewrite(small, tensors | {"model.vision_tower.scale": torch.ones(2, 3), "model.steps": torch.tensor([7])})
     (small / "config.json").write_text(json.dumps({"model_type": "gemma3n", "text_config": config}))
     full = Checkpoint.open(small)
-    assert full.layout.text == prefix
+    assert full.naming.text == prefix
     assert full.text_names() == plain.text_names()
     assert full.text_config == plain.text_config
     assert full.read("norm.weight").tobytes() == bytes_of(tensors[prefix + "norm.weight"])

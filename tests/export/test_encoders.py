@@ -68,7 +68,7 @@ def test_every_tensor_of_both_encoders_is_used(full: Path) -> None:
     checkpoint = Checkpoint.open(full)
     encoders = find_encoders(checkpoint, checkpoint.modalities)
     used = {checkpoint.encoder_raw_name(name) for encoder in encoders.values() for name in encoder.shapes}
-    assert used == {name for name in checkpoint.names if not name.startswith(checkpoint.layout.text)}
+    assert used == {name for name in checkpoint.names if not name.startswith(checkpoint.naming.text)}
     assert sum(name.startswith("model.vision_tower.") for name in used) == 548
 
 
