@@ -227,7 +227,7 @@ class Subsample(nn.Module):
 
 
 @dataclass
-class Chunks:
+class AttentionChunks:
     """What all layers share in one run."""
 
     clips: ops.Size  # n
@@ -261,7 +261,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden, hidden)
         self.v_proj = Linear(hidden, hidden)
 
-    def forward(self, x: Tensor, positions: Tensor, chunks: Chunks) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, chunks: AttentionChunks) -> Tensor:
         """x [R, H], positions [K, H] -> [R, H]."""
         query = self._by_head(self.q_proj(x), chunks) * self._query_scale()
         key, value = (self._context(self._by_head(proj(x), chunks), chunks) for proj in (self.k_proj, self.v_proj))
@@ -276,11 +276,11 @@ class Attention(nn.Module):
         """[D], so that the logits come out divided by the cap."""
         return ops.softplus(self.per_dim_scale) * (self.head_dim**-0.5 / math.log(2) / self.cap)
 
-    def _by_head(self, x: Tensor, chunks: Chunks) -> Tensor:
+    def _by_head(self, x: Tensor, chunks: AttentionChunks) -> Tensor:
         """[R, H] -> [N, n, S, D]."""
         return ops.reshape(x, chunks.clips, -1, self.heads, self.head_dim).permute(2, 0, 1, 3)
 
-    def _context(self, x: Tensor, chunks: Chunks) -> Tensor:
+    def _context(self, x: Tensor, chunks: AttentionChunks) -> Tensor:
         """[N, n, S, D] -> [N, n * U, C, D]: each chunk behind the one before it, zeros before the first."""
         before, own = (self._chunked(ops.fit(x, 2, chunks.padded, zeros)) for zeros in (self.chunk, 0))
         return torch.cat([before, own], dim=2)
@@ -312,7 +312,7 @@ class AttentionBlock(nn.Module):
         self.post = Linear(config.hidden_size, config.hidden_size)
         self.post_norm = RMSNorm(config.hidden_size, _EPS)
 
-    def forward(self, x: Tensor, positions: Tensor, chunks: Chunks) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, chunks: AttentionChunks) -> Tensor:
         attended = self.attn(self.pre_attn_norm(x), positions, chunks)
         return x + self.post_norm(self.post(attended))
 
@@ -346,7 +346,7 @@ class LightConvolution(nn.Module):
         self.conv_norm = RMSNorm(hidden, config.rms_norm_eps)
         self.linear_end = Linear(hidden, hidden)
 
-    def forward(self, x: Tensor, chunks: Chunks) -> Tensor:
+    def forward(self, x: Tensor, chunks: AttentionChunks) -> Tensor:
         """x [R, H] -> [n * ceil(S / keep), H]."""
         hidden = x.shape[1]
         gated = F.glu(self.linear_start(self.pre_layer_norm(x)), dim=-1)
@@ -367,7 +367,7 @@ class ConformerBlock(nn.Module):
         self.ffw_layer_end = FeedForward(config)
         self.norm = RMSNorm(config.hidden_size, _EPS)
 
-    def forward(self, x: Tensor, positions: Tensor, chunks: Chunks) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, chunks: AttentionChunks) -> Tensor:
         """x [R, H] -> [n * ceil(S / keep), H]."""
         x = self.attention(self.ffw_layer_start(x), positions, chunks)
         return self.norm(self.ffw_layer_end(self.lconv1d(x * chunks.valid, chunks)))
@@ -403,7 +403,7 @@ class AudioTower(nn.Module):
             x = repeated(block.forward, x, self.positions, chunks)
         return x
 
-    def _chunks(self, mask: Tensor) -> Chunks:
+    def _chunks(self, mask: Tensor) -> AttentionChunks:
         size, clips = self.config.chunk_size, ops.size_of_axis(mask, 0)
         valid = mask[:, :: self.config.frames_per_step].float()
         steps = ops.size_of_axis(valid, 1)
@@ -412,7 +412,7 @@ class AudioTower(nn.Module):
         parts = [ops.reshape(ops.fit(valid, 1, padded, zeros), -1, 1, size) for zeros in (size, 0)]
         forbidden = 1.0 - torch.cat(parts, dim=2) * self.reach
         least = torch.finfo(torch.float32).min
-        return Chunks(clips, steps, padded, ops.reshape(valid, -1, 1), forbidden * least)
+        return AttentionChunks(clips, steps, padded, ops.reshape(valid, -1, 1), forbidden * least)
 
 
 def _sinusoid(max_distance: int, width: int) -> Tensor:
