@@ -18,7 +18,7 @@ from . import trace
 from .encoders import FEATURES, Encoder
 from .placements import TOKENS, Placements, table_of
 from .plan import ExportPlan
-from .progress import Progress
+from .progress import ExportProgress
 from .quantization.precision import Precision
 from .weights import IR_DTYPES, lay_out, weight_shapes
 
@@ -33,7 +33,7 @@ class BuiltGraph:
     weights: Placements
 
 
-def build_graphs(plan: ExportPlan, progress: Progress) -> dict[str, BuiltGraph]:
+def build_graphs(plan: ExportPlan, progress: ExportProgress) -> dict[str, BuiltGraph]:
     """By the names that `Layout.graph_files` has, those that the layout does not write included."""
     progress.stage("Tracing the decoder")
     graphs = _text_graphs(plan)

@@ -22,7 +22,7 @@ from .manifest import graph_info, manifest_of
 from .options import ExportOptions
 from .placements import PER_LAYER_TABLE, TOKENS, Placements
 from .plan import ExportPlan, plan_export
-from .progress import Progress
+from .progress import ExportProgress
 from .weights import AnyPlacement, Blocks, WeightStream, attach, cut_blocks, raw_blocks
 from .writer import file_info, staged, write_json
 
@@ -36,7 +36,7 @@ class ExportSummary:
     seconds: float
 
 
-def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progress: Progress) -> ExportSummary:
+def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progress: ExportProgress) -> ExportSummary:
     """Writes the artifact of one slice of `checkpoint` to `output`.
 
     Raises:
@@ -75,7 +75,7 @@ def _save_graphs(plan: ExportPlan, graphs: Mapping[str, BuiltGraph], folder: Pat
 
 
 def _write_weights(
-    plan: ExportPlan, checkpoint: Checkpoint, encoder_places: Placements, folder: Path, progress: Progress
+    plan: ExportPlan, checkpoint: Checkpoint, encoder_places: Placements, folder: Path, progress: ExportProgress
 ) -> dict[str, FileInfo]:
     by_file: dict[str, dict[str, AnyPlacement]] = {}
     placed = chain.from_iterable(each.items() for each in (plan.text_weights, plan.prefill_weights, encoder_places))

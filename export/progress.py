@@ -9,7 +9,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 
-class Progress(Protocol):
+class ExportProgress(Protocol):
     """What an export reports."""
 
     def stage(self, title: str) -> None: ...

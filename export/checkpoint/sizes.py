@@ -67,7 +67,7 @@ E4B_CONFIG: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class ParameterCounts:
+class DecoderParameters:
     """Parameters of a text decoder, counted as Google counts them.
 
     The published figures include K and V projections of all layers, because the checkpoints have them; those of
@@ -86,7 +86,7 @@ class ParameterCounts:
         return self.text - self.ple_table - self.token_embedding
 
 
-def parameter_counts(config: TextConfig) -> ParameterCounts:
+def parameter_counts(config: TextConfig) -> DecoderParameters:
     """The parameters of a decoder of this shape, without reading a checkpoint."""
     hidden, ple, streams = config.hidden_size, config.hidden_size_per_layer_input, config.altup_num_inputs
     query = config.num_heads * config.head_dim
@@ -104,7 +104,7 @@ def parameter_counts(config: TextConfig) -> ParameterCounts:
     ple_projection = config.num_layers * ple * hidden + ple
     stream_projections = 2 * (streams - 1) * hidden**2
     outside = token_embedding + ple_table + ple_projection + stream_projections + hidden
-    return ParameterCounts(
+    return DecoderParameters(
         text=outside + config.num_layers * layer + feed_forward,
         ple_table=ple_table,
         token_embedding=token_embedding,
