@@ -29,7 +29,7 @@ from .safetensors_file import LENGTH_BYTES, NUMPY_DTYPES
 Size = Literal["tiny", "e2b", "e4b"]
 Dtype = Literal["float32", "bfloat16"]
 
-E4B: dict[str, Any] = {
+E4B_TEXT_CONFIG: dict[str, Any] = {
     "vocab_size": 262_400,
     "vocab_size_per_layer_input": 262_144,
     "hidden_size": 2048,
@@ -46,9 +46,9 @@ E4B: dict[str, Any] = {
     "max_position_embeddings": 32_768,
 }
 SIZES: dict[str, dict[str, Any]] = {
-    "e4b": E4B,
-    "e2b": E4B | {"num_hidden_layers": 30, "intermediate_size": 8192, "num_kv_shared_layers": 10},
-    "tiny": E4B
+    "e4b": E4B_TEXT_CONFIG,
+    "e2b": E4B_TEXT_CONFIG | {"num_hidden_layers": 30, "intermediate_size": 8192, "num_kv_shared_layers": 10},
+    "tiny": E4B_TEXT_CONFIG
     | {
         "vocab_size": 1280,
         "vocab_size_per_layer_input": 1024,
