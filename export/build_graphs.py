@@ -15,7 +15,7 @@ from gemma3n_onnx.graphs.passes.narrow_products import NarrowProducts
 from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 
 from . import trace
-from .encoders import FEATURES, Encoder
+from .encoders import FEATURES, CheckpointEncoder
 from .placements import TOKENS, Placements, table_of
 from .plan import ExportPlan
 from .progress import ExportProgress
@@ -78,7 +78,7 @@ def _trace_embedding(plan: ExportPlan) -> ir.Model:
     return trace.trace_embedding(plan.slice.config, rows_dtype, precision.compute, plan.hard_rows, soft_ids)
 
 
-def _encoder_graph(encoder: Encoder, precision: Precision) -> BuiltGraph:
+def _encoder_graph(encoder: CheckpointEncoder, precision: Precision) -> BuiltGraph:
     model = encoder.trace()
     storage_of = partial(precision.of_encoder, products=products(model))
     if (dtype := precision.encoder_products) != "fp32":

@@ -27,7 +27,7 @@ EMBEDDER_KEYS = ("vocab_size", "vocab_offset", "hidden_size", "rms_norm_eps")
 
 
 @dataclass(frozen=True)
-class Encoder:
+class CheckpointEncoder:
     """One encoder of a checkpoint. `shapes` are those of its tensors in the file, the embedder's included."""
 
     modality: str
@@ -60,7 +60,7 @@ def choose_modalities(wanted: Iterable[str] | None, checkpoint: Checkpoint) -> t
     return tuple(modality for modality in checkpoint.modalities if modality in chosen)
 
 
-def find_encoders(checkpoint: Checkpoint, modalities: Iterable[str]) -> dict[str, Encoder]:
+def find_encoders(checkpoint: Checkpoint, modalities: Iterable[str]) -> dict[str, CheckpointEncoder]:
     """By modality, the chosen encoders, their tensors checked.
 
     Raises:
@@ -77,20 +77,20 @@ def find_encoders(checkpoint: Checkpoint, modalities: Iterable[str]) -> dict[str
     return found
 
 
-def _vision(checkpoint: Checkpoint) -> Encoder:
+def _vision(checkpoint: Checkpoint) -> CheckpointEncoder:
     config = vision.VisionConfig.from_hf(checkpoint.config)
-    return Encoder("vision", vision.checkpoint_shapes(config), lambda: trace.trace_vision(config))
+    return CheckpointEncoder("vision", vision.checkpoint_shapes(config), lambda: trace.trace_vision(config))
 
 
-def _audio(checkpoint: Checkpoint) -> Encoder:
+def _audio(checkpoint: Checkpoint) -> CheckpointEncoder:
     config = audio.AudioConfig.from_hf(checkpoint.config)
-    return Encoder("audio", audio.checkpoint_shapes(config), lambda: trace.trace_audio(config))
+    return CheckpointEncoder("audio", audio.checkpoint_shapes(config), lambda: trace.trace_audio(config))
 
 
-_MAKERS: Mapping[str, Callable[[Checkpoint], Encoder]] = {"vision": _vision, "audio": _audio}
+_MAKERS: Mapping[str, Callable[[Checkpoint], CheckpointEncoder]] = {"vision": _vision, "audio": _audio}
 
 
-def _check_tensors(checkpoint: Checkpoint, encoder: Encoder) -> None:
+def _check_tensors(checkpoint: Checkpoint, encoder: CheckpointEncoder) -> None:
     found = set(checkpoint.encoder_names(encoder.modality))
     if unused := found - encoder.shapes.keys():
         raise CheckpointError(

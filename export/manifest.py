@@ -17,7 +17,7 @@ from gemma3n_onnx.runtime.artifact import Manifest
 
 from .checkpoint import processor
 from .checkpoint.sizes import parameter_counts
-from .encoders import Encoder
+from .encoders import CheckpointEncoder
 from .placements import PER_LAYER, TOKENS, Placements, table_of
 from .plan import ExportPlan
 from .quantization.config import PerRow
@@ -139,7 +139,7 @@ def _audio_info(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo]) -> a
     )
 
 
-def _parameters(encoder: Encoder | None) -> int:
+def _parameters(encoder: CheckpointEncoder | None) -> int:
     return 0 if encoder is None else sum(int(np.prod(shape)) for shape in encoder.shapes.values())
 
 

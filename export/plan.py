@@ -16,7 +16,7 @@ from . import slicing
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.processor import FrontEnds, read_front_ends
 from .checkpoint.token_ids import TokenIds, token_ids
-from .encoders import Encoder, HardTokens, choose_modalities, find_encoders, find_hard_tokens
+from .encoders import CheckpointEncoder, HardTokens, choose_modalities, find_encoders, find_hard_tokens
 from .layouts.base import Layout
 from .layouts.select import layout_named
 from .options import ExportOptions, check_options
@@ -42,7 +42,7 @@ class ExportPlan:
     tokens: TokenIds
     hard_tokens: HardTokens | None
     front_ends: FrontEnds
-    encoders: Mapping[str, Encoder]
+    encoders: Mapping[str, CheckpointEncoder]
     """By modality."""
     text_weights: Placements
     """Of the decoder and both tables."""

@@ -243,7 +243,7 @@ class RelativePosition(nn.Module):
         self.pos_proj = Linear(config.hidden_size, config.hidden_size)
 
 
-class Attention(nn.Module):
+class ChunkedAttention(nn.Module):
     """Each step attends to at most `max_distance` steps before it and to itself, with relative positions.
 
     Only here are clips padded to whole chunks: the projections, nearly all of the work, run on R rows.
@@ -304,11 +304,11 @@ class Attention(nn.Module):
         return ops.reshape(rows, self.heads, -1, self.chunk, context)
 
 
-class AttentionBlock(nn.Module):
+class ConformerAttention(nn.Module):
     def __init__(self, config: AudioConfig) -> None:
         super().__init__()
         self.pre_attn_norm = RMSNorm(config.hidden_size, _EPS)
-        self.attn = Attention(config)
+        self.attn = ChunkedAttention(config)
         self.post = Linear(config.hidden_size, config.hidden_size)
         self.post_norm = RMSNorm(config.hidden_size, _EPS)
 
@@ -362,7 +362,7 @@ class ConformerBlock(nn.Module):
     def __init__(self, config: AudioConfig, keep: int) -> None:
         super().__init__()
         self.ffw_layer_start = FeedForward(config)
-        self.attention = AttentionBlock(config)
+        self.attention = ConformerAttention(config)
         self.lconv1d = LightConvolution(config, keep)
         self.ffw_layer_end = FeedForward(config)
         self.norm = RMSNorm(config.hidden_size, _EPS)

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Kind:
+class RepeatedKind:
     """What the first call of a kind returned: `outputs` has tensors only as positions among the inputs or the results,
     `results` the latter's dtypes and shapes."""
 
@@ -37,7 +37,7 @@ class Kind:
     results: list[tuple[torch.dtype, torch.Size]] = field(default_factory=list)
 
 
-Kinds = dict[Any, Kind]
+Kinds = dict[Any, RepeatedKind]
 _KINDS: ContextVar[Kinds | None] = ContextVar("kinds", default=None)
 
 
@@ -70,13 +70,13 @@ def repeated(method: Callable[..., T], *inputs: Any) -> T:
     form = _take_out(inputs, tensors)
     key = (module.repeated_signature, method.__name__, repr(form), *((x.dtype, x.shape) for x in tensors))
     if (kind := kinds.get(key)) is None:
-        kind = kinds[key] = Kind(len(kinds), module.repeated_parameters)
+        kind = kinds[key] = RepeatedKind(len(kinds), module.repeated_parameters)
         return _define(kind, method, form, tensors)
     called = _mark(CALL, kind, [*tensors, *module.parameters()], kind.results)
     return _put_in(kind.outputs, [*tensors, *called])
 
 
-def _define(kind: Kind, method: Callable[..., T], form: Any, tensors: Sequence[Tensor]) -> T:
+def _define(kind: RepeatedKind, method: Callable[..., T], form: Any, tensors: Sequence[Tensor]) -> T:
     begun = _mark(BEGIN, kind, tensors, [(x.dtype, x.shape) for x in tensors])
     made = method(*_put_in(form, begun))
     outputs = list(begun)
@@ -87,7 +87,7 @@ def _define(kind: Kind, method: Callable[..., T], form: Any, tensors: Sequence[T
 
 
 def _mark(
-    mark: str, kind: Kind, inputs: Sequence[Tensor], outputs: Sequence[tuple[torch.dtype, torch.Size]]
+    mark: str, kind: RepeatedKind, inputs: Sequence[Tensor], outputs: Sequence[tuple[torch.dtype, torch.Size]]
 ) -> Sequence[Tensor]:
     return symbolic_multi_out(
         f"{DOMAIN}::{mark}",

@@ -38,7 +38,7 @@ FUSED_STAGES = (2, 3)
 
 
 @dataclass(frozen=True)
-class Edge:
+class EdgeSpec:
     """A 3x3 expansion by 4 and a projection."""
 
     width: int
@@ -46,7 +46,7 @@ class Edge:
 
 
 @dataclass(frozen=True)
-class Bottleneck:
+class BottleneckSpec:
     """A universal inverted bottleneck. A kernel of 0 leaves the depthwise convolution out."""
 
     width: int
@@ -57,7 +57,7 @@ class Bottleneck:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionSpec:
     """Attention in which `num_heads` query heads share one key and value head."""
 
     width: int
@@ -66,28 +66,28 @@ class Attention:
     kv_stride: int
 
 
-Block = Edge | Bottleneck | Attention
+BlockSpec = EdgeSpec | BottleneckSpec | AttentionSpec
 
 
-def _attention_stage(attention: Attention, count: int) -> tuple[Block, ...]:
-    return (attention, Bottleneck(attention.width, 0, 0, 2)) * count
+def _attention_stage(attention: AttentionSpec, count: int) -> tuple[BlockSpec, ...]:
+    return (attention, BottleneckSpec(attention.width, 0, 0, 2)) * count
 
 
-STAGES: tuple[tuple[Block, ...], ...] = (
-    (Edge(128, stride=2), Edge(128), Edge(128)),
+STAGES: tuple[tuple[BlockSpec, ...], ...] = (
+    (EdgeSpec(128, stride=2), EdgeSpec(128), EdgeSpec(128)),
     (
-        Bottleneck(256, 3, 5, 6, stride=2),
-        *(Bottleneck(256, kernel, 0, 4) for kernel in (5, 3, 5, 3)),
+        BottleneckSpec(256, 3, 5, 6, stride=2),
+        *(BottleneckSpec(256, kernel, 0, 4) for kernel in (5, 3, 5, 3)),
     ),
     (
-        Bottleneck(640, 5, 5, 6, stride=2),
-        *(Bottleneck(640, 5, 0, 4),) * 7,
-        Bottleneck(640, 0, 0, 1),
-        *_attention_stage(Attention(640, num_heads=12, head_dim=64, kv_stride=2), 14),
+        BottleneckSpec(640, 5, 5, 6, stride=2),
+        *(BottleneckSpec(640, 5, 0, 4),) * 7,
+        BottleneckSpec(640, 0, 0, 1),
+        *_attention_stage(AttentionSpec(640, num_heads=12, head_dim=64, kv_stride=2), 14),
     ),
     (
-        Bottleneck(1280, 5, 5, 6, stride=2),
-        *_attention_stage(Attention(1280, num_heads=16, head_dim=96, kv_stride=1), 19),
+        BottleneckSpec(1280, 5, 5, 6, stride=2),
+        *_attention_stage(AttentionSpec(1280, num_heads=16, head_dim=96, kv_stride=1), 19),
     ),
 )
 """The blocks of the full tower; their widths are multiplied by `channel_multiplier`."""
@@ -409,15 +409,15 @@ class Tower(nn.Module):
             yield x, grid
 
 
-def _build(block: Block, in_channels: int, config: VisionConfig) -> nn.Module:
+def _build(block: BlockSpec, in_channels: int, config: VisionConfig) -> nn.Module:
     channels = config.width(block.width)
     match block:
-        case Edge():
+        case EdgeSpec():
             return EdgeBlock(in_channels, channels, block.stride)
-        case Bottleneck():
+        case BottleneckSpec():
             kernels = block.start_kernel, block.middle_kernel
             return BottleneckBlock(in_channels, channels, block.expansion, *kernels, block.stride)
-        case Attention():
+        case AttentionSpec():
             return AttentionBlock(channels, block.num_heads, block.head_dim, block.kv_stride)
 
 
