@@ -1,4 +1,4 @@
-"""Traces the graphs of an export, rewrites them for target and layout, and gives every weight its place."""
+"""Traces the graphs of an export, rewrites them for target and layout, and lays out the encoders' weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 
 from . import trace
 from .encoders import FEATURES, CheckpointEncoder
-from .placements import TOKENS, Placements, table_of
 from .plan import ExportPlan
 from .progress import ExportProgress
 from .quantization.precision import Precision
+from .text_weights import TOKENS, StoredWeights, table_of
 from .weights import IR_DTYPES, lay_out, weight_shapes
 
 HEAD = "lm_head.weight"
@@ -27,10 +27,10 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class BuiltGraph:
-    """A graph without weights, and where each of them lies."""
+    """A graph whose initializers have no data yet, and the stored weights that they will read."""
 
     model: ir.Model
-    weights: Placements
+    weights: StoredWeights
 
 
 def build_graphs(plan: ExportPlan, progress: ExportProgress) -> dict[str, BuiltGraph]:
@@ -43,8 +43,8 @@ def build_graphs(plan: ExportPlan, progress: ExportProgress) -> dict[str, BuiltG
     return graphs
 
 
-def encoder_weights(graphs: Mapping[str, BuiltGraph]) -> Placements:
-    return {name: place for key in FEATURES if key in graphs for name, place in graphs[key].weights.items()}
+def weights_of_encoders(graphs: Mapping[str, BuiltGraph]) -> StoredWeights:
+    return {name: stored for key in FEATURES if key in graphs for name, stored in graphs[key].weights.items()}
 
 
 def _text_graphs(plan: ExportPlan) -> dict[str, BuiltGraph]:

@@ -18,15 +18,15 @@ from gemma3n_onnx.runtime.artifact import Manifest
 from .checkpoint import processor
 from .checkpoint.sizes import parameter_counts
 from .encoders import CheckpointEncoder
-from .placements import PER_LAYER, TOKENS, Placements, table_of
 from .plan import ExportPlan
 from .quantization.config import PerRow
-from .weights import AnyPlacement, QuantizedPlacement, RowsPlacement, TablePlacement
+from .text_weights import PER_LAYER, TOKENS, StoredWeights, table_of
+from .weights import BlockQuantizedTensor, RowQuantizedTensor, StoredTable, StoredWeight
 
 PRODUCER = f"gemma3n-onnx {version('gemma3n-onnx')}"
 
 
-def manifest_of(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo], encoder_weights: Placements) -> Manifest:
+def manifest_of(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo], encoder_weights: StoredWeights) -> Manifest:
     """The manifest without its `files`. `graphs` has every graph of the export, by its name in the layout."""
     config, precision = plan.slice.config, plan.precision
     counts = parameter_counts(config)
@@ -42,8 +42,8 @@ def manifest_of(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo], enco
         compute_dtype=precision.compute,
         quantization={
             name: info
-            for name, place in {**plan.text_weights, **encoder_weights}.items()
-            if (info := _quantization_info(place)) is not None
+            for name, stored in {**plan.text_weights, **encoder_weights}.items()
+            if (info := _quantization_info(stored)) is not None
         },
         target=plan.target,
         logits=plan.logits,
@@ -78,11 +78,11 @@ def manifest_of(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo], enco
     )
 
 
-def _quantization_info(place: AnyPlacement) -> artifact.QuantizationInfo | None:
-    match place:
-        case QuantizedPlacement(config=config):
+def _quantization_info(stored: StoredWeight) -> artifact.QuantizationInfo | None:
+    match stored:
+        case BlockQuantizedTensor(config=config):
             return artifact.QuantizationInfo(config.bits, config.block, config.method)
-        case RowsPlacement():
+        case RowQuantizedTensor():
             return artifact.QuantizationInfo(PerRow.bits, None, PerRow.method)
         case _:
             return None
@@ -91,26 +91,26 @@ def _quantization_info(place: AnyPlacement) -> artifact.QuantizationInfo | None:
 def _step_bytes(plan: ExportPlan) -> int:
     """What is read of all that the decoder holds: the head, which is the token table's first rows, and its own."""
     head = table_of(plan.text_weights, TOKENS).first_rows(plan.slice.config.vocab_size)
-    own = (place for name, place in plan.text_weights.items() if name not in (TOKENS, PER_LAYER))
-    return sum(_in_memory(place, plan.precision.compute) for place in (head, *own))
+    own = (stored for name, stored in plan.text_weights.items() if name not in (TOKENS, PER_LAYER))
+    return sum(_in_memory(stored, plan.precision.compute) for stored in (head, *own))
 
 
-def _in_memory(place: AnyPlacement, compute: str) -> int:
+def _in_memory(stored: StoredWeight, compute: str) -> int:
     """Bytes of a tensor once it is loaded: what is stored narrow is widened, scales too."""
     wide = artifact.BYTES_PER_VALUE[compute]
-    if not isinstance(place, QuantizedPlacement):
-        return math.prod(place.shape) * wide
-    zeros = 0 if place.zeros is None else place.zeros.nbytes
-    return place.codes.nbytes + math.prod(place.scales.shape) * wide + zeros
+    if not isinstance(stored, BlockQuantizedTensor):
+        return math.prod(stored.shape) * wide
+    zeros = 0 if stored.zeros is None else stored.zeros.nbytes
+    return stored.codes.nbytes + math.prod(stored.scales.shape) * wide + zeros
 
 
-def _table_info(place: TablePlacement, scale: float) -> artifact.TableInfo:
-    if isinstance(place, QuantizedPlacement):
-        dtype, block, scales_offset = f"int{place.config.bits}", place.config.block, place.scales.offset
+def _table_info(stored: StoredTable, scale: float) -> artifact.TableInfo:
+    if isinstance(stored, BlockQuantizedTensor):
+        dtype, block, scales_offset = f"int{stored.config.bits}", stored.config.block, stored.scales.offset
     else:
-        dtype, block, scales_offset = place.dtype, None, None
-    rows, width = place.shape
-    return artifact.TableInfo(place.file, dtype, rows, width, scale, block, scales_offset)
+        dtype, block, scales_offset = stored.dtype, None, None
+    rows, width = stored.shape
+    return artifact.TableInfo(stored.file, dtype, rows, width, scale, block, scales_offset)
 
 
 def _vision_info(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo]) -> artifact.VisionInfo | None:

@@ -14,16 +14,16 @@ import onnx_ir as ir
 from gemma3n_onnx.runtime import artifact
 from gemma3n_onnx.runtime.artifact import FileInfo, GraphInfo, Manifest
 
-from .build_graphs import BuiltGraph, build_graphs, encoder_weights
+from .build_graphs import BuiltGraph, build_graphs, weights_of_encoders
 from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
 from .encoders import hard_row_values
 from .layouts.select import artifact_kind
 from .manifest import graph_info, manifest_of
 from .options import ExportOptions
-from .placements import PER_LAYER_TABLE, TOKENS, Placements
 from .plan import ExportPlan, plan_export
 from .progress import ExportProgress
-from .weights import AnyPlacement, Blocks, WeightStream, attach, cut_blocks, raw_blocks
+from .text_weights import PER_LAYER_TABLE, TOKENS, StoredWeights
+from .weights import Blocks, StoredWeight, WeightStream, attach, cut_blocks, raw_blocks
 from .writer import file_info, staged, write_json
 
 
@@ -48,9 +48,10 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
         graphs = build_graphs(plan, progress)
         graph_infos = _save_graphs(plan, graphs, folder)
         progress.stage("Writing weights")
-        weight_files = _write_weights(plan, checkpoint, encoder_weights(graphs), folder, progress)
+        encoder_weights = weights_of_encoders(graphs)
+        weight_files = _write_weights(plan, checkpoint, encoder_weights, folder, progress)
         _copy_companions(checkpoint, folder)
-        manifest = manifest_of(plan, graph_infos, encoder_weights(graphs))
+        manifest = manifest_of(plan, graph_infos, encoder_weights)
         model_config = plan.slice.hf_config(checkpoint.config)
         for name, content in plan.layout.config_files(model_config, manifest, plan.slice.config).items():
             write_json(folder / name, content)
@@ -75,12 +76,12 @@ def _save_graphs(plan: ExportPlan, graphs: Mapping[str, BuiltGraph], folder: Pat
 
 
 def _write_weights(
-    plan: ExportPlan, checkpoint: Checkpoint, encoder_places: Placements, folder: Path, progress: ExportProgress
+    plan: ExportPlan, checkpoint: Checkpoint, encoder_weights: StoredWeights, folder: Path, progress: ExportProgress
 ) -> dict[str, FileInfo]:
-    by_file: dict[str, dict[str, AnyPlacement]] = {}
-    placed = chain.from_iterable(each.items() for each in (plan.text_weights, plan.prefill_weights, encoder_places))
-    for name, place in placed:
-        by_file.setdefault(place.file, {})[name] = place
+    by_file: dict[str, dict[str, StoredWeight]] = {}
+    placed = chain.from_iterable(each.items() for each in (plan.text_weights, plan.prefill_weights, encoder_weights))
+    for name, stored in placed:
+        by_file.setdefault(stored.file, {})[name] = stored
 
     def blocks(name: str) -> Blocks:
         if name == TOKENS and plan.hard_tokens is not None:
@@ -90,10 +91,10 @@ def _write_weights(
             return raw_blocks(checkpoint, checkpoint.encoder_raw_name(name))
         return cut_blocks(checkpoint, plan.slice.source_of(name))
 
-    progress.bytes_total(sum(place.nbytes for places in by_file.values() for place in places.values()))
+    progress.bytes_total(sum(stored.nbytes for weights in by_file.values() for stored in weights.values()))
     stream = WeightStream(folder / plan.layout.folder, progress.bytes_done)
     scales = {PER_LAYER_TABLE: plan.slice.config.hidden_size_per_layer_input**0.5}
-    return {file: stream.write_file(file, places, blocks, scales.get(file, 1.0)) for file, places in by_file.items()}
+    return {file: stream.write_file(file, weights, blocks, scales.get(file, 1.0)) for file, weights in by_file.items()}
 
 
 def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:

@@ -20,10 +20,10 @@ from .encoders import CheckpointEncoder, HardTokens, choose_modalities, find_enc
 from .layouts.base import Layout
 from .layouts.select import layout_named
 from .options import ExportOptions, check_options
-from .placements import Placements, prefill_placements, tensor_shapes, text_placements
 from .quantization.precision import Precision
 from .quantization.recipes import precision_for
 from .slicing import Slice
+from .text_weights import StoredWeights, lay_out_prefill, lay_out_text, tensor_shapes
 from .weights import check_tensors
 
 _SMALL_FILES_BYTES = 64 << 20  # graphs, tokenizer, configs: an upper bound for the disk-space check
@@ -44,9 +44,9 @@ class ExportPlan:
     front_ends: FrontEnds
     encoders: Mapping[str, CheckpointEncoder]
     """By modality."""
-    text_weights: Placements
+    text_weights: StoredWeights
     """Of the decoder and both tables."""
-    prefill_weights: Placements
+    prefill_weights: StoredWeights
     """The weights that the prefill graph does not share with the decoder; empty without a prefill graph."""
 
     @property
@@ -70,7 +70,7 @@ class ExportPlan:
     @property
     def needed_bytes(self) -> int:
         """An upper bound of the artifact's size."""
-        text = sum(place.nbytes for place in chain(self.text_weights.values(), self.prefill_weights.values()))
+        text = sum(stored.nbytes for stored in chain(self.text_weights.values(), self.prefill_weights.values()))
         encoders = sum(math.prod(shape) for encoder in self.encoders.values() for shape in encoder.shapes.values())
         return text + encoders * BYTES_PER_VALUE[self.precision.storage] + _SMALL_FILES_BYTES
 
@@ -93,7 +93,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     encoders = find_encoders(checkpoint, modalities)
     hard_tokens = find_hard_tokens(checkpoint)
     front_ends = read_front_ends(checkpoint, modalities)
-    text_weights = text_placements(chosen.config, precision, hard_tokens.rows if hard_tokens else None)
+    text_weights = lay_out_text(chosen.config, precision, hard_tokens.rows if hard_tokens else None)
     prefills = options.logits == "last"
     return ExportPlan(
         source=checkpoint.name,
@@ -108,7 +108,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
         front_ends=front_ends,
         encoders=encoders,
         text_weights=text_weights,
-        prefill_weights=prefill_placements(chosen.config, precision, text_weights) if prefills else {},
+        prefill_weights=lay_out_prefill(chosen.config, precision, text_weights) if prefills else {},
     )
 
 

@@ -38,8 +38,8 @@ IR_DTYPES = {
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where a tensor lies: `shape` values of `dtype`, row-major, at `offset` bytes of `file`."""
+class StoredTensor:
+    """`shape` values of `dtype`, row-major, at byte `offset` of `file`."""
 
     file: str
     offset: int
@@ -54,28 +54,28 @@ class Placement:
     def end(self) -> int:
         return self.offset + self.nbytes
 
-    def first_rows(self, count: int) -> Placement:
+    def first_rows(self, count: int) -> StoredTensor:
         return replace(self, shape=(count, *self.shape[1:]))
 
 
 @dataclass(frozen=True)
-class QuantizedPlacement:
-    """Where a matrix [N, K] lies that `config` quantizes: codes [N, K / block, block * bits / 8] uint8, scales
-    [N, K / block] fp16, and zero points where the config has them, one after another."""
+class BlockQuantizedTensor:
+    """A matrix [N, K] quantized as `config` says: codes [N, K / block, block * bits / 8] uint8, scales
+    [N, K / block] fp16, and zero points if the method has them, one after another."""
 
     config: QuantizationConfig
     shape: tuple[int, ...]
-    codes: Placement
-    scales: Placement
-    zeros: Placement | None
+    codes: StoredTensor
+    scales: StoredTensor
+    zeros: StoredTensor | None
 
     @classmethod
-    def at(cls, file: str, offset: int, shape: tuple[int, ...], config: QuantizationConfig) -> QuantizedPlacement:
+    def at(cls, file: str, offset: int, shape: tuple[int, ...], config: QuantizationConfig) -> BlockQuantizedTensor:
         rows, columns = shape
         groups, bits = columns // config.block, config.bits
-        codes = Placement(file, offset, "uint8", (rows, groups, config.block * bits // 8))
-        scales = Placement(file, codes.end, "fp16", (rows, groups))
-        zeros = Placement(file, scales.end, "uint8", (rows, -(-groups * bits // 8))) if config.has_zeros else None
+        codes = StoredTensor(file, offset, "uint8", (rows, groups, config.block * bits // 8))
+        scales = StoredTensor(file, codes.end, "fp16", (rows, groups))
+        zeros = StoredTensor(file, scales.end, "uint8", (rows, -(-groups * bits // 8))) if config.has_zeros else None
         return cls(config, shape, codes, scales, zeros)
 
     @property
@@ -87,7 +87,7 @@ class QuantizedPlacement:
         return self.codes.offset
 
     @property
-    def parts(self) -> dict[str, Placement]:
+    def parts(self) -> dict[str, StoredTensor]:
         parts = {"codes": self.codes, "scales": self.scales}
         return parts if self.zeros is None else parts | {"zeros": self.zeros}
 
@@ -99,29 +99,29 @@ class QuantizedPlacement:
     def nbytes(self) -> int:
         return self.end - self.offset
 
-    def first_rows(self, count: int) -> QuantizedPlacement:
+    def first_rows(self, count: int) -> BlockQuantizedTensor:
         codes, scales, zeros = (
             None if part is None else replace(part, shape=(count, *part.shape[1:]))
             for part in (self.codes, self.scales, self.zeros)
         )
         assert codes is not None and scales is not None
-        return QuantizedPlacement(self.config, (count, *self.shape[1:]), codes, scales, zeros)
+        return BlockQuantizedTensor(self.config, (count, *self.shape[1:]), codes, scales, zeros)
 
 
 @dataclass(frozen=True)
-class RowsPlacement:
-    """Where a matrix [N, K] lies that is quantized by rows: codes [K, N] int8, then scales [N] fp32."""
+class RowQuantizedTensor:
+    """A matrix [N, K] quantized by rows: codes [K, N] int8, then scales [N] fp32."""
 
     shape: tuple[int, ...]
-    codes: Placement
-    scales: Placement
+    codes: StoredTensor
+    scales: StoredTensor
 
     @classmethod
-    def at(cls, file: str, offset: int, shape: tuple[int, ...]) -> RowsPlacement:
+    def at(cls, file: str, offset: int, shape: tuple[int, ...]) -> RowQuantizedTensor:
         rows, columns = shape
-        codes = Placement(file, offset, "int8", (columns, rows))
+        codes = StoredTensor(file, offset, "int8", (columns, rows))
         aligned = -(-codes.end // 4) * 4
-        return cls(shape, codes, Placement(file, aligned, "fp32", (rows,)))
+        return cls(shape, codes, StoredTensor(file, aligned, "fp32", (rows,)))
 
     @property
     def file(self) -> str:
@@ -140,31 +140,31 @@ class RowsPlacement:
         return self.end - self.offset
 
 
-TablePlacement = Placement | QuantizedPlacement
-AnyPlacement = TablePlacement | RowsPlacement
+StoredTable = StoredTensor | BlockQuantizedTensor
+StoredWeight = StoredTable | RowQuantizedTensor
 
 
 def lay_out(
     file: str, shapes: Mapping[str, tuple[int, ...]], storage: Callable[[str], Storage]
-) -> dict[str, AnyPlacement]:
+) -> dict[str, StoredWeight]:
     """Puts tensors one after another, those of a page or more at the beginning of one."""
-    placements: dict[str, AnyPlacement] = {}
+    weights: dict[str, StoredWeight] = {}
     offset = 0
     for name, shape in shapes.items():
-        placement = _place(file, 0, shape, storage(name))
-        alignment = ALIGNMENT if placement.nbytes >= ALIGNMENT else 64
+        stored = _stored_at(file, 0, shape, storage(name))
+        alignment = ALIGNMENT if stored.nbytes >= ALIGNMENT else 64
         offset = -(-offset // alignment) * alignment
-        placements[name] = _place(file, offset, shape, storage(name))
-        offset += placement.nbytes
-    return placements
+        weights[name] = _stored_at(file, offset, shape, storage(name))
+        offset += stored.nbytes
+    return weights
 
 
-def _place(file: str, offset: int, shape: tuple[int, ...], storage: Storage) -> AnyPlacement:
+def _stored_at(file: str, offset: int, shape: tuple[int, ...], storage: Storage) -> StoredWeight:
     if isinstance(storage, QuantizationConfig):
-        return QuantizedPlacement.at(file, offset, shape, storage)
+        return BlockQuantizedTensor.at(file, offset, shape, storage)
     if isinstance(storage, PerRow):
-        return RowsPlacement.at(file, offset, shape)
-    return Placement(file, offset, storage, shape)
+        return RowQuantizedTensor.at(file, offset, shape)
+    return StoredTensor(file, offset, storage, shape)
 
 
 def weight_shapes(model: ir.Model) -> dict[str, tuple[int, ...]]:
@@ -173,48 +173,50 @@ def weight_shapes(model: ir.Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape.numpy()) for name, value in weights.items() if value.shape is not None}
 
 
-def attach(model: ir.Model, placements: Mapping[str, AnyPlacement]) -> None:
-    """Points the graph's weights at their places: those that are stored narrower than they are used are widened, the
-    quantized ones read by operators that take them so.
+def attach(model: ir.Model, weights: Mapping[str, StoredWeight]) -> None:
+    """Points the graph's initializers at the stored `weights`.
 
-    A name without a place is a defect of the exporter.
+    Weights stored in a narrower dtype get a Cast; quantized ones are read by the operators that take their format.
+
+    Raises:
+        KeyError: a weight is not stored, which is a defect of the exporter.
     """
     initializers = model.graph.initializers
-    places = {name: placements[name] for name in weight_shapes(model)}
-    for name, place in places.items():
+    used = {name: weights[name] for name in weight_shapes(model)}
+    for name, stored in used.items():
         shape = initializers[name].shape
         assert shape is not None
-        if tuple(shape.numpy()) != place.shape:
-            raise ExportError(f"The graph wants {name} as {shape}, the checkpoint gives {place.shape}.")
-    quantized = {name: place for name, place in places.items() if isinstance(place, QuantizedPlacement)}
-    QuantizeBlocks({name: _block_weights(name, place) for name, place in quantized.items()})(model)
-    by_rows = {name: place for name, place in places.items() if isinstance(place, RowsPlacement)}
-    QuantizeDynamic({name: _channel_weights(name, place) for name, place in by_rows.items()})(model)
-    plain = {name: place for name, place in places.items() if isinstance(place, Placement)}
-    narrow = {name for name, place in plain.items() if initializers[name].dtype != IR_DTYPES[place.dtype]}
+        if tuple(shape.numpy()) != stored.shape:
+            raise ExportError(f"The graph wants {name} as {shape}, the checkpoint gives {stored.shape}.")
+    quantized = {name: stored for name, stored in used.items() if isinstance(stored, BlockQuantizedTensor)}
+    QuantizeBlocks({name: _block_weights(name, stored) for name, stored in quantized.items()})(model)
+    by_rows = {name: stored for name, stored in used.items() if isinstance(stored, RowQuantizedTensor)}
+    QuantizeDynamic({name: _channel_weights(name, stored) for name, stored in by_rows.items()})(model)
+    plain = {name: stored for name, stored in used.items() if isinstance(stored, StoredTensor)}
+    narrow = {name for name, stored in plain.items() if initializers[name].dtype != IR_DTYPES[stored.dtype]}
     for dtype in {plain[name].dtype for name in narrow}:
         StoreNarrow({name for name in narrow if plain[name].dtype == dtype}, IR_DTYPES[dtype])(model)
-    for name, place in plain.items():
-        initializers[name].const_value = _external(name, place)
+    for name, stored in plain.items():
+        initializers[name].const_value = _external(name, stored)
 
 
-def _block_weights(name: str, place: QuantizedPlacement) -> BlockWeights:
-    parts = {part: _external(f"{name}.{part}", at) for part, at in place.parts.items()}
-    config = place.config
+def _block_weights(name: str, stored: BlockQuantizedTensor) -> BlockWeights:
+    parts = {part: _external(f"{name}.{part}", at) for part, at in stored.parts.items()}
+    config = stored.config
     return BlockWeights(config.bits, config.block, parts["codes"], parts["scales"], parts.get("zeros"))
 
 
-def _channel_weights(name: str, place: RowsPlacement) -> ChannelWeights:
-    return ChannelWeights(_external(f"{name}.codes", place.codes), _external(f"{name}.scales", place.scales))
+def _channel_weights(name: str, stored: RowQuantizedTensor) -> ChannelWeights:
+    return ChannelWeights(_external(f"{name}.codes", stored.codes), _external(f"{name}.scales", stored.scales))
 
 
-def _external(name: str, place: Placement) -> ir.ExternalTensor:
+def _external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
     return ir.ExternalTensor(
-        place.file,
-        place.offset,
-        place.nbytes,
-        IR_DTYPES[place.dtype],
-        shape=ir.Shape(place.shape),
+        stored.file,
+        stored.offset,
+        stored.nbytes,
+        IR_DTYPES[stored.dtype],
+        shape=ir.Shape(stored.shape),
         name=name,
         base_dir="",
     )
@@ -262,7 +264,7 @@ class WeightStream:
     def write_file(
         self,
         name: str,
-        placements: Mapping[str, AnyPlacement],
+        weights: Mapping[str, StoredWeight],
         blocks: Callable[[str], Blocks],
         scale: float = 1.0,
     ) -> FileInfo:
@@ -273,28 +275,28 @@ class WeightStream:
             ExportError: a value does not fit into the target dtype.
         """
         with HashedFile(self.folder / name) as file, one_thread_an_operation():
-            for tensor, place in placements.items():
-                file.pad_to(place.offset)
-                if isinstance(place, QuantizedPlacement):
-                    self._write_quantized(file, tensor, place, blocks(tensor), scale)
-                elif isinstance(place, RowsPlacement):
-                    self._write_rows(file, tensor, place, blocks(tensor), scale)
+            for tensor, stored in weights.items():
+                file.pad_to(stored.offset)
+                if isinstance(stored, BlockQuantizedTensor):
+                    self._write_quantized(file, tensor, stored, blocks(tensor), scale)
+                elif isinstance(stored, RowQuantizedTensor):
+                    self._write_rows(file, tensor, stored, blocks(tensor), scale)
                 else:
                     for block in blocks(tensor):
-                        self._write(file, _cast(tensor, block, place.dtype, scale))
-                assert file.size == place.end
+                        self._write(file, _cast(tensor, block, stored.dtype, scale))
+                assert file.size == stored.end
         return file.info()
 
     def _write_quantized(
-        self, file: HashedFile, name: str, place: QuantizedPlacement, blocks: Blocks, scale: float
+        self, file: HashedFile, name: str, stored: BlockQuantizedTensor, blocks: Blocks, scale: float
     ) -> None:
         # Made at once: kept pieces among large blocks that come and go would leave the heap in tatters.
-        scales = np.empty(place.scales.shape, np.float16)
-        zeros = np.empty(place.zeros.shape, np.uint8) if place.zeros is not None else None
+        scales = np.empty(stored.scales.shape, np.float16)
+        zeros = np.empty(stored.zeros.shape, np.uint8) if stored.zeros is not None else None
         done = 0
         for block in blocks:
             values = torch.from_numpy(_cast(name, block, "fp32", scale))
-            made = quantize(values, place.config)
+            made = quantize(values, stored.config)
             if not torch.isfinite(made.scales).all():
                 raise ExportError(f"Tensor {name} has values too large to be quantized; choose --precision bf16.")
             self._write(file, made.codes.numpy())
@@ -306,12 +308,14 @@ class WeightStream:
         if zeros is not None:
             self._write(file, zeros)
 
-    def _write_rows(self, file: HashedFile, name: str, place: RowsPlacement, blocks: Blocks, scale: float) -> None:
+    def _write_rows(
+        self, file: HashedFile, name: str, stored: RowQuantizedTensor, blocks: Blocks, scale: float
+    ) -> None:
         """Transposed, so with the whole matrix in memory."""
         rows = [_cast(name, block, "fp32", scale) for block in blocks]
-        codes, scales = quantize_rows(torch.from_numpy(np.concatenate(rows).reshape(place.shape)))
+        codes, scales = quantize_rows(torch.from_numpy(np.concatenate(rows).reshape(stored.shape)))
         self._write(file, codes.numpy())
-        file.pad_to(place.scales.offset)
+        file.pad_to(stored.scales.offset)
         self._write(file, scales.numpy())
 
     def _write(self, file: HashedFile, data: np.ndarray) -> None:

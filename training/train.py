@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gemma3n_onnx.export.placements import tensor_shapes
 from gemma3n_onnx.export.slicing import load_slices
+from gemma3n_onnx.export.text_weights import tensor_shapes
 from gemma3n_onnx.graphs.audio import AudioConfig
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.vision import OUTPUT_SIDE, VisionConfig

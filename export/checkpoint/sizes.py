@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma3n_onnx.export.errors import SliceError
-from gemma3n_onnx.export.placements import prefill_placements, text_placements
 from gemma3n_onnx.export.quantization.recipes import precision_for
 from gemma3n_onnx.export.slicing import SliceSpec, load_slices, resolve
+from gemma3n_onnx.export.text_weights import lay_out_prefill, lay_out_text
 from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
 
 STORED = ("fp32", "fp16", "int8", "int4")
@@ -186,9 +186,9 @@ def disk_bytes(config: TextConfig, precision: str) -> int:
         ExportOptionError: there is no such precision.
     """
     recipe = precision_for(precision, "cpu")
-    places = text_placements(config, recipe, None)
-    own_of_prefill = prefill_placements(config, recipe, places)
-    return sum(place.nbytes for place in (*places.values(), *own_of_prefill.values()))
+    weights = lay_out_text(config, recipe, None)
+    own_of_prefill = lay_out_prefill(config, recipe, weights)
+    return sum(stored.nbytes for stored in (*weights.values(), *own_of_prefill.values()))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 from torch import nn
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
-from gemma3n_onnx.export.placements import PER_LAYER, TOKENS
 from gemma3n_onnx.export.slicing import Slice
+from gemma3n_onnx.export.text_weights import PER_LAYER, TOKENS
 from gemma3n_onnx.export.verify.parity import kl_divergence
 from gemma3n_onnx.export.verify.reference import StorageOf, decoder_logits, load_decoder, load_hard_rows
 from gemma3n_onnx.export.weights import as_stored

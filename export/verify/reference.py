@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from gemma3n_onnx.export.checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
 from gemma3n_onnx.export.encoders import find_hard_tokens
 from gemma3n_onnx.export.errors import ExportError
-from gemma3n_onnx.export.placements import PER_LAYER, TOKENS
 from gemma3n_onnx.export.quantization.config import PerRow, QuantizationConfig, Storage
 from gemma3n_onnx.export.quantization.rounding import IN_BF16, of_storage, rounded
 from gemma3n_onnx.export.slicing import Slice, TensorCut
+from gemma3n_onnx.export.text_weights import PER_LAYER, TOKENS
 from gemma3n_onnx.export.weights import as_stored, as_torch, read_cut
 from gemma3n_onnx.runtime.artifact import Manifest
 

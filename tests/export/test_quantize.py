@@ -19,9 +19,9 @@ from gemma3n_onnx.export.quantization.quantize import dequantize, pack, quantize
 from gemma3n_onnx.export.quantization.recipes import precision_for
 from gemma3n_onnx.export.quantization.threads import one_thread_an_operation
 from gemma3n_onnx.export.weights import (
-    Placement,
-    QuantizedPlacement,
-    RowsPlacement,
+    BlockQuantizedTensor,
+    RowQuantizedTensor,
+    StoredTensor,
     WeightStream,
     _all_finite,
     as_stored,
@@ -64,18 +64,18 @@ def graph(kind: str, rows: int, columns: int) -> ir.Model:
     return ir.Model(made, ir_version=10)
 
 
-def written(folder: Path, values: torch.Tensor, config: QuantizationConfig, chunk: int = 7) -> QuantizedPlacement:
+def written(folder: Path, values: torch.Tensor, config: QuantizationConfig, chunk: int = 7) -> BlockQuantizedTensor:
     """`values`, a few rows at a time, as an export writes them."""
-    (place,) = lay_out(FILE, {"w": tuple(values.shape)}, lambda _: config).values()
-    assert isinstance(place, QuantizedPlacement)
+    (stored,) = lay_out(FILE, {"w": tuple(values.shape)}, lambda _: config).values()
+    assert isinstance(stored, BlockQuantizedTensor)
     blocks = (block.numpy() for block in values.split(chunk))
-    info = WeightStream(folder, lambda _: None).write_file(FILE, {"w": place}, lambda _: blocks)
-    assert info.bytes == place.nbytes
-    return place
+    info = WeightStream(folder, lambda _: None).write_file(FILE, {"w": stored}, lambda _: blocks)
+    assert info.bytes == stored.nbytes
+    return stored
 
 
-def loaded(folder: Path, model: ir.Model, place: QuantizedPlacement, *, int8_activations: bool) -> Session:
-    attach(model, {"w": place})
+def loaded(folder: Path, model: ir.Model, stored: BlockQuantizedTensor, *, int8_activations: bool) -> Session:
+    attach(model, {"w": stored})
     for node in model.graph:
         if node.op_type == "MatMulNBits" and not int8_activations:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
@@ -127,8 +127,8 @@ def test_onnxruntime_gathers_the_rows_that_dequantize_gives(tmp_path: Path, conf
 )
 def test_a_table_on_disk_gives_the_same_rows(tmp_path: Path, config: QuantizationConfig) -> None:
     values = matrix()
-    place = written(tmp_path, values, config)
-    info = TableInfo(FILE, f"int{config.bits}", ROWS, COLUMNS, 2.0, config.block, place.scales.offset)
+    stored = written(tmp_path, values, config)
+    info = TableInfo(FILE, f"int{config.bits}", ROWS, COLUMNS, 2.0, config.block, stored.scales.offset)
     ids = np.array([ROWS - 1, 3, 0, 5])
     np.testing.assert_array_equal(
         EmbeddingTable(tmp_path, info, "fp32").rows(ids), 2 * as_stored(values, config)[ids].numpy()
@@ -138,8 +138,8 @@ def test_a_table_on_disk_gives_the_same_rows(tmp_path: Path, config: Quantizatio
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_first_rows_are_a_matrix_of_their_own(tmp_path: Path, config: QuantizationConfig) -> None:
     values = matrix()
-    place = written(tmp_path, values, config).first_rows(20)
-    session = loaded(tmp_path, graph("Gemm", 20, COLUMNS), place, int8_activations=False)
+    stored = written(tmp_path, values, config).first_rows(20)
+    session = loaded(tmp_path, graph("Gemm", 20, COLUMNS), stored, int8_activations=False)
     product = session.run({"x": np.eye(COLUMNS, dtype=np.float32)})["y"]
     np.testing.assert_allclose(product.T, as_stored(values, config)[:20], rtol=1e-5, atol=1e-7)
 
@@ -213,12 +213,12 @@ def test_quantize_and_dequantize_fit_each_other() -> None:
 
 def test_products_in_int8_are_near_those_of_the_weights(tmp_path: Path) -> None:
     values = matrix()
-    (place,) = lay_out(FILE, {"w": (ROWS, COLUMNS)}, lambda _: PerRow()).values()
-    assert isinstance(place, RowsPlacement) and place.nbytes == ROWS * COLUMNS + 4 * ROWS
+    (stored,) = lay_out(FILE, {"w": (ROWS, COLUMNS)}, lambda _: PerRow()).values()
+    assert isinstance(stored, RowQuantizedTensor) and stored.nbytes == ROWS * COLUMNS + 4 * ROWS
     model = graph("Gemm", ROWS, COLUMNS)
     assert products(model) == {"w"}
-    WeightStream(tmp_path, lambda _: None).write_file(FILE, {"w": place}, lambda _: iter([values.numpy()]))
-    attach(model, {"w": place})
+    WeightStream(tmp_path, lambda _: None).write_file(FILE, {"w": stored}, lambda _: iter([values.numpy()]))
+    attach(model, {"w": stored})
     ir.save(model, tmp_path / "graph.onnx")
     session = Session(tmp_path / "graph.onnx", CPUProvider(), quantized=True)
     x = np.random.default_rng(0).standard_normal((40, COLUMNS), dtype=np.float32)
@@ -249,9 +249,9 @@ def test_a_weight_used_otherwise_is_refused() -> None:
     (node,) = model.graph
     extra = ir.node("Transpose", [node.inputs[1]])
     model.graph.append(extra)
-    place = QuantizedPlacement.at(FILE, 0, (ROWS, COLUMNS), QuantizationConfig(4, 32))
+    stored = BlockQuantizedTensor.at(FILE, 0, (ROWS, COLUMNS), QuantizationConfig(4, 32))
     with pytest.raises(AssertionError, match="Transpose"):
-        attach(model, {"w": place})
+        attach(model, {"w": stored})
 
 
 @pytest.mark.parametrize(("columns", "block"), [(256, 128), (96, 32), (48, 16), (24, None), (7, None)])
@@ -320,12 +320,12 @@ def test_altup_and_vectors_are_not_quantized() -> None:
 def test_quantized_and_plain_tensors_lie_one_after_another() -> None:
     shapes = {"a": (64, 256), "b": (7,), "c": (32, 32)}
     storage = {"a": QuantizationConfig(4, 32), "b": "fp32", "c": QuantizationConfig(8, 32, "hqq")}
-    places = lay_out(FILE, shapes, storage.__getitem__)
-    assert isinstance(places["a"], QuantizedPlacement) and isinstance(places["b"], Placement)
-    assert places["a"].nbytes == 64 * 128 + 64 * 8 * 2
-    assert places["c"].nbytes == 32 * 32 + 32 * 2 + 32
-    ends = [place.end for place in places.values()]
-    assert all(place.offset >= end for place, end in zip([*places.values()][1:], ends))
+    weights = lay_out(FILE, shapes, storage.__getitem__)
+    assert isinstance(weights["a"], BlockQuantizedTensor) and isinstance(weights["b"], StoredTensor)
+    assert weights["a"].nbytes == 64 * 128 + 64 * 8 * 2
+    assert weights["c"].nbytes == 32 * 32 + 32 * 2 + 32
+    ends = [stored.end for stored in weights.values()]
+    assert all(stored.offset >= end for stored, end in zip([*weights.values()][1:], ends))
 
 
 @pytest.fixture

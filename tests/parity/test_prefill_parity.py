@@ -13,10 +13,10 @@ import pytest
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.manifest import graph_info
-from gemma3n_onnx.export.placements import prefill_placements, text_placements
 from gemma3n_onnx.export.quantization.options import QuantizationOptions
 from gemma3n_onnx.export.quantization.recipes import precision_for
 from gemma3n_onnx.export.slicing import whole
+from gemma3n_onnx.export.text_weights import lay_out_prefill, lay_out_text
 from gemma3n_onnx.export.verify.parity import describe, verify
 from gemma3n_onnx.export.verify.reference import load_decoder, prefilled_logits, stored_for_prefill, stored_in
 from gemma3n_onnx.graphs.passes.cache_only_decoder import CacheOnlyDecoder
@@ -161,7 +161,7 @@ def test_it_holds_what_it_reads(folder, small_checkpoint):
     assert "MatMulNBits" not in {node.op_type for node in graph}
     config = Checkpoint.open(small_checkpoint).text_config
     recipe = precision_for("int4", "cpu")
-    places = prefill_placements(config, recipe, text_placements(config, recipe, None))
+    places = lay_out_prefill(config, recipe, lay_out_text(config, recipe, None))
     read = {name.removesuffix(".codes") for name in graph.initializers if name.endswith(".codes")}
     assert read == set(places)
     assert max(place.end for place in places.values()) == (folder / "prefill.onnx.data").stat().st_size

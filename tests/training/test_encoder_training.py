@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma3n_onnx.export.placements import tensor_shapes
+from gemma3n_onnx.export.text_weights import tensor_shapes
 from gemma3n_onnx.graphs.audio import AudioConfig
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.vision import VisionConfig

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from gemma3n_onnx.export.placements import tensor_shapes
 from gemma3n_onnx.export.slicing import load_slices, resolve
+from gemma3n_onnx.export.text_weights import tensor_shapes
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Attention, Decoder
 from gemma3n_onnx.graphs.embedding import Embedding, HardRows

@@ -1,4 +1,4 @@
-"""The text part of an artifact: which tensors there are, how each is stored, and where in which file it lies."""
+"""The weights of the decoder, the prefill graph and both tables: how each is stored, and where in which file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from gemma3n_onnx.graphs.embedding import HardRows
 
 from . import trace
 from .quantization.precision import Precision
-from .weights import AnyPlacement, QuantizedPlacement, RowsPlacement, TablePlacement, lay_out
+from .weights import BlockQuantizedTensor, RowQuantizedTensor, StoredTable, StoredWeight, lay_out
 
 TOKENS, PER_LAYER = "embed_tokens.weight", "embed_tokens_per_layer.weight"
 DECODER_DATA, PREFILL_DATA = "decoder.onnx.data", "prefill.onnx.data"
 TOKEN_TABLE, PER_LAYER_TABLE = "token_embeddings.bin", "per_layer_embeddings.bin"
 
-Placements = Mapping[str, AnyPlacement]
-"""Where each tensor lies, by its name in the checkpoint."""
+StoredWeights = Mapping[str, StoredWeight]
+"""By the tensor's name in the checkpoint."""
 
 
 def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
@@ -28,7 +28,7 @@ def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def text_placements(config: TextConfig, precision: Precision, hard_rows: HardRows | None) -> dict[str, AnyPlacement]:
+def lay_out_text(config: TextConfig, precision: Precision, hard_rows: HardRows | None) -> dict[str, StoredWeight]:
     """Every weight of the decoder and the tables; the hard rows are the token table's last ones."""
     shapes = tensor_shapes(config)
     rows, width = shapes.pop(TOKENS)
@@ -43,7 +43,7 @@ def text_placements(config: TextConfig, precision: Precision, hard_rows: HardRow
     }
 
 
-def prefill_placements(config: TextConfig, precision: Precision, decoder: Placements) -> dict[str, AnyPlacement]:
+def lay_out_prefill(config: TextConfig, precision: Precision, decoder: StoredWeights) -> dict[str, StoredWeight]:
     """The matrices that a prefill graph has for itself: those that the `decoder` quantizes and that KV caches depend
     on."""
     storage = precision.prefill
@@ -57,15 +57,15 @@ def prefill_placements(config: TextConfig, precision: Precision, decoder: Placem
         "per_layer_model_projection.",
     )
     own = {
-        name: place.shape
-        for name, place in decoder.items()
-        if isinstance(place, QuantizedPlacement) and name.startswith(used)
+        name: stored.shape
+        for name, stored in decoder.items()
+        if isinstance(stored, BlockQuantizedTensor) and name.startswith(used)
     }
     return lay_out(PREFILL_DATA, own, lambda _: storage)
 
 
-def table_of(placements: Placements, name: str) -> TablePlacement:
-    """The place of a table, which is never quantized by rows."""
-    place = placements[name]
-    assert not isinstance(place, RowsPlacement)
-    return place
+def table_of(weights: StoredWeights, name: str) -> StoredTable:
+    """A table, which is never quantized by rows."""
+    stored = weights[name]
+    assert not isinstance(stored, RowQuantizedTensor)
+    return stored
