@@ -57,7 +57,7 @@ def _body(graph: ir.Graph, marks: Mapping[tuple[str, int], ir.Node], number: int
 
 def _put_in_place(graph: ir.Graph, call: ir.Node, body: _Body) -> None:
     values: dict[ir.Value, ir.Value | None] = {
-        of_body: of_call for of_body, of_call in zip(body.inputs, call.inputs, strict=True) if of_body is not None
+        formal: actual for formal, actual in zip(body.inputs, call.inputs, strict=True) if formal is not None
     }
     nodes = []
     for node in body.nodes:

@@ -159,7 +159,7 @@ def _rope_theta(text: Mapping[str, Any], kind: str, flat_key: str, default: floa
     """From `rope_parameters` (transformers 5) or the flat key of transformers 4."""
     if text.get("rope_scaling"):
         raise ConfigError("rope_scaling is set; only unscaled RoPE is implemented.")
-    of_kind = (text.get("rope_parameters") or {}).get(kind) or {}
-    if (rope_type := of_kind.get("rope_type", "default")) != "default":
+    parameters = (text.get("rope_parameters") or {}).get(kind) or {}
+    if (rope_type := parameters.get("rope_type", "default")) != "default":
         raise ConfigError(f"rope_type {rope_type!r} of the {kind} layers is not implemented.")
-    return float(of_kind.get("rope_theta", text.get(flat_key, default)))
+    return float(parameters.get("rope_theta", text.get(flat_key, default)))

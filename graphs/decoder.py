@@ -187,10 +187,10 @@ class Attention(nn.Module):
 
     def produce(self, x: Tensor, past: tuple[Tensor, Tensor], step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] -> attention [T, N * D] (before `o_proj`) and the present K, V [B, K, C, D]."""
-        of_step = x, step.batch, step.rope[self.kind]
+        inputs = x, step.batch, step.rope[self.kind]
         output, present_key, present_value = ops.attend_and_cache(
-            repeated(self.query, *of_step),
-            *repeated(self.key_and_value, *of_step),
+            repeated(self.query, *inputs),
+            *repeated(self.key_and_value, *inputs),
             *past,
             step.last_position[FULL],
             step.total_length[FULL],
@@ -320,7 +320,7 @@ class Decoder(nn.Module):
         step = self._step(batch, attention_mask, position_ids, past)
         embeds = ops.reshape(inputs_embeds, -1, self.config.hidden_size)
         per_layer = self._per_layer_inputs(embeds, per_layer_inputs)
-        of_layer = ops.split(per_layer, self.config.num_layers)
+        layer_inputs = ops.split(per_layer, self.config.num_layers)
         streams, active = self._split(embeds), embeds
 
         present: list[Tensor] = []
@@ -340,9 +340,9 @@ class Decoder(nn.Module):
                 predictions, normed, attention, per_layer = (
                     x.index_select(0, last) for x in (predictions, normed, attention, per_layer)
                 )
-                of_layer = ops.split(per_layer, self.config.num_layers)
+                layer_inputs = ops.split(per_layer, self.config.num_layers)
                 step = _narrow(step, last)
-            streams, active = repeated(layer.after_attention, predictions, normed, attention, of_layer[i])
+            streams, active = repeated(layer.after_attention, predictions, normed, attention, layer_inputs[i])
 
         logits = self.lm_head(self.norm(self._merge(streams))).float()
         if (cap := self.config.final_logit_softcapping) is not None:

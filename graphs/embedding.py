@@ -54,8 +54,8 @@ class Embedding(nn.Module):
         if features:
             batch, length = size_of_axis(input_ids, 0), size_of_axis(input_ids, 1)
             flat, ids = reshape(embeds, -1, embeds.shape[-1]), reshape(input_ids, -1)
-            for token_id, of_token in zip(self.soft_token_ids, features, strict=True):
-                flat = replace_rows(flat, ids == token_id, of_token.to(self.compute))
+            for token_id, soft_rows in zip(self.soft_token_ids, features, strict=True):
+                flat = replace_rows(flat, ids == token_id, soft_rows.to(self.compute))
             embeds = reshape(flat, batch, length, embeds.shape[-1])
         has_row = (input_ids >= 0) & (input_ids < self.per_layer_rows)
         return embeds, self.embed_tokens_per_layer(torch.where(has_row, input_ids, 0)).to(self.compute)

@@ -83,8 +83,8 @@ class _RMSNorm(torch.autograd.Function):
         normed, scale, weight = context.saved_tensors
         product = gradient * normed
         along = (product @ weight).unsqueeze(-1) / normed.shape[-1]
-        of_x = torch.addcmul(gradient * weight, normed, along, value=-1).mul_(scale)
-        return of_x, product.flatten(0, -2).sum(0), None
+        gradient_of_x = torch.addcmul(gradient * weight, normed, along, value=-1).mul_(scale)
+        return gradient_of_x, product.flatten(0, -2).sum(0), None
 
 
 def softplus(x: Tensor) -> Tensor:

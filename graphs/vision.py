@@ -112,8 +112,8 @@ class VisionConfig:
         if not 0.0 < self.channel_multiplier <= 1.0:
             raise ConfigError(f"channel_multiplier is {self.channel_multiplier}; it must be above 0 and at most 1.")
 
-    def width(self, of_full_tower: int) -> int:
-        return _round_to_eight(of_full_tower * self.channel_multiplier)
+    def width(self, full_width: int) -> int:
+        return _round_to_eight(full_width * self.channel_multiplier)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> VisionConfig:

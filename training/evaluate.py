@@ -115,18 +115,18 @@ def command(artifacts: tuple[Path, ...], each: int, seed: int, reference_folder:
     reference = []
     if reference_folder is not None:
         original = OnnxGemma3n.from_pretrained(reference_folder)
-        some = [conversation for of_task in tasks.values() for conversation in of_task[:REFERENCE_EACH]]
+        some = [conversation for conversations in tasks.values() for conversation in conversations[:REFERENCE_EACH]]
         reference = [(conversation, answer_logits(original, conversation)[1]) for conversation in some]
     scores: dict[str, Scores] = {}
     for folder in artifacts:
         model = OnnxGemma3n.from_pretrained(folder)
         scores[f"{model.manifest.slice} {model.manifest.precision}"] = examine(model, tasks, reference)
     if as_json:
-        click.echo(json.dumps({name: asdict(of) for name, of in scores.items()}, indent=2))
+        click.echo(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=2))
         return
-    rows = [[task, *(f"{100 * of.right[task]:.1f}" for of in scores.values())] for task in tasks]
-    nats = ["nats per right answer", *(f"{of.nats:.4f}" for of in scores.values())]
-    kl = [["KL, nats a token", *(f"{of.kl:.2e}" for of in scores.values())]] if reference else []
+    rows = [[task, *(f"{100 * score.right[task]:.1f}" for score in scores.values())] for task in tasks]
+    nats = ["nats per right answer", *(f"{score.nats:.4f}" for score in scores.values())]
+    kl = [["KL, nats a token", *(f"{score.kl:.2e}" for score in scores.values())]] if reference else []
     click.echo(_table([["task", *scores], *rows, nats, *kl]))
 
 

@@ -250,8 +250,8 @@ SMALL_MODEL = 100_000_000
 def render_table(rows: Iterable[SliceRow]) -> str:
     """Aligned columns, one line a slice; parameters in billions and disk in 10^9 bytes, of small models in millions."""
     rows = list(rows)
-    unit, of_bytes, scale = ("M", "MB", 1e6) if max(row.text for row in rows) < SMALL_MODEL else ("B", "GB", 1e9)
-    disk = tuple(f"{precision} {of_bytes}" for precision in STORED)
+    unit, byte_unit, scale = ("M", "MB", 1e6) if max(row.text for row in rows) < SMALL_MODEL else ("B", "GB", 1e9)
+    disk = tuple(f"{precision} {byte_unit}" for precision in STORED)
     lines = [
         ("name", "layers", f"effective {unit}", f"published {unit}", f"text {unit}", f"total {unit}", "MMLU %", *disk)
     ]

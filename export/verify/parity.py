@@ -95,7 +95,7 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        return all(of is None or of.passed(self.tolerance) for of in (self.graph, self.prefill))
+        return all(each is None or each.passed(self.tolerance) for each in (self.graph, self.prefill))
 
 
 def verify(
@@ -145,19 +145,19 @@ def verify(
     def read(decoder: nn.Module) -> np.ndarray:
         return np.concatenate([decoder_logits(decoder, ids, last or len(ids)) for ids in texts])
 
-    def compare(ours: np.ndarray, exact: np.ndarray | None, of: Callable[[bool], np.ndarray]) -> Compared:
-        theirs = of(False)
-        rounded = None if exact is None else Rounded(_errors(exact, theirs), _errors(of(True), theirs))
+    def compare(ours: np.ndarray, exact: np.ndarray | None, reference: Callable[[bool], np.ndarray]) -> Compared:
+        theirs = reference(False)
+        rounded = None if exact is None else Rounded(_errors(exact, theirs), _errors(reference(True), theirs))
         return Compared(_errors(ours, theirs), rounded)
 
     def compare_graph() -> Compared:
         decoder = load(stored_in(manifest))
 
-        def of(int8: bool) -> np.ndarray:
+        def reference(int8: bool) -> np.ndarray:
             with rounding_inputs(decoder, stored_in(manifest)) if int8 else nullcontext():
                 return read(decoder)
 
-        return compare(ours.graph, None if exact is None else exact.graph, of)
+        return compare(ours.graph, None if exact is None else exact.graph, reference)
 
     def compare_prefill() -> Compared:
         storages = stored_for_prefill(manifest), stored_in(manifest)
@@ -187,9 +187,9 @@ def random_prompts(model: OnnxGemma3n, rng: np.random.Generator, count: int, len
 
 def describe(parity: Parity) -> str:
     lines = [f"{parity.positions} positions against transformers (eager, fp32)"]
-    of_weights = "the weights" if parity.original is None else f"the weights as stored in {parity.precision}"
-    of_prefill = f"{of_weights}, the prompt on those of its own graph"
-    for title, compared in ((of_weights, parity.graph), (of_prefill, parity.prefill)):
+    weights = "the weights" if parity.original is None else f"the weights as stored in {parity.precision}"
+    prefill_weights = f"{weights}, the prompt on those of its own graph"
+    for title, compared in ((weights, parity.graph), (prefill_weights, parity.prefill)):
         if compared is not None:
             lines += _described(f"on {title}", compared.errors)
             if compared.rounded is not None:
@@ -200,7 +200,7 @@ def describe(parity: Parity) -> str:
     rounded = parity.graph.rounded is not None
     bound = f", activations not rounded; rounded, {AS_MUCH:g} times what it costs transformers" if rounded else ""
     verdict = "PASS" if parity.passed else "FAIL"
-    lines.append(f"{verdict} (tolerance on {of_weights}: {parity.tolerance:.0e} of the range{bound})")
+    lines.append(f"{verdict} (tolerance on {weights}: {parity.tolerance:.0e} of the range{bound})")
     return "\n".join(lines)
 
 

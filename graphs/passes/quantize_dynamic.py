@@ -111,7 +111,7 @@ def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """Of that name, registered once."""
     assert tensor.name is not None
     if tensor.name not in graph.initializers:
-        of_type = ir.TensorType(tensor.dtype)
-        value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=of_type, const_value=tensor)
+        dtype = ir.TensorType(tensor.dtype)
+        value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=dtype, const_value=tensor)
         graph.register_initializer(value)
     return graph.initializers[tensor.name]

@@ -54,8 +54,6 @@ def _reshaped(graph: ir.Graph, value: ir.Value, sizes: list[int]) -> ir.Value:
     """A node that is in no graph yet."""
     name = f"{PER_LAYER_INPUTS}.sizes"
     tensor = ir.tensor(sizes, dtype=ir.DataType.INT64, name=name)
-    of_sizes = ir.Value(
-        name=name, shape=ir.Shape([len(sizes)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
-    )
-    graph.register_initializer(of_sizes)
-    return ir.node("Reshape", [value, of_sizes], name=f"{PER_LAYER_INPUTS}.reshape").outputs[0]
+    shape = ir.Value(name=name, shape=ir.Shape([len(sizes)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
+    graph.register_initializer(shape)
+    return ir.node("Reshape", [value, shape], name=f"{PER_LAYER_INPUTS}.reshape").outputs[0]
