@@ -1,7 +1,7 @@
 """The audio encoder, written to be traced: mel frames to soft tokens of the decoder's width.
 
-Two convolutions of stride 2, a conformer whose attention looks at its own chunk and the one before, and
-one soft token for every fourth step. Parameters carry the checkpoint's names below `model.`.
+Two convolutions of stride 2, a conformer with attention over the own and the previous chunk, and one soft
+token for every fourth step. Parameters carry the checkpoint's names below `model.`.
 
 Sources of the maths: the Gemma 3n modules of Hugging Face transformers; the Universal Speech Model
 (arXiv:2303.01037).
@@ -28,7 +28,7 @@ from .embedder import MultimodalEmbedder
 from .layers import Linear, RMSNorm, Weight
 from .repeated import repeated
 
-_EPS = 1e-6  # of the norms that do not follow `rms_norm_eps`
+_EPS = 1e-6  # of the norms that ignore `rms_norm_eps`
 _CLAMP = 1e10
 _VOCAB_OFFSET = 262_144 + 128  # text and vision
 _FREQUENCY_PADDING = 1  # on both sides
@@ -89,12 +89,12 @@ class AudioConfig:
 
     @property
     def max_distance(self) -> int:
-        """How many steps back a step attends, itself not counted."""
+        """How many earlier steps a step attends to."""
         return self.context_left - 1
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> AudioConfig:
-        """Reads a full config (`audio_config` and `text_config` inside); what `audio_config` lacks has its default.
+        """Reads a full config (`audio_config` and `text_config` inside); missing keys of `audio_config` have defaults.
 
         Raises:
             ConfigError: no audio encoder, a key is missing, or a value is not implemented.
@@ -169,9 +169,9 @@ def checkpoint_shapes(config: AudioConfig) -> dict[str, tuple[int, ...]]:
 
 
 class CumulativeGroupNorm(Weight):
-    """Normalizes each step by mean and variance over all channels and frequencies of it and the steps before.
+    """Normalizes each step by mean and variance over channels and frequencies of this and all earlier steps.
 
-    The deviations of a step, in the variance, are those from the mean as it stood at that step.
+    The variance sums the deviations of every step from the mean up to that step.
     """
 
     def __init__(self, channels: int, eps: float) -> None:
@@ -193,7 +193,7 @@ def _sum_of_frames(x: Tensor) -> Tensor:
 
 
 class SubsampleBlock(nn.Module):
-    """Convolution that looks ahead in time, norm and ReLU.
+    """Convolution (padded at the end of time, so not causal), norm and ReLU.
 
     [n, in, time, frequency] -> [n, out, ceil(time / stride), a smaller frequency].
     """
@@ -228,13 +228,13 @@ class Subsample(nn.Module):
 
 @dataclass
 class AttentionChunks:
-    """What all layers share in one run."""
+    """Values that all layers share in one run."""
 
     clips: ops.Size  # n
     steps: ops.Size  # S
     padded: ops.Size  # P
     valid: Tensor  # [R, 1], 1.0 or 0.0
-    mask: Tensor  # [n * U, W, C], to be added to the logits
+    mask: Tensor  # [n * U, W, C], added to the attention logits
 
 
 class RelativePosition(nn.Module):
@@ -246,7 +246,7 @@ class RelativePosition(nn.Module):
 class ChunkedAttention(nn.Module):
     """Each step attends to at most `max_distance` steps before it and to itself, with relative positions.
 
-    Only here are clips padded to whole chunks: the projections, nearly all of the work, run on R rows.
+    Clips are padded to whole chunks only here: the projections, nearly all of the work, run on R rows.
     """
 
     def __init__(self, config: AudioConfig) -> None:
@@ -273,7 +273,7 @@ class ChunkedAttention(nn.Module):
         return ops.reshape(attended, -1, self.heads * self.head_dim)
 
     def _query_scale(self) -> Tensor:
-        """[D], so that the logits come out divided by the cap."""
+        """[D]; includes the division of the logits by the softcap."""
         return ops.softplus(self.per_dim_scale) * (self.head_dim**-0.5 / math.log(2) / self.cap)
 
     def _by_head(self, x: Tensor, chunks: AttentionChunks) -> Tensor:
@@ -281,7 +281,7 @@ class ChunkedAttention(nn.Module):
         return ops.reshape(x, chunks.clips, -1, self.heads, self.head_dim).permute(2, 0, 1, 3)
 
     def _context(self, x: Tensor, chunks: AttentionChunks) -> Tensor:
-        """[N, n, S, D] -> [N, n * U, C, D]: each chunk behind the one before it, zeros before the first."""
+        """[N, n, S, D] -> [N, n * U, C, D]: each chunk preceded by the previous one, the first one by zeros."""
         before, own = (self._chunked(ops.fit(x, 2, chunks.padded, zeros)) for zeros in (self.chunk, 0))
         return torch.cat([before, own], dim=2)
 
@@ -292,7 +292,7 @@ class ChunkedAttention(nn.Module):
     def _position_logits(self, query: Tensor, positions: Tensor) -> Tensor:
         """query [N, n * U, W, D] -> [N, n * U, W, C], at (w, c) for the distance w + W - c.
 
-        Rows one longer than C, laid out again at length C, move by one with each w.
+        The relative shift: rows of length C + 1, reshaped to length C, move by one with each w.
         """
         context = 2 * self.chunk
         projected = self.relative_position_embedding.pos_proj(positions)
@@ -334,7 +334,7 @@ class FeedForward(nn.Module):
 class LightConvolution(nn.Module):
     """Gated projection, causal convolution of each channel over time, projection.
 
-    With `keep` above 1 only every `keep`-th step is computed from the convolution on.
+    With `keep` > 1, the convolution and what follows run for every `keep`-th step only.
     """
 
     def __init__(self, config: AudioConfig, keep: int) -> None:
@@ -376,9 +376,9 @@ class ConformerBlock(nn.Module):
 class AudioTower(nn.Module):
     """The encoder without its embedder, for fp32.
 
-    transformers clamps activations at 1e10 in eight places of a block. A normed value is at most sqrt(H) times
-    its weight and at most two linear layers lie between norms, so that no clamp does anything in fp32: there is
-    none here, and a config with a lower limit is refused. Half precision would overflow long before.
+    transformers clamps activations at 1e10 in eight places of a block. A normed value is at most sqrt(H) times its
+    weight, and at most two linear layers lie between norms: in fp32 no clamp has an effect, so there is none here, and
+    a config with a lower limit is refused. fp16 would overflow long before.
     """
 
     positions: Tensor
@@ -396,7 +396,7 @@ class AudioTower(nn.Module):
         self.register_buffer("reach", _reach(config), persistent=False)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """features [n, T, B], mask [n, T] -> [n * t, H]; what belongs to no valid frame is undefined."""
+        """features [n, T, B], mask [n, T] -> [n * t, H]; tokens without a valid frame are undefined."""
         chunks = self._chunks(mask)
         x = self.subsample_conv_projection(features)
         for block in self.conformer:
@@ -416,7 +416,7 @@ class AudioTower(nn.Module):
 
 
 def _sinusoid(max_distance: int, width: int) -> Tensor:
-    """[max_distance + 1, width]: sines, then cosines, of the distances from the largest down to 0."""
+    """[max_distance + 1, width]: sines, then cosines, of the distances in descending order."""
     count = width // 2
     rates = torch.exp(torch.arange(count, device="cpu") * (-math.log(1e4) / max(count - 1, 1)))
     angles = torch.arange(max_distance, -1, -1, device="cpu").float()[:, None] * rates
@@ -431,10 +431,10 @@ def _reach(config: AudioConfig) -> Tensor:
 
 
 class AudioEncoder(nn.Module):
-    """Mel frames to the soft tokens that the decoder reads in the place of a clip's placeholders.
+    """Mel frames -> the soft tokens that replace a clip's placeholders.
 
-    Every token without a valid frame, and every one that is missing from `soft_tokens`, is the hard embedding of
-    the last id of the embedder's vocabulary.
+    Tokens without a valid frame, and the padding up to `soft_tokens`, are the hard embedding of the last id of the
+    embedder's vocabulary.
     """
 
     def __init__(self, config: AudioConfig) -> None:

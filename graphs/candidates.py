@@ -1,5 +1,4 @@
-"""A graph beside the decoder: the likeliest tokens, so that drawing one of few needs no copy of all logits to the
-host."""
+"""A graph that returns the top logits: sampling with a small top-k then needs no copy of all logits to the host."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ CANDIDATES = 128
 
 
 def candidates(vocab_size: int, opset: int) -> ir.Model:
-    """logits [B, 1, V] fp32 -> candidate_logits [B, 1, n] fp32 from the largest down, candidate_ids [B, 1, n] int64;
-    n is `CANDIDATES`, or V where that is less."""
+    """logits [B, 1, V] fp32 -> candidate_logits [B, 1, n] fp32, sorted descending, and candidate_ids [B, 1, n] int64,
+    with n = min(`CANDIDATES`, V)."""
     count = min(CANDIDATES, vocab_size)
     logits = _value(names.LOGITS, ir.DataType.FLOAT, vocab_size)
     number = ir.tensor([count], dtype=ir.DataType.INT64, name="count")

@@ -11,7 +11,7 @@ FULL = "full_attention"
 
 
 class ConfigError(ValueError):
-    """The configuration is not one of a Gemma 3n that these graphs implement."""
+    """The configuration is not that of a Gemma 3n which these graphs implement."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class TextConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> TextConfig:
-        """Reads a full (`text_config` inside) or a text-only config, in the spelling of transformers 4 or 5.
+        """Reads a full config (with `text_config`) or a text-only one, as transformers 4 or 5 writes it.
 
         Raises:
             ConfigError: not a Gemma 3n, a key is missing, or a value is not implemented.
@@ -139,7 +139,12 @@ class TextConfig:
 
 
 def count(values: Mapping[str, Any], key: str) -> int:
-    """`values[key]`. ConfigError: it is no positive whole number. KeyError: it is missing."""
+    """`values[key]`, a positive integer.
+
+    Raises:
+        ConfigError: it is not a positive integer.
+        KeyError: it is missing.
+    """
     value = values[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{key} is {value!r}; it must be a positive whole number.")

@@ -32,7 +32,7 @@ Logits = Literal["last", "all"]
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One KV cache of the graph: `windowed` ones hold `window` positions or a little more, others all."""
+    """One KV cache of the graph. A `windowed` one holds a little more than `window` positions, any other one all."""
 
     layer: int
     windowed: bool
@@ -49,11 +49,11 @@ class CacheSpec:
 
 
 def cache_specs(config: TextConfig, logits: Logits, windows: bool = True) -> tuple[CacheSpec, ...]:
-    """The caches in graph order, one for each layer that produces K and V; with `windows` those of sliding layers are
+    """The caches in graph order, one for each layer that produces K and V. `windows` makes those of sliding layers
     windowed.
 
-    With logits for every position the KV-shared layers look back from every new position, further than a
-    windowed donor reaches, so the sliding donor then keeps all positions.
+    With logits for every position, the KV-shared layers attend from every new position, further back than a windowed
+    donor reaches: the sliding donor then keeps all positions.
     """
     readers = range(config.num_kv_layers, config.num_layers)
     donors = {config.kv_source(i) for i in readers} if logits == "all" else set()
@@ -65,16 +65,16 @@ def cache_specs(config: TextConfig, logits: Logits, windows: bool = True) -> tup
 
 @dataclass
 class Step:
-    """What all layers share in one run; rebuilt at the start of the short tail.
+    """Values that all layers share in one run; recomputed where the layers go on with the last position only.
 
-    `last_position` and `total_length` count, for each layer type, the rows that attention may look at.
+    `last_position` and `total_length` count, by layer type, the cache rows that attention may read.
     """
 
     batch: ops.Size
     rope: dict[str, tuple[Tensor, Tensor]]  # layer type -> cos, sin [B, S, D / 2]
     last_position: dict[str, Tensor]  # int32 [B]
     total_length: dict[str, Tensor]  # int32 [1]
-    nothing: Tensor | None = None  # keys of no position, [B, 0, K * D], from the first layer that reads a donor's
+    nothing: Tensor | None = None  # empty keys [B, 0, K * D], made by the first KV-shared layer
 
 
 class AltUp(nn.Module):
@@ -124,12 +124,12 @@ class Laurel(nn.Module):
         self.post_laurel_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is to be added to x."""
+        """x [T, H] -> the residual branch [T, H], without x."""
         return self.post_laurel_norm(self.linear_right(self.linear_left(x)))
 
 
 class MLP(nn.Module):
-    """Gated tanh-GELU. On sparse layers only gate values above mean + z * std of their row pass."""
+    """Gated tanh-GELU. Sparse layers zero the gate values up to mean + z * std of their row."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. A KV-shared layer has no K and V of its own and reads its donor's present."""
+    """Grouped-query attention. A KV-shared layer has no K and V projections and reads its donor's present."""
 
     v_norm: Tensor
     not_repeated = ("kind", "window", "windowed_cache")
@@ -181,7 +181,7 @@ class Attention(nn.Module):
         return ops.rotary_embedding(self.heads_of(self.q_proj(x), self.q_norm.weight, batch), *rope, self.heads)
 
     def key_and_value(self, x: Tensor, batch: ops.Size, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """x [T, H], rope [B, S, D / 2] -> keys and values [B, S, K * D] of its own."""
+        """x [T, H], rope [B, S, D / 2] -> keys and values [B, S, K * D]."""
         key = ops.rotary_embedding(self.heads_of(self.k_proj(x), self.k_norm.weight, batch), *rope, self.kv_heads)
         return key, self.heads_of(self.v_proj(x), self.v_norm, batch)
 
@@ -240,8 +240,7 @@ class DecoderLayer(nn.Module):
         self.register_buffer("inactive", torch.tensor([inactive], device="cpu"), persistent=False)
 
     def before_attention(self, streams: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """streams [T, A, H], of which `active` [T, H] is the first -> predictions [T, A, H] and the first of these,
-        normed [T, H]."""
+        """streams [T, A, H] and their first, `active` [T, H] -> predictions [T, A, H], and the first, normed [T, H]."""
         predictions = self.altup.predict(streams, active)
         return predictions, self.input_layernorm(predictions[:, 0])
 
@@ -271,11 +270,11 @@ class Decoder(nn.Module):
     `position_ids` [B, S] int64; past K and V [B, K, C, D] for each producing layer. `logits` is
     [B, 1, V] for the last valid position of each row (or [B, S, V]), always fp32.
 
-    With `logits="last"` everything above the last layer that produces K and V, and all of that layer
-    but its attention, runs for the last valid position of each row only: nothing else is ever read.
+    With `logits="last"`, the layers above the last KV producer, and that layer from its attention output on, run
+    for the last valid position of each row only: no later step reads the other positions.
 
-    Without `windows` no value that a device computes decides on a size or on what the host has to tell the
-    attention, and `attention_mask` may be longer than what was seen.
+    Without `windows`, no shape and no scalar that attention reads on the host depends on a value computed on the
+    device, and `attention_mask` may be longer than the tokens seen so far.
     """
 
     def __init__(self, config: TextConfig, logits: Logits, windows: bool = True) -> None:
@@ -371,7 +370,7 @@ class Decoder(nn.Module):
         return Step(batch, rope, last_position, total_length)
 
     def _sliding_source(self) -> int | None:
-        """The layer whose cache the KV-shared sliding layers read, if there are such layers."""
+        """The donor of the KV-shared sliding layers; None without such layers."""
         config = self.config
         readers = range(config.num_kv_layers, config.num_layers)
         return next((config.kv_source(i) for i in readers if config.layer_types[i] == SLIDING), None)
@@ -385,7 +384,7 @@ class Decoder(nn.Module):
         return ops.reshape(mixed, -1, projected.shape[1])
 
     def _split(self, embeds: Tensor) -> Tensor:
-        """embeds [T, H] -> AltUp streams [T, A, H], each of the magnitude of the first."""
+        """embeds [T, H] -> AltUp streams [T, A, H], rescaled to the magnitude of the first."""
         target = _magnitude(embeds)
         return torch.stack([embeds, *(_rescale(p(embeds), target) for p in self.altup_projections)], dim=1)
 
@@ -408,14 +407,14 @@ def _rescale(x: Tensor, target: Tensor) -> Tensor:
 
 
 def _last_valid(attention_mask: Tensor, position_ids: Tensor, tokens: ops.Size) -> Tensor:
-    """Flat index [B], among all `tokens`, of each row's last one that is not padding."""
+    """Flat index [B] of the last token of each row that is not padding, among all `tokens`."""
     column = attention_mask.sum(-1, keepdim=True) - 1 - position_ids[:, :1]
     flat = ops.reshape(ops.count_to(tokens), ops.size_of_axis(position_ids, 0), -1)
     return ops.reshape(flat.gather(1, column), -1)
 
 
 def _narrow(step: Step, index: Tensor) -> Step:
-    """The step of one position of each row; `index` [B] is flat."""
+    """The step for one position of each row; `index` [B] is flat."""
 
     def at_index(x: Tensor) -> Tensor:
         return ops.reshape(x, -1, x.shape[2]).index_select(0, index).unsqueeze(1)

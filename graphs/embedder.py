@@ -1,4 +1,4 @@
-"""From an encoder's width to the decoder's: `embed_vision` and `embed_audio` of a checkpoint.
+"""Projects encoder features to the decoder's width: `embed_vision` and `embed_audio` of a checkpoint.
 
 transformers' `Gemma3nMultimodalEmbedder`: norm, projection, and a norm without weight.
 """
@@ -13,9 +13,9 @@ from .ops import linear, rms_norm
 
 
 class MultimodalEmbedder(nn.Module):
-    """Soft tokens (an encoder's output) and hard ones (rows of a table of its own), to [..., text_hidden].
+    """Projects soft tokens (encoder features) and hard tokens (rows of its own table) to [..., text_hidden].
 
-    Both come out as the decoder reads them: not to be scaled by sqrt(text_hidden) as text embeddings are.
+    The decoder takes the results without the factor sqrt(text_hidden) that text embeddings need.
     """
 
     ones: Tensor

@@ -1,4 +1,4 @@
-"""Token ids to the decoder's two inputs, for consumers that do not read the tables themselves."""
+"""The embedding graph, for consumers that do not read the embedding tables themselves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .ops import replace_rows, reshape, size_of_axis
 
 @dataclass(frozen=True)
 class HardRows:
-    """Ids of `first_id` and above have rows of their own, which follow the `vocab_size` rows of the text."""
+    """Rows of the hard multimodal tokens, ids from `first_id` on; they follow the `vocab_size` rows of the table."""
 
     first_id: int
     count: int
@@ -23,10 +23,10 @@ class HardRows:
 class Embedding(nn.Module):
     """`input_ids` [B, S] int64 -> `inputs_embeds` [B, S, H] and `per_layer_inputs` [B, S, L * P].
 
-    Features [n, H] fp32, one input for each of `soft_token_ids`, take the places of that token in order; with
-    no rows they leave the token's own embedding. The tables may be narrower than `compute`, the outputs'
-    dtype: rows are widened, never a table. The PLE table holds rows that are already scaled; an id without a
-    row reads row 0.
+    Each of `soft_token_ids` has an input of features [n, H] fp32. They replace the embeddings of that token in
+    order; empty features leave the token's own embedding. The tables may be stored in a narrower dtype than
+    `compute`, the outputs' dtype: only gathered rows are cast. PLE rows are stored scaled; an id without a row
+    reads row 0.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The layers that decoder, encoders and embedders have in common; parameters go by a checkpoint's names."""
+"""Layers shared by decoder, encoders and embedders; parameters have the checkpoint's names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import ops
 
 
 class Weight(nn.Module):
-    """A parameter under the name that a checkpoint gives to a layer's: `<layer>.weight`."""
+    """One parameter, called `<layer>.weight` as in the checkpoint."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -32,5 +32,5 @@ class RMSNorm(Weight):
         self.eps = eps
 
     def forward(self, x: Tensor, scale: Tensor | float | None = None) -> Tensor:
-        """The norm of x over its last axis, times `scale`: one multiplication, by the product of both weights."""
+        """RMSNorm over the last axis, times `scale`, which is folded into the weight."""
         return ops.rms_norm(x, self.weight if scale is None else self.weight * scale, self.eps)

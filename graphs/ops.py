@@ -1,11 +1,11 @@
 """Torch operations that become one ONNX node each.
 
-Outside an export they compute the same in plain torch, so that a module written with them can be
-tested and trained. A symbolic node has no eager meaning, hence the two branches.
+Outside an export each one runs in eager torch, so that modules can be tested and trained: a symbolic node cannot run
+eagerly, hence two branches.
 
-Modules are traced with fixed sizes, which is several times faster than with symbolic ones. What depends on
-a size that varies at run time must therefore go through `reshape`, `count_to` and their like, never through a
-torch view; `export.trace` checks that no fixed size got into a graph.
+Modules are traced with fixed sizes, several times faster than with symbolic ones. A shape that depends on a dynamic
+size must therefore go through `reshape`, `count_to` and the like, never through a torch view; `export.trace` checks
+that no size of the trace is left in a graph.
 
 Shape legend: B batch, S new tokens, T = B * S, C cache capacity, N query heads, K KV heads, D head size.
 """
@@ -32,8 +32,7 @@ def tracing() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """`scale * x @ weight.T + bias` for x [T, in], weight [out, in] and bias [out]: the checkpoint's layout is kept
-    (Gemm, transB)."""
+    """`scale * x @ weight.T + bias` (Gemm, transB) for x [T, in], weight [out, in] as in the checkpoint, bias [out]."""
     if not tracing():
         product = F.linear(x, weight) * scale if scale != 1.0 else F.linear(x, weight)
         return product if bias is None else product + bias
@@ -69,7 +68,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With its gradient written out, which takes half the time of what autograd makes of the parts."""
+    """RMSNorm with an explicit gradient, which takes half the time of autograd's."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -95,7 +94,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """RoPE in the half-split form over the whole head. x [B, S, heads * D]; cos, sin [B, S, D / 2]."""
+    """RoPE over the whole head, half-split (not interleaved). x [B, S, heads * D]; cos, sin [B, S, D / 2]."""
     if tracing():
         attributes: Attributes = {"num_heads": num_heads, "interleaved": 0}
         return symbolic("RotaryEmbedding", (x, cos, sin), attributes, dtype=x.dtype, shape=x.shape, version=_OPSET)
@@ -106,7 +105,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Ten
 
 @dataclass(frozen=True)
 class Size:
-    """A size that varies at run time: the number that it has while tracing, and the graph's tensor [1]."""
+    """A dynamic size: its value while tracing, and the graph's tensor [1]."""
 
     number: int
     tensor: Tensor
@@ -149,13 +148,13 @@ def ceil_divide(size: Size, by: int) -> Size:
 
 
 def difference(a: int, b: Size) -> Size:
-    """a - b. While tracing, when sizes are made up, the number is at least 1."""
+    """a - b. The number is at least 1 while tracing, where sizes are arbitrary."""
     number = a - b.number
     return Size(max(number, 1) if tracing() else number, a - b.tensor)
 
 
 def expand(x: Tensor, *sizes: int | Size) -> Tensor:
-    """x, repeated along its axes of length 1 up to `sizes`; a size below 0 is an error (of the graph, too)."""
+    """x with its axes of length 1 repeated to `sizes`. A negative size is an error, at run time too."""
     numbers = [size.number if isinstance(size, Size) else size for size in sizes]
     if not tracing():
         return x + torch.zeros(numbers, dtype=x.dtype)
@@ -164,7 +163,7 @@ def expand(x: Tensor, *sizes: int | Size) -> Tensor:
 
 
 def fit(x: Tensor, axis: int, length: Size, before: int = 0) -> Tensor:
-    """`axis` of x, moved back by `before` zeros and then brought to `length` at its end: zeros added, or cut."""
+    """Pads `axis` of x with `before` zeros in front, then pads or cuts its end to `length`."""
     if not tracing():
         return F.pad(x, (0, 0) * (x.ndim - 1 - axis) + (before, length.number - before - x.shape[axis]))
     after = length.tensor - size_of_axis(x, axis).tensor - before
@@ -181,7 +180,7 @@ def integer_divide(a: Tensor, b: Tensor) -> Tensor:
 
 
 def replace_rows(x: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:
-    """x [T, H], its first n chosen rows replaced by rows [n, H] in order; chosen [T] bool, n may be 0."""
+    """Replaces the first n chosen rows of x [T, H] by rows [n, H], in order; chosen [T] bool, n may be 0."""
     if not tracing():
         return x.index_copy(0, chosen.nonzero()[: len(rows), 0], rows)
     count = size_of_axis(rows, 0)
@@ -206,21 +205,21 @@ def attend_and_cache(
     window: int | None,
     windowed_cache: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal attention of a layer that produces K and V (GroupQueryAttention, scale 1, no rotation inside).
+    """Causal attention of a layer that produces K and V (GroupQueryAttention with scale 1; RoPE is applied before).
 
     Args:
         query: [B, S, N * D]. key, value: [B, S, K * D].
         past_key, past_value: [B, K, C, D]; the runtime binds the same buffers as outputs.
         last_position: int32 [B], tokens of each row after this step minus one.
         total_length: int32 [1], the largest token count of the batch after this step.
-        window: attend to this many positions, the own one included; None for all.
-        windowed_cache: the cache keeps the window's positions only; its layout is the one that the
-            operator's documentation of `sliding_window_cache` gives.
+        window: number of positions to attend to, the current one included; None for all.
+        windowed_cache: the cache keeps the window's positions only, laid out as the operator documents for
+            `sliding_window_cache`.
 
     Returns:
         The output [B, S, N * D] and the present K and V [B, K, C, D].
 
-    Without an export the past is ignored: whole right-padded sequences only, present [B, K, S, D].
+    In eager mode the past is ignored: it takes whole right-padded sequences and returns present [B, K, S, D].
     """
     if not tracing():
         present_key, present_value = (x.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2) for x in (key, value))
@@ -262,9 +261,9 @@ def attend_to_cache(
 ) -> Tensor:
     """Causal attention of a KV-shared layer to its donor's present K and V [B, K, C, D].
 
-    The S rows of `query` [B, S, N * D] are the last S positions. `last_position` and `total_length`
-    count the rows that the donor's cache holds, which is less than the tokens seen if it is windowed.
-    `nothing`: no rows of keys [B, 0, K * D], which only a graph needs.
+    The S rows of `query` [B, S, N * D] are the last S positions. `last_position` and `total_length` count the rows
+    of the donor's cache, fewer than the tokens seen if it is windowed. `nothing` is an empty key and value
+    [B, 0, K * D], which only a graph needs.
     """
     if tracing():
         assert nothing is not None
@@ -303,7 +302,7 @@ def no_rows(x: Tensor, width: int) -> Tensor:
 
 
 def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int, groups: int) -> Tensor:
-    """Convolution of x [n, C, h, w], zero-padded to an output of ceil(h / stride); an odd zero goes last."""
+    """Convolution of x [n, C, h, w] with SAME_UPPER padding: the output has ceil(h / stride) rows."""
     size, kernel = x.shape[2:], weight.shape[2:]
     if not tracing():
         height, width = (max((-(-s // stride) - 1) * stride + k - s, 0) for s, k in zip(size, kernel))

@@ -1,8 +1,8 @@
-"""Parts of a module that repeat: a graph is traced through one of each kind.
+"""Traces repeated parts of a module once for each kind.
 
-A trace costs about the same for each operation, and most operations are in layers that differ only in their weights.
-Where a module calls `repeated`, a trace holds the operations of the first call of each kind, between two marks, and
-one node for each later call. `export.repeat` replaces that node by the same operations on the call's own weights.
+Tracing costs about the same for every operation, and most operations are in layers that differ only in their weights.
+Where a module calls `repeated`, the trace holds the operations of the first call of a kind, between two marks, and one
+node for each later call. `export.repeat` expands these nodes into the same operations on the call's own weights.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 @dataclass
 class RepeatedKind:
-    """What the first call of a kind returned: `outputs` has tensors only as positions among the inputs or the results,
-    `results` the latter's dtypes and shapes."""
+    """The first call of a kind. `outputs` is what it returned, each tensor replaced by its index among inputs and
+    results; `results` has the dtypes and shapes of the results."""
 
     number: int
     parameters: list[str]
-    """Of the first call's module, by their names in the whole model."""
+    """Parameters of the first call's module, by their names in the model."""
     outputs: Any = None
     results: list[tuple[torch.dtype, torch.Size]] = field(default_factory=list)
 
@@ -43,7 +43,7 @@ _KINDS: ContextVar[Kinds | None] = ContextVar("kinds", default=None)
 
 @contextmanager
 def one_of_each(model: nn.Module) -> Iterator[Kinds]:
-    """Within, `repeated` traces one call of each kind. Yields the kinds that were found."""
+    """In this context `repeated` traces one call of each kind. Yields the kinds."""
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         module.repeated_parameters = [prefix + key for key, _ in module.named_parameters()]  # type: ignore[assignment]
@@ -57,10 +57,10 @@ def one_of_each(model: nn.Module) -> Iterator[Kinds]:
 
 
 def repeated(method: Callable[..., T], *inputs: Any) -> T:
-    """`method(*inputs)`, of a module that may have others of its kind.
+    """`method(*inputs)` of a module that the model may hold several times.
 
-    The method reads no tensor but `inputs` (tensors, and dataclasses and tuples of them) and its module's own, changes
-    nothing, and calls nothing that is `repeated` itself. What it returns is not yet an output of the whole model.
+    The method must be pure. It may read only `inputs` (tensors, and dataclasses and tuples of tensors) and its module's
+    parameters and buffers, may not call `repeated`, and may not return an output of the whole model.
     """
     kinds = _KINDS.get()
     if kinds is None:
@@ -105,7 +105,7 @@ class _Place:
 
 
 def _take_out(value: Any, tensors: list[Tensor]) -> Any:
-    """`value` with a `_Place` for each tensor; those that are not among `tensors` yet are added to them."""
+    """`value` with a `_Place` for each tensor; new tensors are appended to `tensors`."""
 
     def place(tensor: Tensor) -> _Place:
         for index, known in enumerate(tensors):
@@ -123,7 +123,7 @@ def _put_in(form: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def _with_each(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """`value`, what is of `kind` in its tuples and dataclasses changed."""
+    """`value` with `change` applied to every instance of `kind` in its tuples and dataclasses."""
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, tuple):
@@ -135,9 +135,11 @@ def _with_each(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 
 def _signature(module: nn.Module) -> str:
-    """What decides what `repeated` methods of a module compute, but the values of its parameters. Attributes that begin
-    with an underscore are left out, and those that its class names in `not_repeated`: only other methods may read
-    them."""
+    """Everything but parameter values that the `repeated` methods of a module depend on.
+
+    Private attributes are left out, and those that the class lists in `not_repeated`: `repeated` methods may not read
+    them.
+    """
     told = []
     for name, part in module.named_modules():
         left_out = getattr(part, "not_repeated", ())

@@ -1,8 +1,8 @@
 """The vision encoder: MobileNet-V5 and the projection of its features to the decoder's width.
 
 Parameters carry the checkpoint's names. A feature map is laid out as rows of channels, [T, C] with T = images *
-height * width: pointwise convolutions are then plain products with the checkpoint's own bytes, and RMSNorm works on
-the last axis. Only convolutions over space see [n, C, h, w].
+height * width: a pointwise convolution is then a matrix product with the checkpoint's weight as it is, and RMSNorm
+works on the last axis. Only spatial convolutions see [n, C, h, w].
 
 Sources of the maths: `mobilenetv5_300m_enc` of timm; MobileNetV4 (arXiv:2404.10518) for its two kinds of block,
 the universal inverted bottleneck and the attention with one key and value head.
@@ -33,7 +33,7 @@ TOWER = "vision_tower.timm_model."
 
 NORM_EPS = 1e-6  # of the tower's own norms
 STEM_WIDTH = 64
-OUTPUT_SIDE = 16  # of the feature map that leaves the tower, for any image
+OUTPUT_SIDE = 16  # height and width of the tower's output, for any image size
 FUSED_STAGES = (2, 3)
 
 
@@ -47,7 +47,7 @@ class EdgeSpec:
 
 @dataclass(frozen=True)
 class BottleneckSpec:
-    """A universal inverted bottleneck. A kernel of 0 leaves the depthwise convolution out."""
+    """A universal inverted bottleneck. A kernel of 0 omits the depthwise convolution."""
 
     width: int
     start_kernel: int
@@ -95,7 +95,7 @@ STAGES: tuple[tuple[BlockSpec, ...], ...] = (
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower and its embedder; `soft_tokens` is the number of rows that an image becomes."""
+    """The vision tower and its embedder; `soft_tokens` is the number of soft tokens for an image."""
 
     hidden_size: int
     text_hidden_size: int
@@ -162,7 +162,7 @@ def checkpoint_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Grid:
-    """What the rows of a feature map stand for."""
+    """The sizes of a feature map that is laid out as rows."""
 
     images: ops.Size
     height: ops.Size
@@ -174,7 +174,7 @@ class Pointwise(Linear):
 
 
 class Spatial(nn.Module):
-    """A convolution over space of rows [T, in]; returns the rows [T', out] and their grid."""
+    """A spatial convolution: rows [T, in] -> rows [T', out] and their grid."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, groups: int = 1) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def _depthwise(channels: int, kernel: int, stride: int) -> Spatial:
 
 
 def _rows(x: Tensor, grid: Grid | None = None) -> tuple[Tensor, Grid]:
-    """x [n, C, h, w] -> rows [T, C] and their grid, which is `grid` if that is known."""
+    """x [n, C, h, w] -> rows [T, C] and their grid, taken from the shape unless `grid` is given."""
     channels_last = x.permute(0, 2, 3, 1)
     if grid is None:
         grid = Grid(*(ops.size_of_axis(channels_last, axis) for axis in range(3)))
@@ -256,7 +256,7 @@ class EdgeBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """`scaled=False` and `skip=False` make the bottleneck of the fusion, which has neither."""
+    """The fusion's bottleneck has neither layer scale nor skip connection: `scaled=False`, `skip=False`."""
 
     def __init__(
         self,
@@ -303,7 +303,7 @@ class Projection(nn.Module):
 
 
 class KeyOrValue(nn.Module):
-    """rows [T, C] -> [n, K, D], on a grid made `stride` times coarser."""
+    """rows [T, C] -> [n, K, D], the grid downsampled by `stride`."""
 
     def __init__(self, channels: int, head_dim: int, stride: int) -> None:
         super().__init__()
@@ -331,7 +331,7 @@ class MultiQueryAttention(nn.Module):
         self.output = Projection(self.width, channels)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """rows [T, C] -> [T, C]. One key head: the query heads of a position are so many more rows of it."""
+        """rows [T, C] -> [T, C]. There is a single key head, so the heads of a position become further query rows."""
         query = ops.reshape(self.query.proj(x), grid.images, -1, self.head_dim)  # [n, h * w * N, D]
         attended = ops.attend_to_all(query, self.key(x, grid), self.value(x, grid))
         return self.output.proj(ops.reshape(attended, -1, self.width))
@@ -349,7 +349,7 @@ class AttentionBlock(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Maps of two stages, the second at half the height and width, to one of `OUTPUT_SIDE` squared."""
+    """Fuses the maps of two stages, the second at half the resolution, into one of `OUTPUT_SIDE` squared."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -363,14 +363,14 @@ class Fusion(nn.Module):
 
 
 def _double(x: Tensor, grid: Grid) -> Tensor:
-    """Nearest neighbours at twice the height and width: rows [T, C] -> [4 * T, C]."""
+    """Nearest-neighbour upsampling by 2: rows [T, C] -> [4 * T, C]."""
     channels = x.shape[1]
     columns = ops.reshape(torch.cat((x, x), dim=1), -1, grid.width, 2 * channels)
     return ops.reshape(torch.cat((columns, columns), dim=1), -1, channels)
 
 
 def _average(x: Tensor, grid: Grid) -> Tensor:
-    """Means over equal rectangles, `OUTPUT_SIDE` to a side: rows [T, C] -> [n * OUTPUT_SIDE**2, C]."""
+    """Average pooling to `OUTPUT_SIDE` squared: rows [T, C] -> [n * OUTPUT_SIDE**2, C]."""
     channels = x.shape[1]
     height, width = (ops.floor_divide(size, OUTPUT_SIDE) for size in (grid.height, grid.width))
     rectangles = ops.reshape(x, grid.images, OUTPUT_SIDE, height, OUTPUT_SIDE, width, channels)
@@ -430,8 +430,8 @@ class VisionTower(nn.Module):
 class VisionEncoder(nn.Module):
     """pixel_values [n, 3, h, w] fp32 in [0, 1] -> image_features [n * 256, text_hidden].
 
-    Height and width are multiples of 256, or up to 15 pixels less. For others timm resizes its last map, which is
-    not implemented: the graph fails on them.
+    Height and width must be multiples of 256, or up to 15 pixels less. For other sizes timm resizes its last map,
+    which is not implemented: the graph fails.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -447,6 +447,6 @@ class VisionEncoder(nn.Module):
 
 
 def _round_to_eight(channels: float) -> int:
-    """The nearest multiple of 8, or the next one where that would lose a tenth (`make_divisible` of MobileNet)."""
+    """The nearest multiple of 8, or the next one if rounding loses more than 10 % (`make_divisible` of MobileNet)."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest + 8 if nearest < 0.9 * channels else nearest

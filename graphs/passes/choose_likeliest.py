@@ -1,7 +1,7 @@
-"""Has a decoder choose the likeliest token itself, so that a greedy step gives the host 12 bytes instead of all logits.
+"""Adds an argmax to a decoder: a greedy step then copies 12 bytes to the host instead of all logits.
 
-Matches: a decoder whose logits [B, 1, V] are of one position. Adds the outputs `next_token` [B, 1, 1] int64 and
-`next_logit` [B, 1, 1], the largest logit; of equal ones the first.
+Matches: a decoder with logits [B, 1, V] for one position. Adds the outputs `next_token` [B, 1, 1] int64 and
+`next_logit` [B, 1, 1], the largest logit. Ties go to the lowest id.
 Refuses: nothing; the other outputs stay as they are.
 """
 

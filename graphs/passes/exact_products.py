@@ -1,10 +1,9 @@
-"""Has products that round their activations, to int8 or bf16, take them as they are, so that nothing is rounded but
-the weights.
+"""Removes the rounding of activations to int8 or bf16 from matrix products; only the weights stay rounded.
 
-What transformers computes on the stored weights, this computes too: for comparing the two.
+The graph then computes what transformers computes on the dequantized weights, so the two can be compared.
 
-Matches: every MatMulNBits; every DynamicQuantizeMatMul and every Gemm in bf16 between casts (`narrow_products`), whose
-weights are then widened when the graph is loaded.
+Matches: every MatMulNBits, every DynamicQuantizeMatMul, and every bf16 Gemm between casts (`narrow_products`). The
+weights of the latter two are widened when the graph is loaded.
 Refuses: a DynamicQuantizeMatMul with zero points or a bias (ValueError; `quantize_dynamic` makes none).
 """
 
@@ -13,7 +12,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-_AS_THEY_COME = 0  # `accuracy_level`: activations keep their type
+_UNQUANTIZED = 0  # `accuracy_level`: activations keep their dtype
 
 
 class ExactProducts(InPlacePass):
@@ -25,7 +24,7 @@ class ExactProducts(InPlacePass):
 
 
 def _in_blocks(graph: ir.Graph, node: ir.Node) -> None:
-    node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _AS_THEY_COME)
+    node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _UNQUANTIZED)
 
 
 def _in_rows(graph: ir.Graph, node: ir.Node) -> None:

@@ -1,6 +1,6 @@
-"""Gives other names to the axes of inputs and outputs, which some consumers go by.
+"""Renames dynamic axes of inputs and outputs for consumers that look them up by name.
 
-Matches: every named axis that `names` has.
+Matches: every axis whose name is a key of `names`.
 Refuses: nothing else is touched.
 """
 

@@ -1,4 +1,4 @@
-"""Computes products of an fp32 graph in bf16 or fp16, from weights stored so, and everything else in fp32.
+"""Computes the matrix products of an fp32 graph in bf16 or fp16, and everything else in fp32.
 
 Matches: every initializer that `quantize_dynamic.products` names.
 Refuses: nothing else is touched.
@@ -23,12 +23,12 @@ class NarrowProducts(InPlacePass):
         for weight in weights:
             for node in weight.consumers():
                 self._narrow(model.graph, node, narrowed)
-            # A new type: clones of a graph share the type objects of its values.
+            # A new type object: clones of a graph share those of its values.
             weight.type = ir.TensorType(self.dtype)
         return PassResult(model, modified=bool(weights))
 
     def _narrow(self, graph: ir.Graph, node: ir.Node, narrowed: dict[ir.Value, ir.Value]) -> None:
-        """`narrowed`: the activations that earlier products were given, by what they were made of."""
+        """`narrowed` maps an fp32 activation to its cast, which products of the same activation share."""
         x, out = node.inputs[0], node.outputs[0]
         assert x is not None
         if x not in narrowed:

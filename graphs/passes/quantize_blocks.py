@@ -1,4 +1,4 @@
-"""Has matrices read as they are stored, quantized in blocks: MatMulNBits for products, GatherBlockQuantized for rows.
+"""Makes operators read blockwise-quantized matrices: MatMulNBits for products, GatherBlockQuantized for row lookups.
 
 Matches: every initializer named in `weights`, as the second input of a Gemm with transB = 1 and no bias, or the first
 of a Gather along axis 0.
@@ -15,13 +15,13 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 _DOMAIN = "com.microsoft"
 _INT8_ACTIVATIONS = 4
-"""`accuracy_level`: activations are quantized in blocks too, which is 1.7 to 1.9 times faster at one row."""
+"""`accuracy_level`: activations are quantized in blocks too, 1.7 to 1.9 times faster for one row."""
 
 
 @dataclass(frozen=True)
 class BlockWeights:
     """A matrix [N, K]: `codes` [N, K / block, block * bits / 8] uint8, `scales` [N, K / block], and `zeros`
-    [N, ceil(K / block * bits / 8)] uint8 where zero points are not in the middle."""
+    [N, ceil(K / block * bits / 8)] uint8, None for symmetric quantization."""
 
     bits: int
     block: int
@@ -55,7 +55,7 @@ def _replace(graph: ir.Graph, node: ir.Node, whole: ir.Value, weights: BlockWeig
         case "Gather":
             new = _rows(graph, node, whole, weights)
         case other:
-            raise AssertionError(f"{whole.name} is used by {other}, which takes no quantized weights")
+            raise AssertionError(f"{whole.name} is used by {other}, which cannot read quantized weights")
     old, made = node.outputs[0], new.outputs[0]
     made.name, made.type, made.shape = old.name, old.type, old.shape
     graph.insert_before(node, new)
@@ -66,7 +66,7 @@ def _replace(graph: ir.Graph, node: ir.Node, whole: ir.Value, weights: BlockWeig
 def _product(graph: ir.Graph, node: ir.Node, whole: ir.Value, weights: BlockWeights) -> ir.Node:
     x, weight, *bias = node.inputs
     attributes = {name: attribute.as_int() for name, attribute in node.attributes.items()}
-    assert weight is whole and not bias and attributes == {"transB": 1}, f"{node.name} is no product x @ W.T"
+    assert weight is whole and not bias and attributes == {"transB": 1}, f"{node.name} is not a product x @ W.T"
     assert whole.shape is not None and whole.dtype is not None
     rows, columns = whole.shape.numpy()
     parts = [_part(graph, weights.codes), _scales(graph, node, weights.scales, whole.dtype)]
@@ -91,7 +91,7 @@ def _product(graph: ir.Graph, node: ir.Node, whole: ir.Value, weights: BlockWeig
 def _rows(graph: ir.Graph, node: ir.Node, whole: ir.Value, weights: BlockWeights) -> ir.Node:
     table, ids = node.inputs
     axis = node.attributes.get("axis")
-    assert table is whole and (axis is None or axis.as_int() == 0), f"{node.name} gathers no rows"
+    assert table is whole and (axis is None or axis.as_int() == 0), f"{node.name} does not gather rows"
     rows, groups, group_bytes = weights.codes.shape.numpy()
     flat = ir.Shape([rows, groups * group_bytes])
     parts = [_part(graph, weights.codes, flat), ids, _part(graph, weights.scales)]
@@ -128,7 +128,7 @@ def _reshaped(tensor: ir.TensorProtocol, shape: ir.Shape) -> ir.ExternalTensor:
 
 
 def _scales(graph: ir.Graph, before: ir.Node, tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.Value:
-    """The scales in the dtype of the product; a cast of a constant, which is folded when the graph is loaded."""
+    """The scales in the dtype of the product. ONNX Runtime folds the cast when it loads the graph."""
     stored = _part(graph, tensor)
     if stored.dtype == dtype:
         return stored

@@ -1,10 +1,10 @@
-"""Computes products in int8: weights quantized by rows, activations by rows too (DynamicQuantizeMatMul).
+"""Computes matrix products in int8 (DynamicQuantizeMatMul), with one scale for each row of weights and activations.
 
-The operator has one scale for all rows of the activations, so each row is divided by its largest magnitude before and
-multiplied by it after: rows of small values keep their eight bits beside rows of large ones.
+The operator has a single scale for all activations. Each row is therefore divided by its largest magnitude first, and
+the product is multiplied by it: rows of small values keep all eight bits beside rows of large ones.
 
 Matches: every initializer named in `weights`, as the second input of a Gemm with transB = 1 and no bias.
-Refuses: any other use of it (AssertionError); `products` tells which have none.
+Refuses: any other use of it (AssertionError); `products` lists the initializers without one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ChannelWeights:
 
 
 def products(model: ir.Model) -> set[str]:
-    """The initializers that are nothing but weights of products x @ W.T."""
+    """The initializers that are used only as the weight of products x @ W.T."""
     return {
         name
         for name, value in model.graph.initializers.items()
@@ -46,7 +46,7 @@ class QuantizeDynamic(InPlacePass):
         present = {name: graph.initializers[name] for name in self.weights if name in graph.initializers}
         for name, whole in present.items():
             for node in whole.consumers():
-                assert _is_product(node, whole), f"{name} is used by {node.op_type}, which takes no int8 weights"
+                assert _is_product(node, whole), f"{name} is used by {node.op_type}, which cannot read int8 weights"
         scaled: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         for node in [*graph]:
             if _is_gemm(node) and (weight := node.inputs[1]) in present.values():
@@ -62,7 +62,7 @@ class QuantizeDynamic(InPlacePass):
 def _replace(
     graph: ir.Graph, node: ir.Node, weights: ChannelWeights, scaled: dict[ir.Value, tuple[ir.Value, ir.Value]]
 ) -> None:
-    """`scaled`: the rows of activations that earlier products were given, by what they were made of."""
+    """`scaled` maps an activation to its scaled rows and their magnitudes, which products of it share."""
     x, out = node.inputs[0], node.outputs[0]
     assert x is not None
     if x not in scaled:
@@ -77,7 +77,7 @@ def _replace(
 
 
 def _scaled_rows(graph: ir.Graph, before: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """x [T, K] as rows between -1 and 1, and the magnitudes [T, 1] that they are to be multiplied by."""
+    """x [T, K] -> rows divided by their largest magnitude [T, K], and these magnitudes [T, 1]."""
     last = _initializer(graph, ir.tensor([-1], name="rows.axis"))
     least = _initializer(graph, ir.tensor([_LEAST], dtype=ir.DataType.FLOAT, name="rows.least"))
     largest = _add(graph, before, "ReduceMax", [_add(graph, before, "Abs", [x]), last], {"keepdims": 1})
@@ -108,7 +108,7 @@ def _is_gemm(node: ir.Node) -> bool:
 
 
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """Of that name, registered once."""
+    """The graph's initializer with the tensor's name, registered at the first call."""
     assert tensor.name is not None
     if tensor.name not in graph.initializers:
         dtype = ir.TensorType(tensor.dtype)

@@ -1,7 +1,7 @@
-"""Gives `per_layer_inputs` a last axis of their own for the layers' channels: [B, S, L * C] becomes [B, S, L, C].
+"""Splits the last axis of `per_layer_inputs`: [B, S, L * C] becomes [B, S, L, C].
 
-Matches: a graph that has them as an input, which is then joined again, or as an output.
-Refuses: nothing else is touched.
+Matches: a graph with that input, which a Reshape flattens again, or that output.
+Refuses: nothing; other nodes stay as they are.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SplitLayers(InPlacePass):
 
 
 def _reshaped(graph: ir.Graph, value: ir.Value, sizes: list[int]) -> ir.Value:
-    """A node that is in no graph yet."""
+    """The output of a Reshape that is not in the graph yet."""
     name = f"{PER_LAYER_INPUTS}.sizes"
     tensor = ir.tensor(sizes, dtype=ir.DataType.INT64, name=name)
     shape = ir.Value(name=name, shape=ir.Shape([len(sizes)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor)

@@ -1,4 +1,4 @@
-"""Keeps the weights of an fp32 graph as fp16 or bf16: half the file, the same fp32 arithmetic.
+"""Stores the weights of an fp32 graph in fp16 or bf16: half the file size, the same fp32 arithmetic.
 
 Matches: every initializer named in `parameters`, which must be fp32.
 Refuses: nothing else is touched; other initializers and all nodes stay as they are.
@@ -26,7 +26,7 @@ class StoreNarrow(InPlacePass):
             widened.type = ir.TensorType(ir.DataType.FLOAT)
             stored.replace_all_uses_with(widened)
             cast.replace_input_with(0, stored)
-            # A new type: clones of a graph share the type objects of its values.
+            # A new type object: clones of a graph share those of its values.
             stored.type = ir.TensorType(self.storage)
             casts.append(cast)
         if casts:
