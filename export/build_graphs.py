@@ -34,7 +34,7 @@ class BuiltGraph:
 
 
 def build_graphs(plan: ExportPlan, progress: ExportProgress) -> dict[str, BuiltGraph]:
-    """By the names that `Layout.graph_files` has, those that the layout does not write included."""
+    """Every graph of the export, by the names of `Layout.graph_files`, also those that the layout does not write."""
     progress.stage("Tracing the decoder")
     graphs = _text_graphs(plan)
     for modality, encoder in plan.encoders.items():

@@ -1,6 +1,6 @@
 """The `gemma3n-export` command, and the subcommands of `gemma3n` that need torch.
 
-What needs torch is imported when a command runs: help is instant, and a missing package one sentence.
+Commands import torch and transformers when they run: `--help` is instant, and a missing package is one sentence.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def _known(values: Iterable[object]) -> str:
 
 _PATH = click.Path(path_type=Path)
 _model = click.option(
-    "--model", required=True, help="A checkpoint folder, a Hub id (org/name), or demo, the small one that is included."
+    "--model",
+    required=True,
+    help="A checkpoint folder, a Hub id (org/name), or demo, the checkpoint in this package.",
 )
 _revision = click.option("--revision", help="Branch, tag or commit of a Hub id.")
 _table = click.option(
@@ -45,14 +47,14 @@ _table = click.option(
     "--matformer-config-path",
     "table",
     type=_PATH,
-    help="A CSV with slices of your own, instead of the checkpoint's slices.csv or else the published ones.",
+    help="A CSV of slices, instead of the checkpoint's slices.csv or the published slices.",
 )
 _slice = click.option(
     "--slice",
     "--matformer-slice-name",
     "slice_name",
-    help="A MatFormer slice: E2B, E4B, E2.49B, E2.98B-layer, ... (see `gemma3n slices`), or one of the CSV; of a "
-    "checkpoint with a slices.csv, one of those.",
+    help="A MatFormer slice: E2B, E4B, E2.49B, E2.98B-layer, ... (see `gemma3n slices`), or a slice of the CSV or of "
+    "the checkpoint's slices.csv.",
 )
 _force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 
@@ -63,26 +65,26 @@ _force = click.option("--force", is_flag=True, help="Replace the output if it ex
 @_slice
 @_table
 @click.option("--precision", default="fp32", show_default=True, help=f"{_known(RECIPES)}.")
-@click.option("--block-size", type=int, help=f"Values that share a scale, in a quantized precision: {_known(BLOCKS)}.")
-@click.option("--quantizer", help=f"How projections are quantized: {_known(METHODS)}.")
-@click.option("--embedding-bits", type=int, help=f"Of token embeddings and output head: {_known(TABLE_BITS)}.")
-@click.option("--ple-bits", type=int, help=f"Of per-layer embeddings: {_known(TABLE_BITS)}.")
-@click.option("--prefill", help=f"Whether prompts have a decoder of their own: {_known(PREFILLS)}. [default: int8]")
+@click.option("--block-size", type=int, help=f"Block size of a quantized precision: {_known(BLOCKS)}.")
+@click.option("--quantizer", help=f"Quantization method of the projections: {_known(METHODS)}.")
+@click.option("--embedding-bits", type=int, help=f"Bits of token embeddings and output head: {_known(TABLE_BITS)}.")
+@click.option("--ple-bits", type=int, help=f"Bits of the per-layer embeddings: {_known(TABLE_BITS)}.")
+@click.option("--prefill", help=f"Prefill in an int8 graph, or in the decoder: {_known(PREFILLS)}. [default: int8]")
 @click.option("--target", default="cpu", show_default=True, help=f"{' or '.join(TARGETS)}.")
 @click.option(
     "--logits",
     type=click.Choice(["last", "all"]),
     default="last",
     show_default=True,
-    help="Logits of the last position, or of all (for evaluation).",
+    help="Logits of the last position, or of all positions (for evaluation).",
 )
-@click.option("--modalities", help="Comma-separated: text,vision,audio; by default all that the checkpoint has.")
-@click.option("--layout", default=DEFAULT, show_default=True, help=f"For which consumer: {_known(LAYOUTS)}.")
-@click.option("--output", type=_PATH, help="The folder to write; by default named after model and slice.")
-@click.option("--report", type=_PATH, help="A JSON file to write: what quantizing each tensor costs, by itself.")
-@click.option("--report-prompts", type=_PATH, help="Prompts to measure that on, one a line, instead of ours.")
+@click.option("--modalities", help="Comma-separated: text,vision,audio; by default all of the checkpoint's.")
+@click.option("--layout", default=DEFAULT, show_default=True, help=f"The consumer of the artifact: {_known(LAYOUTS)}.")
+@click.option("--output", type=_PATH, help="The output folder; by default named after model and slice.")
+@click.option("--report", type=_PATH, help="Write the cost of quantizing each tensor alone to this JSON file.")
+@click.option("--report-prompts", type=_PATH, help="A file with the prompts of the report, one a line.")
 @_force
-@click.option("--quiet", is_flag=True, help="No progress and no summary.")
+@click.option("--quiet", is_flag=True, help="Print neither progress nor a summary.")
 @click.version_option(package_name="gemma3n-onnx")
 def export_command(
     model: str,
@@ -176,9 +178,9 @@ def main() -> None:
 
 @click.command()
 @click.option("--size", type=click.Choice(["tiny", "e2b", "e4b"]), required=True)
-@click.option("--output", type=_PATH, required=True, help="The folder to write.")
+@click.option("--output", type=_PATH, required=True, help="The output folder.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--text-only", is_flag=True, help="Leave the vision and the audio encoder out.")
+@click.option("--text-only", is_flag=True, help="Omit the vision and the audio encoder.")
 @_force
 def make_checkpoint(size: Size, output: Path, seed: int, text_only: bool, force: bool) -> None:
     """Write a checkpoint with random weights in Hugging Face format."""
@@ -202,7 +204,7 @@ def make_checkpoint(size: Size, output: Path, seed: int, text_only: bool, force:
 
 @click.command()
 @_table
-@click.option("--model", help="Show the slices of this checkpoint (a folder, a Hub id or demo), not those of E4B.")
+@click.option("--model", help="List the slices of this checkpoint (a folder, a Hub id or demo) instead of E4B.")
 @click.option("--json", "as_json", is_flag=True)
 def slices(table: Path | None, model: str | None, as_json: bool) -> None:
     """List the MatFormer slices with their parameters and sizes."""
@@ -231,10 +233,10 @@ def slices(table: Path | None, model: str | None, as_json: bool) -> None:
 @_table
 @click.option("--provider", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--prompts", default=2, show_default=True, type=click.IntRange(1))
-@click.option("--prompt-tokens", type=click.IntRange(1), help="By default more than twice the window.")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="By default a little more than twice the sliding window.")
 @click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the random inputs.")
-@click.option("--modalities", help="What to compare, of text,vision,audio; by default all of the artifact's.")
+@click.option("--modalities", help="Modalities to compare, comma-separated; by default all of the artifact's.")
 @click.option("--json", "as_json", is_flag=True)
 def verify(
     artifact: Path,
@@ -250,10 +252,10 @@ def verify(
     modalities: str | None,
     as_json: bool,
 ) -> None:
-    """Compare ARTIFACT with transformers on the checkpoint that it was made of.
+    """Compare ARTIFACT with transformers on the checkpoint that it was exported from.
 
-    The decoder is always compared; the vision encoder needs timm, which transformers takes it from. The slice is
-    the artifact's own unless --slice names another. Exits with 1 where parity fails.
+    The decoder is always compared; transformers' vision encoder needs timm. The slice is the artifact's own unless
+    --slice names another. Exits with 1 if parity fails.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""The encoders' part of an export: which there are, their tensors, their graphs, and the hard token rows."""
+"""Encoders of a checkpoint: their tensors and graphs, and the embedding rows of the hard tokens."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .errors import CheckpointError, ExportOptionError
 from .weights import as_torch, check_shape
 
 Shapes = Mapping[str, tuple[int, ...]]
-# What each modality's encoder gives to the embedding graph.
+# The encoder output, which is an input of the embedding graph, by modality.
 FEATURES = {"vision": names.IMAGE_FEATURES, "audio": names.AUDIO_FEATURES}
 EMBEDDER_KEYS = ("vocab_size", "vocab_offset", "hidden_size", "rms_norm_eps")
 
 
 @dataclass(frozen=True)
 class CheckpointEncoder:
-    """One encoder of a checkpoint. `shapes` are those of its tensors in the file, the embedder's included."""
+    """One encoder of a checkpoint. `shapes` has the shapes of its tensors in the file, the embedder's included."""
 
     modality: str
     shapes: Shapes
@@ -44,7 +44,7 @@ class CheckpointEncoder:
 
 
 def choose_modalities(wanted: Iterable[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The modalities to export, "text" first; all that the checkpoint has where `wanted` is None.
+    """The modalities to export, "text" first; all of the checkpoint's if `wanted` is None.
 
     Raises:
         ExportOptionError: the checkpoint lacks one.
@@ -61,7 +61,7 @@ def choose_modalities(wanted: Iterable[str] | None, checkpoint: Checkpoint) -> t
 
 
 def find_encoders(checkpoint: Checkpoint, modalities: Iterable[str]) -> dict[str, CheckpointEncoder]:
-    """By modality, the chosen encoders, their tensors checked.
+    """The encoders of the given modalities, by modality, with their tensors checked.
 
     Raises:
         CheckpointError: config.json describes another encoder than the tensors, or one that is not implemented.
@@ -107,15 +107,15 @@ def _check_shape(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...]) -> 
 
 @dataclass(frozen=True)
 class HardTokens:
-    """Ids that embedders have rows of their own for, at the end of the vocabulary, in the order of the embedders."""
+    """The token ids at the end of the vocabulary whose embeddings the embedders hold, in the order of the embedders."""
 
     rows: HardRows
     embedders: Mapping[str, MultimodalEmbedder]
-    """By the name of the module, on the meta device."""
+    """By module name, on the meta device."""
 
 
 def find_hard_tokens(checkpoint: Checkpoint) -> HardTokens | None:
-    """What a checkpoint's embedders say of them; None where it has none.
+    """The hard tokens of a checkpoint; None without both embedders.
 
     Raises:
         CheckpointError: config.json or the tensors are not those of a Gemma 3n.
@@ -129,8 +129,8 @@ def find_hard_tokens(checkpoint: Checkpoint) -> HardTokens | None:
         vocab, offset, hidden, eps = (section.get(key, 0) for key in EMBEDDER_KEYS)
         if not all(isinstance(value, int | float) and value > 0 for value in (vocab, offset, hidden, eps)):
             raise CheckpointError(
-                f"{modality}_config lacks one of {', '.join(EMBEDDER_KEYS)}, or it is no number; download config.json "
-                "again."
+                f"{modality}_config lacks one of {', '.join(EMBEDDER_KEYS)}, or it is not a number; download "
+                "config.json again."
             )
         first -= vocab
         if offset != first:
@@ -147,7 +147,7 @@ def find_hard_tokens(checkpoint: Checkpoint) -> HardTokens | None:
 
 
 def hard_row_values(checkpoint: Checkpoint, tokens: HardTokens) -> Iterator[np.ndarray]:
-    """[vocab, text hidden] fp32 of each embedder, in the order of the ids, unscaled as rows of `embed_tokens` are."""
+    """Rows [vocab, text hidden] fp32 of each embedder, in the order of the ids, unscaled like `embed_tokens`."""
     scale = checkpoint.text_config.hidden_size**0.5
     for module, outline in tokens.embedders.items():
         weights = {

@@ -1,4 +1,4 @@
-"""Errors a user of the exporter can cause."""
+"""Errors that a user of the exporter can cause."""
 
 from gemma3n_onnx.runtime.errors import Gemma3nError
 
@@ -8,7 +8,7 @@ class CheckpointError(Gemma3nError, ValueError):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no checkpoint at the given path, or none that may be downloaded."""
+    """There is no checkpoint at the given path, or it may not be downloaded."""
 
 
 class SliceError(Gemma3nError, ValueError):

@@ -1,4 +1,4 @@
-"""What the manifest says of an export: the runtime recomputes none of it."""
+"""Builds the manifest of an artifact; the runtime recomputes none of it."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ def _quantization_info(stored: StoredWeight) -> artifact.QuantizationInfo | None
 
 
 def _step_bytes(plan: ExportPlan) -> int:
-    """What is read of all that the decoder holds: the head, which is the token table's first rows, and its own."""
+    """Bytes of weights that a decode step reads: the decoder's own, and the head, the first rows of the token table."""
     head = table_of(plan.text_weights, TOKENS).first_rows(plan.slice.config.vocab_size)
     own = (stored for name, stored in plan.text_weights.items() if name not in (TOKENS, PER_LAYER))
     return sum(_in_memory(stored, plan.precision.compute) for stored in (head, *own))
 
 
 def _in_memory(stored: StoredWeight, compute: str) -> int:
-    """Bytes of a tensor once it is loaded: what is stored narrow is widened, scales too."""
+    """Bytes of a tensor in memory: a narrower dtype is widened at load, of scales too."""
     wide = artifact.BYTES_PER_VALUE[compute]
     if not isinstance(stored, BlockQuantizedTensor):
         return math.prod(stored.shape) * wide

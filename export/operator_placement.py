@@ -1,8 +1,8 @@
-"""Where ONNX Runtime's CUDA provider runs the nodes of a graph, told without a GPU.
+"""Predicts ONNX Runtime's node placement on CUDA without a GPU.
 
-`cuda_kernels.txt` lists what onnxruntime-gpu 1.31 has kernels for, as far as graphs of this project need it: it was
-recorded from that library's own placement (`ci/cuda_dry_run`). A node whose every input is on the host stays there, as
-it computes sizes; what goes from one side to the other elsewhere would be a copy that one of them waits for.
+`cuda_kernels.txt` lists the CUDA kernels of onnxruntime-gpu 1.31 that the graphs of this project use, recorded from
+that library's own placement (`ci/cuda_dry_run`). A node whose inputs are all on the host computes shapes and stays
+there. Any other value that crosses between host and device is a copy that blocks one of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import groupby
 
 import onnx_ir as ir
 
-# Inputs that kernels for the device read on the host.
+# Inputs that CUDA kernels read from host memory.
 _HOST_INPUTS = {
     "ConstantOfShape": {0},
     "Expand": {1},
@@ -37,7 +37,7 @@ _HOST_OUTPUTS = {"Shape", "Size"}
 
 
 def complaints(model: ir.Model) -> list[str]:
-    """What keeps a decode step from being one launch: nodes without a kernel, and values that cross sides."""
+    """Nodes without a CUDA kernel, and values copied between host and device: both interrupt a decode step."""
     found, on_host, dtypes = [], _on_host(model), dtypes_of(model)
     known = kernels()
     for node in model.graph:
@@ -56,7 +56,7 @@ def complaints(model: ir.Model) -> list[str]:
 
 
 def signature(node: ir.Node, dtypes: dict[ir.Value, ir.DataType | None]) -> str:
-    """The operator with the types of what it reads and gives, one for several alike in a row: a line of the table."""
+    """The operator with its input and output dtypes, runs of the same dtype written once: a line of the table."""
 
     def names(values: Sequence[ir.Value | None]) -> str:
         return " ".join(name for name, _ in groupby("-" if value is None else str(dtypes[value]) for value in values))
@@ -71,7 +71,7 @@ def kernels() -> frozenset[str]:
 
 
 def dtypes_of(model: ir.Model) -> dict[ir.Value, ir.DataType | None]:
-    """Of all values; an operator that the file has no type for gives that of its first input."""
+    """Dtypes of all values; a node output without a type has that of the node's first input."""
     graph = model.graph
     found = {value: value.dtype for value in (*graph.inputs, *graph.initializers.values())}
     for node in graph:
@@ -91,7 +91,7 @@ def _gives_on_host(node: ir.Node, on_host: set[ir.Node]) -> bool:
 
 
 def _on_host(model: ir.Model) -> set[ir.Node]:
-    """Nodes that compute with sizes only."""
+    """Nodes that compute shapes only."""
     found: set[ir.Node] = set()
     for node in model.graph:
         read_there = _HOST_INPUTS.get(node.op_type, set())

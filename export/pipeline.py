@@ -29,7 +29,7 @@ from .writer import file_info, staged, write_json
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """`manifest` describes what was written; it is saved only in layouts that have one."""
+    """`manifest` describes what was written; only some layouts save it."""
 
     folder: Path
     manifest: Manifest
@@ -105,6 +105,6 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _small_files(folder: Path, weight_files: Mapping[str, FileInfo]) -> dict[str, FileInfo]:
-    """Every file but the weights, which were hashed while they were written."""
+    """Hashes every file but the weight files, which were hashed while they were written."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in weight_files)
     return {path.name: file_info(path) for path in paths}

@@ -18,7 +18,7 @@ class ExportProgress(Protocol):
 
 
 class TerminalProgress:
-    """Stages as lines and bytes as a bar, on stderr if it is a terminal and `quiet` is not asked for."""
+    """Stages as lines and bytes as a bar on stderr; silent if `quiet` or if stderr is not a terminal."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._shown = sys.stderr.isatty() and not quiet
@@ -38,7 +38,7 @@ class TerminalProgress:
             self._bar.update(count)
 
     def steps(self, done: int, total: int) -> None:
-        """Steps of the stage, of which there are `total`."""
+        """Shows `done` of `total` steps of the stage."""
         if self._bar is None or self._bar.total != total:
             self._close()
             self._bar = tqdm(total=total, desc=self._title, disable=not self._shown)

@@ -1,4 +1,4 @@
-"""MatFormer slices: a row of a table -> a validated configuration and the cuts of its tensors.
+"""MatFormer slices: a row of a slice table becomes a validated configuration and cuts of the checkpoint's tensors.
 
 A slice keeps some layers of a checkpoint and, of each kept layer's feed-forward network, the first channels.
 The rules follow Google's MatFormer Lab and the published table, `matformer_configs/gemma3n.csv`.
@@ -24,10 +24,10 @@ from gemma3n_onnx.graphs.config import TextConfig
 REFERENCE_LAYERS = 35
 REFERENCE_WIDTH = 16384
 REFERENCE_HIDDEN = 2048
-"""E4B, which the published slices are cut from."""
+"""Dimensions of E4B, from which the published slices are cut."""
 
 WIDTH_MULTIPLE = 32
-"""The smallest block of the 4-bit matrix product, which `down_proj` meets along the FFN width."""
+"""The smallest block size of the 4-bit matrix product; blocks of `down_proj` run along the FFN width."""
 
 Ranges = tuple[tuple[int, int], ...]
 """Half-open `(start, stop)` ranges, ascending, none adjacent to the next."""
@@ -43,9 +43,9 @@ class SliceSpec:
 
     name: str
     widths: tuple[int, ...]
-    """FFN width of each kept layer: entry i belongs to layer i *after* skipping."""
+    """FFN width of each kept layer; entry i is for layer i *after* skipping."""
     skipped: tuple[int, ...] = ()
-    """Numbers of the removed layers, counted before skipping."""
+    """Indices of the removed layers in the checkpoint."""
     effective_params_b: float | None = None
     mmlu: float | None = None
     """MMLU accuracy of the pre-trained model, in percent."""
@@ -71,7 +71,7 @@ class SliceSpec:
 @dataclass(frozen=True)
 class SliceTable:
     source: str
-    """What messages call it: the path of its file, or "the published table"."""
+    """The name in messages: the file's path, or "the published table"."""
     specs: tuple[SliceSpec, ...]
 
 
@@ -101,9 +101,9 @@ _ELEMENT = re.compile(rf"({_INTEGER})(?:\s*\*\s*({_INTEGER}))?")
 def load_slices(given: Path | None = None, own: Path | None = None) -> SliceTable:
     """The given CSV, else the checkpoint's own, else the published table.
 
-    All have the same columns, under their published or their tidy names; others are ignored. A list cell holds integers
-    (underscores allowed) and products `a * b`, in brackets; it must be quoted if it has commas. The widths of a file
-    are absolute; only those of the published table scale.
+    Columns have their published or their short names; unknown columns are ignored. A list cell holds integers
+    (underscores allowed) and products `a * b` in brackets, and must be quoted if it has commas. Widths of a file are
+    absolute; only those of the published table scale with the checkpoint.
 
     Raises:
         SliceError: no such file, not a CSV, a column is missing, or a row breaks a rule; the message names the
@@ -178,7 +178,7 @@ def _header(cells: list[str], where: str) -> dict[str, tuple[int, str]]:
 
 def _row(cells: list[str], columns: Mapping[str, tuple[int, str]], where: str, reference: bool) -> SliceSpec:
     def cell(field: str) -> tuple[str, str]:
-        """The cell's text, and where it stands."""
+        """The cell's text, and its position for messages."""
         if field not in columns:
             return "", where
         place, title = columns[field]
@@ -243,7 +243,7 @@ _LONG_NAME = re.compile(r"config for (e[0-9.]+b) \((layer|block)-level\)")
 
 
 def _key(name: str) -> str:
-    """The tidy name in lower case, of a tidy or a published name in any case."""
+    """The short name in lower case, of a short or a published name in any case."""
     key = " ".join(name.casefold().split())
     if match := _LONG_NAME.fullmatch(key):
         return f"{match[1]}-{match[2]}"
@@ -251,8 +251,7 @@ def _key(name: str) -> str:
 
 
 def find_slice(name: str, table: SliceTable) -> SliceSpec:
-    """The slice of that name: as in the table, as published, or short (`E2.49B`) where only one slice starts
-    so.
+    """The slice called `name`: its name in the table, its published name, or an unambiguous prefix (`E2.49B`).
 
     Raises:
         SliceError: unknown (the message names the table and the nearest names), or short for several (the message
@@ -282,7 +281,7 @@ def find_slice(name: str, table: SliceTable) -> SliceSpec:
 
 @dataclass(frozen=True)
 class TensorCut:
-    """Where a tensor of the slice comes from; `None` means all rows or all columns."""
+    """The part of a checkpoint tensor that becomes a tensor of the slice; `None` means all rows or all columns."""
 
     source: str
     rows: Ranges | None = None
@@ -291,22 +290,22 @@ class TensorCut:
 
 @dataclass(frozen=True)
 class Slice:
-    """What is kept of one checkpoint. Tensor names are relative to the decoder
+    """The part of a checkpoint that is kept. Tensor names are relative to the decoder
     (`layers.7.mlp.up_proj.weight`)."""
 
     name: str
     source: TextConfig
     """The checkpoint's decoder."""
     config: TextConfig
-    """The decoder that is left."""
+    """The slice's decoder."""
     keep: tuple[int, ...]
-    """The checkpoint's number of each layer that is left."""
+    """Indices of the kept layers in the checkpoint."""
     mmlu: float | None = None
-    """As published for this slice, in percent."""
+    """The published MMLU accuracy of this slice, in percent."""
 
     @property
     def skipped(self) -> tuple[int, ...]:
-        """The checkpoint's numbers of the removed layers."""
+        """Indices of the removed layers in the checkpoint."""
         return tuple(i for i in range(self.source.num_layers) if i not in self.keep)
 
     def hf_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +321,7 @@ class Slice:
         return sliced
 
     def source_of(self, name: str) -> TensorCut:
-        """The checkpoint's tensor, and the part of it, that becomes tensor `name` of the slice.
+        """The part of a checkpoint tensor that becomes tensor `name` of the slice.
 
         Raises:
             SliceError: the slice has no such layer, or that layer computes no K and V.
@@ -354,9 +353,8 @@ class Slice:
 
 
 def dropped(names: Iterable[str], slice_: Slice) -> set[str]:
-    """Those of the checkpoint's tensors that the slice has no use for.
-
-    They are the tensors of skipped layers, and K, V and their norms of layers that read a donor's.
+    """The checkpoint's tensors that the slice does not use: those of skipped layers, and K, V and their norms of
+    KV-shared layers.
     """
     unused = set()
     for name in names:
@@ -369,19 +367,19 @@ def dropped(names: Iterable[str], slice_: Slice) -> set[str]:
 
 
 def whole(config: TextConfig, name: str = "whole", mmlu: float | None = None) -> Slice:
-    """The checkpoint as it is."""
+    """The unsliced checkpoint."""
     return Slice(name, config, config, tuple(range(config.num_layers)), mmlu)
 
 
 def resolve(spec: SliceSpec, config: TextConfig) -> Slice:
-    """Checks a slice against a checkpoint, and says what is left of the checkpoint.
+    """Checks a slice against a checkpoint and resolves it to the kept layers and their widths.
 
-    A full-size checkpoint, told by E4B's hidden size of 2048, is cut to the widths as they are written. A narrower
-    one is a scaled-down test model: the widths of a published slice shrink with it (times its FFN width / 16384),
-    which needs one FFN width in all its layers.
+    A checkpoint with E4B's hidden size of 2048 is cut to the widths as written. A narrower one is a scaled-down test
+    model: the widths of a published slice are multiplied by its FFN width / 16384, so all its layers must have the same
+    FFN width.
 
-    A checkpoint that already is the slice comes back whole. It is one if it has as many layers as the slice keeps of
-    E4B's 35, and the slice's widths; a narrower checkpoint, widths in the same proportions.
+    A checkpoint that already is the slice is returned whole: it has the slice's number of layers (out of E4B's 35) and
+    its widths, or, if narrower, widths in the same proportions.
 
     Raises:
         SliceError: the checkpoint has too few layers or channels for the slice, or the slice breaks a rule.
@@ -474,14 +472,13 @@ _KV_TENSOR = re.compile(r"self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
 
 def _split(name: str) -> tuple[int | None, str]:
-    """`layers.7.mlp.up_proj.weight` -> (7, `mlp.up_proj.weight`); no number for a tensor outside the
-    layers."""
+    """`layers.7.mlp.up_proj.weight` -> (7, `mlp.up_proj.weight`); None for a tensor outside the layers."""
     match = _LAYER_TENSOR.fullmatch(name)
     return (int(match[1]), match[2]) if match else (None, name)
 
 
 def _merged(groups: tuple[int, ...], size: int) -> Ranges | None:
-    """The ranges that the groups of `size` rows or columns cover: (0, 1, 3) by 4 -> ((0, 8), (12, 16))."""
+    """The ranges of rows or columns that groups of `size` cover: (0, 1, 3) by 4 -> ((0, 8), (12, 16))."""
     starts = [groups[0], *(b for a, b in pairwise(groups) if b != a + 1)]
     stops = [*(a + 1 for a, b in pairwise(groups) if b != a + 1), groups[-1] + 1]
     return tuple((start * size, stop * size) for start, stop in zip(starts, stops))

@@ -20,7 +20,7 @@ StoredWeights = Mapping[str, StoredWeight]
 
 
 def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a text decoder, tables included; the tied head is no tensor of its own."""
+    """Shapes of all tensors of a text decoder, tables included; the tied head is the token table."""
     shapes = trace.parameter_shapes(config)
     shapes[TOKENS] = shapes.pop("lm_head.weight")
     width = config.num_layers * config.hidden_size_per_layer_input
@@ -29,7 +29,7 @@ def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
 
 
 def lay_out_text(config: TextConfig, precision: Precision, hard_rows: HardRows | None) -> dict[str, StoredWeight]:
-    """Every weight of the decoder and the tables; the hard rows are the token table's last ones."""
+    """The weights of the decoder and both tables; the hard rows are the last ones of the token table."""
     shapes = tensor_shapes(config)
     rows, width = shapes.pop(TOKENS)
     tokens = {TOKENS: (rows + (hard_rows.count if hard_rows else 0), width)}
@@ -44,8 +44,7 @@ def lay_out_text(config: TextConfig, precision: Precision, hard_rows: HardRows |
 
 
 def lay_out_prefill(config: TextConfig, precision: Precision, decoder: StoredWeights) -> dict[str, StoredWeight]:
-    """The matrices that a prefill graph has for itself: those that the `decoder` quantizes and that KV caches depend
-    on."""
+    """The weights of the prefill graph alone: what the `decoder` quantizes among the matrices that fill KV caches."""
     storage = precision.prefill
     if storage is None:
         return {}

@@ -1,7 +1,7 @@
-"""Torch modules to ONNX graphs, under fake tensors: no weight exists while a graph is made.
+"""Traces torch modules to ONNX graphs under fake tensors: no weight is allocated.
 
-The only user of `torch.onnx`. A graph leaves here with one initializer for each parameter, under the
-parameter's name and without data; `export.weights` gives each its place in a data file.
+The only user of `torch.onnx`. A traced graph has one initializer without data for each parameter, with the
+parameter's name; `export.weights` points it at a data file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gemma3n_onnx.graphs.repeated import one_of_each
 from gemma3n_onnx.graphs.vision import VisionConfig, VisionEncoder
 
 OPSET = 23
-# Sizes that the varying axes have while tracing: primes that no model dimension is a multiple of.
+# Sizes of the dynamic axes while tracing: primes that do not divide any model dimension.
 AXES = {
     names.BATCH: 1009,
     names.NEW_TOKENS: 2003,
@@ -50,9 +50,9 @@ AXES = {
     "clips": 1511,
     "frames": 48 * 2161 - 5,
 }
-# What the vision encoder halves again and again, height and width, comes down to these.
+# Height and width at the lowest resolution of the vision encoder.
 _IMAGE_SIZES = (10007, 10009)
-# What the audio encoder derives from its frames, as primes too: the steps, and the chunks of 12 steps.
+# Sizes that the audio encoder derives from its frames: the steps, and the chunks of 12 steps.
 _AUDIO_SIZES = (12 * 2161 - 1, 2161)
 _AXIS_NAMES = {size: name for name, size in AXES.items()}
 
@@ -77,9 +77,9 @@ def trace_embedding(
     hard_rows: HardRows | None = None,
     soft_token_ids: Mapping[str, int] = MappingProxyType({}),
 ) -> ir.Model:
-    """The embedding graph: ids to scaled token embeddings and PLE rows, tables stored in `storage`.
+    """The embedding graph: token ids to scaled token embeddings and PLE rows, with tables of dtype `storage`.
 
-    `soft_token_ids` names an input of features for each soft token.
+    `soft_token_ids` maps an input of features to the soft token that it replaces.
     """
     return _trace_embedding(_without_widths(config), storage, compute, hard_rows, tuple(soft_token_ids.items())).clone()
 
@@ -95,7 +95,7 @@ def trace_vision(config: VisionConfig) -> ir.Model:
 
 
 def _without_widths(config: TextConfig) -> TextConfig:
-    """The nodes of a graph are the same for every FFN width, so slices of one depth share one trace."""
+    """The nodes do not depend on the FFN widths, so slices of the same depth share a trace."""
     return dataclasses.replace(config, intermediate_sizes=(32,) * config.num_layers)
 
 
@@ -111,7 +111,7 @@ def _parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes_of_widths(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """The parameters that the FFN widths decide on."""
+    """Shapes of the parameters that depend on the FFN widths."""
     shapes: dict[str, tuple[int, ...]] = {}
     for i, width in enumerate(config.intermediate_sizes):
         for name, shape in (("gate", (width, config.hidden_size)), ("up", (width, config.hidden_size)),
@@ -182,7 +182,7 @@ def _trace_vision(config: VisionConfig) -> ir.Model:
 def _trace(
     build: Callable[[], nn.Module], weights: str, arguments: tuple, inputs: list[str], outputs: list[str]
 ) -> ir.Model:
-    """Traces a module, its parameters of dtype `weights`, on meta `arguments` of the sizes of `AXES`."""
+    """Traces a module with parameters of dtype `weights` on meta `arguments`; `AXES` sizes their dynamic axes."""
     dtype = DTYPES[weights]
     with torch.device("meta"):
         module = build().eval()
@@ -224,7 +224,7 @@ def _without_unread(graph: ir.Graph, parameters: Sequence[str]) -> list[str]:
 
 
 def _forget_sizes(model: ir.Model) -> None:
-    """Names the varying axes of inputs and outputs, and drops all shapes in between."""
+    """Names the dynamic axes of inputs and outputs, and drops the shapes of all other values."""
     graph = model.graph
     for value in (*graph.inputs, *graph.outputs):
         assert value.shape is not None
@@ -238,7 +238,7 @@ def _forget_sizes(model: ir.Model) -> None:
 
 
 def _check_no_size_is_fixed(model: ir.Model) -> None:
-    """A size of the trace among the graph's integer constants means that a module used a torch view."""
+    """A traced size among the graph's integer constants means that a module used a torch view."""
     sizes = (*AXES.values(), *_AUDIO_SIZES, *_IMAGE_SIZES)
     values = [*model.graph.initializers.values(), *(output for node in model.graph for output in node.outputs)]
     for value in values:
@@ -247,11 +247,11 @@ def _check_no_size_is_fixed(model: ir.Model) -> None:
             for number in (*constant.shape.numpy(), *constant.numpy().flatten().tolist()):
                 if number and any(number % size == 0 for size in sizes):
                     users = sorted({node.op_type for node in value.consumers()})
-                    raise AssertionError(f"The size {number} of the trace is fixed in {value.name}, used by {users}.")
+                    raise AssertionError(f"The traced size {number} is a constant in {value.name}, used by {users}.")
 
 
 def _simplify(model: ir.Model, parameters: list[str]) -> None:
-    """Folds constants. Parameters pass as graph inputs meanwhile: they have no data to fold."""
+    """Folds constants. Parameters are graph inputs meanwhile, because they have no data to fold."""
     graph = model.graph
     held = []
     for name in parameters:
@@ -275,7 +275,7 @@ def _simplify(model: ir.Model, parameters: list[str]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints and warns about what is not ours to change (torchvision, axis names)."""
+    """Silences prints and warnings of torch.onnx that do not concern these graphs (torchvision, axis names)."""
     root = logging.getLogger("torch.onnx")
     level = root.level
     root.setLevel(logging.ERROR)

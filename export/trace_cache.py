@@ -1,7 +1,7 @@
-"""Traced graphs on disk, for later exports: a trace takes seconds and depends on code and configuration only.
+"""Caches traced graphs on disk: a trace takes seconds and depends only on code and configuration.
 
-The folder is `GEMMA3N_CACHE`, by default `~/.cache/gemma3n-onnx`. A file's name is the hash of everything that the
-graph is made from, so none is ever wrong; all may be deleted at any time.
+The folder is `GEMMA3N_CACHE`, by default `~/.cache/gemma3n-onnx`. A file's name is a hash of all inputs of the trace,
+so an entry is never stale; the folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LONGEST_TRACE_S = 300.0
 
 
 def kept_on_disk(trace: Callable[P, ir.Model]) -> Callable[P, ir.Model]:
-    """Of a function whose arguments have a repr that tells all of them. A folder that cannot be used is not."""
+    """Caches a function whose arguments have a complete repr. An unusable cache folder is ignored."""
 
     @functools.wraps(trace)
     def kept(*arguments: P.args, **named: P.kwargs) -> ir.Model:
@@ -51,19 +51,19 @@ def kept_on_disk(trace: Callable[P, ir.Model]) -> Callable[P, ir.Model]:
 
 
 def _alone(path: Path) -> FileLock:
-    """Waits for another process that makes the same trace."""
+    """Waits for another process that runs the same trace."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_suffix(".lock"), timeout=_LONGEST_TRACE_S)
 
 
 def _folder() -> Path:
-    """RuntimeError: there is no home."""
+    """Raises RuntimeError without a home directory."""
     return Path(os.environ.get("GEMMA3N_CACHE") or Path.home() / ".cache" / "gemma3n-onnx")
 
 
 @functools.cache
 def _code() -> str:
-    """What traces, and its versions."""
+    """A hash of the tracing code, and the versions of the packages that it uses."""
     digest = hashlib.sha256()
     graphs = sorted(source for path in gemma3n_onnx.graphs.__path__ for source in Path(path).glob("*.py"))
     for source in (*graphs, *(Path(__file__).with_name(name) for name in ("trace.py", "repeat.py"))):
@@ -72,7 +72,7 @@ def _code() -> str:
 
 
 def _save(model: ir.Model, path: Path) -> None:
-    """Parameters, which have no data, pass as inputs after the graph's own."""
+    """Saves parameters, which have no data, as further graph inputs."""
     model = model.clone()
     graph = model.graph
     model.metadata_props[_INPUTS] = str(len(graph.inputs))
@@ -86,7 +86,7 @@ def _save(model: ir.Model, path: Path) -> None:
 
 
 def _load(name: str) -> ir.Model | None:
-    """None where there is no such file, or a damaged one."""
+    """None if the file is missing or damaged."""
     with contextlib.suppress(OSError, RuntimeError, DecodeError, KeyError):
         model = ir.load(_folder() / name)
         graph = model.graph

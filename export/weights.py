@@ -1,4 +1,4 @@
-"""Streams tensors from the checkpoint into data files: read rows, cut, cast, write. One block at a time."""
+"""Streams tensors from the checkpoint into external data files, one block of rows at a time: read, cut, cast, write."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ StoredWeight = StoredTable | RowQuantizedTensor
 def lay_out(
     file: str, shapes: Mapping[str, tuple[int, ...]], storage: Callable[[str], Storage]
 ) -> dict[str, StoredWeight]:
-    """Puts tensors one after another, those of a page or more at the beginning of one."""
+    """Lays tensors out one after another; a tensor of a page or more starts on a page."""
     weights: dict[str, StoredWeight] = {}
     offset = 0
     for name, shape in shapes.items():
@@ -168,7 +168,7 @@ def _stored_at(file: str, offset: int, shape: tuple[int, ...], storage: Storage)
 
 
 def weight_shapes(model: ir.Model) -> dict[str, tuple[int, ...]]:
-    """Shape of each initializer of a traced graph that has no data yet, in the graph's order."""
+    """Shapes of the initializers of a traced graph that have no data yet, in graph order."""
     weights = {n: value for n, value in model.graph.initializers.items() if value.const_value is None}
     return {name: tuple(value.shape.numpy()) for name, value in weights.items() if value.shape is not None}
 
@@ -223,9 +223,9 @@ def _external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
 
 
 def check_tensors(checkpoint: Checkpoint, chosen: Slice, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Says before any work whether the checkpoint has what the slice needs, and nothing else.
+    """Checks that the checkpoint has exactly the tensors of its config, as far as the slice needs them.
 
-    `shapes` are those that the config of the whole checkpoint asks for.
+    `shapes` follow from the config of the whole checkpoint.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or belongs to no Gemma 3n decoder.
@@ -243,7 +243,7 @@ def check_tensors(checkpoint: Checkpoint, chosen: Slice, shapes: Mapping[str, tu
 
 
 def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """Raises CheckpointError where a tensor's shape is not the one that follows from the config."""
+    """Raises CheckpointError if a tensor does not have the shape that follows from the config."""
     if found != wanted:
         raise CheckpointError(
             f"Tensor {name} has shape {list(found)} instead of the {list(wanted)} that config.json asks for; "
@@ -256,7 +256,7 @@ Blocks = Iterator[np.ndarray]
 
 @dataclass
 class WeightStream:
-    """Writes data files from blocks of tensors; `progress` is told the bytes written."""
+    """Writes data files from blocks of tensors; calls `progress` with the bytes written."""
 
     folder: Path
     progress: Callable[[int], None]
@@ -268,7 +268,7 @@ class WeightStream:
         blocks: Callable[[str], Blocks],
         scale: float = 1.0,
     ) -> FileInfo:
-        """Writes all tensors of one data file, `blocks(tensor)` multiplied by `scale` each.
+        """Writes all tensors of one data file, each read from `blocks(tensor)` and multiplied by `scale`.
 
         Raises:
             CheckpointError: a tensor holds NaN or infinity.
@@ -290,7 +290,7 @@ class WeightStream:
     def _write_quantized(
         self, file: HashedFile, name: str, stored: BlockQuantizedTensor, blocks: Blocks, scale: float
     ) -> None:
-        # Made at once: kept pieces among large blocks that come and go would leave the heap in tatters.
+        # Preallocated: small arrays that outlive the large blocks would fragment the heap.
         scales = np.empty(stored.scales.shape, np.float16)
         zeros = np.empty(stored.zeros.shape, np.uint8) if stored.zeros is not None else None
         done = 0
@@ -311,7 +311,7 @@ class WeightStream:
     def _write_rows(
         self, file: HashedFile, name: str, stored: RowQuantizedTensor, blocks: Blocks, scale: float
     ) -> None:
-        """Transposed, so with the whole matrix in memory."""
+        """The codes are stored transposed, so the whole matrix is in memory."""
         rows = [_cast(name, block, "fp32", scale) for block in blocks]
         codes, scales = quantize_rows(torch.from_numpy(np.concatenate(rows).reshape(stored.shape)))
         self._write(file, codes.numpy())
@@ -324,7 +324,7 @@ class WeightStream:
 
 
 def raw_blocks(checkpoint: Checkpoint, raw_name: str) -> Blocks:
-    """One tensor of the file, whole, a few rows at a time."""
+    """All rows of a tensor of the file, in blocks."""
     shape = checkpoint.raw_spec(raw_name).shape
     step = _rows_of_a_block(shape)
     for first in range(0, shape[0], step):
@@ -332,12 +332,12 @@ def raw_blocks(checkpoint: Checkpoint, raw_name: str) -> Blocks:
 
 
 def read_cut(checkpoint: Checkpoint, cut: TensorCut) -> torch.Tensor:
-    """One tensor of a slice, whole, in the checkpoint's dtype."""
+    """A whole tensor of a slice, in the checkpoint's dtype."""
     return as_torch(np.concatenate(list(cut_blocks(checkpoint, cut))))
 
 
 def cut_blocks(checkpoint: Checkpoint, cut: TensorCut) -> Blocks:
-    """One tensor of a slice, a few rows at a time."""
+    """The rows of a tensor of a slice, in blocks."""
     shape = checkpoint.spec(cut.source).shape
     step = _rows_of_a_block(shape)
     for start, stop in cut.rows or ((0, shape[0]),):
@@ -353,7 +353,7 @@ def _rows_of_a_block(shape: tuple[int, ...]) -> int:
 
 
 def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:
-    """The block in the storage dtype; bf16 comes back as uint16 bits."""
+    """The block in the storage dtype; bf16 as its bits in uint16."""
     source = as_torch(block)
     if scale != 1.0:
         source = source.float() * scale
@@ -366,12 +366,12 @@ def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:
 
 
 def _all_finite(values: torch.Tensor) -> bool:
-    """NaN and infinity both come through to the extremes, which take a tenth of the time of `isfinite`."""
+    """NaN and infinity propagate to the extremes; `aminmax` takes a tenth of the time of `isfinite`."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def as_stored(values: torch.Tensor, storage: Storage) -> torch.Tensor:
-    """fp32 values as they are after being stored."""
+    """The fp32 `values` that are read back after storing: rounded, or quantized and dequantized."""
     if isinstance(storage, PerRow):
         codes, scales = quantize_rows(values.flatten(1))
         return (codes.T * scales[:, None]).view_as(values)
@@ -382,7 +382,7 @@ def as_stored(values: torch.Tensor, storage: Storage) -> torch.Tensor:
 
 
 def as_torch(values: np.ndarray) -> torch.Tensor:
-    contiguous = np.array(values, order="C")  # a copy: what is read from a file is read-only
+    contiguous = np.array(values, order="C")  # a copy, because memory-mapped arrays are read-only
     if contiguous.dtype.name == "bfloat16":
         return torch.from_numpy(contiguous.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(contiguous)

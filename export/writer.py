@@ -1,4 +1,4 @@
-"""The output folder, made atomically: under its final name it is either whole or not there."""
+"""Writes an output folder atomically: under its final name it is complete or absent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gemma3n_onnx.runtime.errors import Gemma3nError
 
 from .errors import ExportError
 
-ALIGNMENT = 4096  # of large tensors, so that they can be mapped in place
+ALIGNMENT = 4096  # bytes; a large tensor starts on a page, so that it can be mapped
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def check_output(output: Path, *, force: bool, kind: OutputKind) -> Path:
             raise ExportError(f"{ancestor} is a file, so there can be no folder in it; give another output folder.")
         if not os.access(ancestor, os.W_OK | os.X_OK):
             raise ExportError(f"There is no permission to write to {ancestor}; give another output folder.")
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that go round in circles
+    except (OSError, RuntimeError) as error:  # RuntimeError: a symlink loop
         if isinstance(error, ExportError):
             raise
         raise ExportError(f"{output} cannot be an output folder ({_reason(error)}); give another.") from error
@@ -69,10 +69,10 @@ def check_output(output: Path, *, force: bool, kind: OutputKind) -> Path:
 
 @contextlib.contextmanager
 def staged(output: Path, *, force: bool, needed_bytes: int, kind: OutputKind) -> Iterator[Path]:
-    """A temporary sibling of `output` to write into; put in the place of `output` when the block ends well.
+    """Yields a temporary folder beside `output`, which replaces `output` when the block succeeds.
 
-    On any failure, Ctrl-C and SIGTERM included, the sibling and the parents made for it are removed, and an
-    existing `output` stays as it was. Leftovers of exports that were killed are removed at the start.
+    On failure, Ctrl-C and SIGTERM included, the temporary folder and the parents made for it are removed, and an
+    existing `output` stays unchanged. Leftovers of killed exports are removed first.
 
     Raises:
         ExportError: as `check_output`; too little disk space, or the writing fails.
@@ -107,7 +107,7 @@ def staged(output: Path, *, force: bool, needed_bytes: int, kind: OutputKind) ->
 
 
 class HashedFile:
-    """A file being written in order, with its SHA-256 kept along."""
+    """A file written sequentially while its SHA-256 is computed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -121,7 +121,7 @@ class HashedFile:
         self.size += len(data)
 
     def pad_to(self, size: int) -> None:
-        """Zeros up to `size` bytes in all."""
+        """Appends zeros up to a file size of `size` bytes."""
         self.write(bytes(size - self.size))
 
     def info(self) -> FileInfo:
@@ -155,7 +155,7 @@ def _remove_leftovers(output: Path) -> None:
 
 
 def _is_running(pid: int) -> bool:
-    if sys.platform == "win32":  # os.kill would kill; a leftover costs less
+    if sys.platform == "win32":  # os.kill would terminate the process; a leftover folder is harmless
         return True
     try:
         os.kill(pid, 0)
@@ -196,7 +196,7 @@ def _put_in_place(stage: Path, output: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two folders in one step (Linux renameat2 with RENAME_EXCHANGE); False where that is missing."""
+    """Swaps two folders atomically (Linux renameat2 with RENAME_EXCHANGE); False if that is not supported."""
     at_current_folder, rename_exchange = -100, 2
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
@@ -210,7 +210,7 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if
 
 @contextlib.contextmanager
 def _terminate_as_exception() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the stack like Ctrl-C does, so that clean-up runs."""
+    """SIGTERM and SIGHUP raise SystemExit in this context, so that clean-up runs as for Ctrl-C."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
@@ -222,7 +222,7 @@ def _terminate_as_exception() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """The last few steps, once begun, are finished: no signal cuts them in two."""
+    """Ignores signals, so that the last steps are not interrupted halfway."""
     with _handling(_SIGNALS, signal.SIG_IGN):
         yield
 
@@ -231,7 +231,7 @@ def _undisturbed() -> Iterator[None]:
 def _handling(signals: Iterable[int], handler: Any) -> Iterator[None]:
     previous: dict[int, Any] = {}
     try:
-        with contextlib.suppress(ValueError):  # not the main thread: its owner decides about signals
+        with contextlib.suppress(ValueError):  # only the main thread may set signal handlers
             for number in signals:
                 previous[number] = signal.signal(number, handler)
         yield

@@ -353,8 +353,8 @@ CASES = [
     Case("demo_without_its_files", demo(lambda _: Path("nowhere")), ("has no demo checkpoint", "Hub id")),
     Case("demo_without_its_package", demo(no_package), ("has no demo checkpoint", "Hub id")),
     Case("demo_revision", demo(no_package, "--revision", "v2"), ("demo comes with the package", "'v2'")),
-    Case("config_not_json", exporting(write("config.json", "{oops")), ("config.json", "no valid JSON")),
-    Case("config_not_object", exporting(write("config.json", "[1]")), ("config.json", "no JSON object")),
+    Case("config_not_json", exporting(write("config.json", "{oops")), ("config.json", "not valid JSON")),
+    Case("config_not_object", exporting(write("config.json", "[1]")), ("config.json", "not a JSON object")),
     Case(
         "config_other_model",
         exporting(rewrite_json("config.json", lambda c: c.update(model_type="llama"))),
@@ -418,7 +418,7 @@ CASES = [
     Case(
         "generation_config_not_json",
         exporting(write("generation_config.json", "{,}")),
-        ("generation_config.json", "no valid JSON"),
+        ("generation_config.json", "not valid JSON"),
     ),
     Case(
         "generation_config_wrong_ids",

@@ -58,17 +58,16 @@ COMPARE_BYTES = 32 * 2**20
 class Checkpoint:
     """The config and the tensors of one checkpoint folder.
 
-    Tensors of the text decoder go by their name within it (`layers.0.mlp.gate_proj.weight`), whatever
-    prefix the file has; the `raw_` methods take the names as they are in the file and reach every tensor.
-    Arrays are read-only views of the file.
+    Methods take names relative to the text decoder (`layers.0.mlp.gate_proj.weight`), whatever the file's prefix; the
+    `raw_` methods take the names in the file and reach every tensor. Arrays are read-only views of the file.
 
     Attributes:
         folder: where the files are.
-        name: what the checkpoint is called: the folder's name, or the Hub id's without its owner.
-        config: config.json as it is.
+        name: the folder's name, or the Hub id without its owner.
+        config: the content of config.json.
         text_config: the architecture of the text decoder.
         naming: how raw names are formed.
-        modalities: those that the checkpoint has, "text" first.
+        modalities: the checkpoint's modalities, "text" first.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
@@ -92,13 +91,13 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None, token: str | None = None) -> Checkpoint:
-        """Opens a local folder, else the packaged checkpoint "demo", else the Hub id `model` ("org/name"),
-        downloaded where not in the cache.
+        """Opens a local folder, else the packaged checkpoint "demo", else the Hub id `model` ("org/name"), which is
+        downloaded unless cached.
 
         Args:
             model: a folder, "demo" or a Hub id.
             revision: branch, tag or commit; for a Hub id only.
-            token: a Hub token; HF_TOKEN and the stored login serve when it is None.
+            token: a Hub token; None for HF_TOKEN or the stored login.
 
         Raises:
             CheckpointNotFoundError: no such folder or repository, no access to it, or no checkpoint in it.
@@ -112,12 +111,12 @@ class Checkpoint:
         return tuple(sorted(self._files))
 
     def text_names(self) -> tuple[str, ...]:
-        """The names within the text decoder, sorted; a tied head is not among them."""
+        """Names of the text decoder's tensors, sorted; without the head."""
         prefix = self.naming.text
         return tuple(name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
 
     def encoder_names(self, modality: str) -> tuple[str, ...]:
-        """The names of a modality's encoder and embedder, from the module on (`audio_tower.…`), sorted."""
+        """Names of a modality's encoder and embedder tensors, starting with the module (`audio_tower.…`), sorted."""
         prefix = self.naming.encoders
         if prefix is None:
             return ()
@@ -126,7 +125,7 @@ class Checkpoint:
 
     @property
     def head(self) -> str | None:
-        """The raw name of the separate, but equal, copy of the token embedding that some files hold."""
+        """The raw name of the copy of the token embedding that some files hold as output head."""
         name = self.naming.head
         return name if name in self._files else None
 
@@ -134,7 +133,7 @@ class Checkpoint:
         """Dtype and shape of a text tensor.
 
         Raises:
-            CheckpointError: there is no such tensor; so do the other readers.
+            CheckpointError: there is no such tensor; the other readers raise it too.
         """
         return self.raw_spec(self.naming.text + name)
 
@@ -143,7 +142,7 @@ class Checkpoint:
         return self.raw_read(self.naming.text + name)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` of a text tensor, without touching the others."""
+        """Rows `start` to `stop` of a text tensor; no other row is read."""
         return self.raw_read_rows(self.naming.text + name, start, stop)
 
     def raw_spec(self, name: str) -> TensorSpec:
@@ -156,16 +155,16 @@ class Checkpoint:
         return self._file(name).read_rows(name, start, stop)
 
     def encoder_raw_name(self, name: str) -> str:
-        """The raw name of a tensor that `encoder_names` gives."""
+        """The raw name of a tensor that `encoder_names` lists."""
         return f"{self.naming.encoders}{name}"
 
     def tokenizer_files(self) -> list[Path]:
-        """The files beside config and weights that belong to an export, those that are there."""
+        """The tokenizer and processor files that an export copies, as far as they exist."""
         return [path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()]
 
     @property
     def slice_table(self) -> Path | None:
-        """The file with slices of the checkpoint's own, None where it has none."""
+        """The checkpoint's own slice table, if it has one."""
         path = self.folder / SLICE_TABLE
         return path if path.exists() else None
 
@@ -191,12 +190,12 @@ class Checkpoint:
         return None
 
     def generation_config(self) -> dict[str, Any]:
-        """generation_config.json, or nothing where there is none."""
+        """The content of generation_config.json; empty if there is none."""
         path = self.folder / "generation_config.json"
         return _read_json(path) if path.is_file() else {}
 
     def processor_config(self, part: str) -> dict[str, Any]:
-        """Settings of `image_processor` or `feature_extractor`; nothing where no file has them.
+        """Settings of `image_processor` or `feature_extractor`; empty if no file has them.
 
         transformers 5 nests them in processor_config.json, earlier ones mix both in preprocessor_config.json.
         """
@@ -211,7 +210,7 @@ class Checkpoint:
         return {}
 
     def check_tokenizer(self) -> None:
-        """Raises CheckpointError where the runtime could not read tokenizer or chat template."""
+        """Raises CheckpointError if the runtime could not read the tokenizer or the chat template."""
         path = self.folder / TOKENIZER
         if not path.is_file():
             raise CheckpointNotFoundError(f"{self.folder} has no {TOKENIZER}, which the artifact needs; download it.")
@@ -233,7 +232,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} has no tensor {name}; download the checkpoint again.") from None
 
     def check_all_known(self) -> None:
-        """Raises CheckpointError where a tensor belongs to no part of a Gemma 3n."""
+        """Raises CheckpointError if a tensor is not part of a Gemma 3n."""
         if unknown := set(self.names) - {self.naming.head, *self._known_names()}:
             raise CheckpointError(
                 f"The checkpoint holds {min(unknown)} and {len(unknown) - 1} more tensors that no Gemma 3n has; "
@@ -250,7 +249,7 @@ class Checkpoint:
         )
 
     def _known_names(self) -> list[str]:
-        """The raw names of all that belongs to a Gemma 3n, a separate head aside."""
+        """Raw names of all tensors of a Gemma 3n, without the head."""
         encoders = (self.encoder_raw_name(name) for m in ENCODER_MODULES for name in self.encoder_names(m))
         return [*(self.naming.text + name for name in self.text_names()), *encoders]
 
@@ -315,7 +314,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON ({error}); download it again.") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; download it again.")
+        raise CheckpointError(f"{path} is not a JSON object; download it again.")
     return content

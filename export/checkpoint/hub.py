@@ -1,4 +1,4 @@
-"""Where a checkpoint's folder is: on this disk, in this package, or on the Hugging Face Hub."""
+"""Locates a checkpoint: a local folder, the packaged demo, or a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def find_folder(model: str | Path, revision: str | None = None, token: str | Non
 
     Raises:
         CheckpointNotFoundError: there is no such folder or Hub repository, or no access to it.
-        CheckpointError: the download failed, or `revision` is given for what is no Hub id.
+        CheckpointError: the download failed, or `revision` is given without a Hub id.
     """
     path = Path(model).expanduser()
     if path.is_dir():

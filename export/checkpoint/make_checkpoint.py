@@ -1,8 +1,7 @@
-"""Writes a checkpoint of random weights that transformers and the exporter read like a published one.
+"""Writes a checkpoint with random weights that transformers and the exporter read like a published one.
 
-The weights are drawn so that every feature of the architecture shows in the output: norms differ from one,
-the AltUp routers and the sparsity cut are active, attention is neither uniform nor one-hot, and logits
-reach the softcap.
+The weights are drawn so that every part of the architecture affects the output: norm weights differ from one, the AltUp
+routers and the activation sparsity are active, attention is neither uniform nor one-hot, and logits reach the softcap.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
     },
 }
-# The reduced encoders of the tiny size: every kind of block, few channels.
+# The encoders of the tiny size: every kind of block, few channels.
 TINY_VISION: dict[str, Any] = {"model_args": {"channel_multiplier": 0.03}}
 TINY_AUDIO: dict[str, Any] = {
     "hidden_size": 64,
@@ -78,8 +77,8 @@ SPARE_BYTES = 64 * 2**20  # tokenizer and config files
 LOGIT_STD = 5.0
 ATTENTION_LOGIT_STD = 2.0
 NORM_SPREAD = 0.2
-# What a layer adds to the residual, and how strongly AltUp mixes its streams. Larger values make a random
-# network of this depth chaotic: it would magnify fp32 rounding until no comparison means anything.
+# The scale of each layer's residual branch, and how strongly AltUp mixes its streams. With larger values a random
+# network of this depth is chaotic: it amplifies fp32 rounding until a comparison is meaningless.
 BRANCH_GAIN = 0.5
 LAYER_SCALE = 0.3
 ALTUP_STD = 0.03
@@ -112,13 +111,13 @@ def make_checkpoint(
     Args:
         size: "tiny" (E4B's depth, narrow), "e2b" or "e4b".
         output: the folder to write; it appears only when it is complete.
-        seed: of all weights.
-        text_only: leaves the encoders out (`Gemma3nForCausalLM`); the decoder's weights are the same.
-        dtype: of all weights; float32 for tiny, bfloat16 for the others.
+        seed: seed of all weights.
+        text_only: omits the encoders (`Gemma3nForCausalLM`); the decoder's weights are the same.
+        dtype: dtype of all weights; float32 for tiny, bfloat16 for the others.
         overrides: values of the text config that replace those of the size.
-        progress: called with the bytes written and the bytes in all.
+        progress: called with the bytes written and the total.
         force: replaces an existing checkpoint at `output`.
-        shard_bytes: the size at which a new weight file begins.
+        shard_bytes: maximum size of a weight file.
 
     Returns:
         `output`.
@@ -193,7 +192,7 @@ def text_config(size: Size, dtype: Dtype, overrides: Mapping[str, Any]) -> tuple
 def full_config(
     text: dict[str, Any], architecture: TextConfig, vision: Mapping[str, Any], audio: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The text config in one with both encoders, which take their ids from the end of the vocabulary.
+    """The full config: the text config and both encoders, whose ids are at the end of the vocabulary.
 
     `vision` and `audio`: values that replace those of the full-size encoders.
     """
@@ -290,7 +289,7 @@ PREPROCESSOR: dict[str, Any] = {
 
 
 def _architecture(config: dict[str, Any]) -> TextConfig:
-    """The architecture; the per-layer lists that `config` leaves open are filled in there."""
+    """The architecture of `config`, whose per-layer lists are filled in."""
     try:
         architecture = TextConfig.from_hf(config)
     except ConfigError as error:
@@ -309,7 +308,7 @@ def _architecture(config: dict[str, Any]) -> TextConfig:
 
 
 def _tensors(c: TextConfig) -> Iterator[_Tensor]:
-    """All tensors of the text decoder, in the order of the files."""
+    """All tensors of the text decoder, in file order."""
     hidden, ple, streams = c.hidden_size, c.hidden_size_per_layer_input, c.altup_num_inputs
 
     def linear(name: str, rows: int, columns: int) -> _Tensor:
@@ -329,7 +328,7 @@ def _tensors(c: TextConfig) -> Iterator[_Tensor]:
     for stream in range(streams - 1):
         yield linear(f"altup_projections.{stream}", hidden, hidden)
         yield linear(f"altup_unembed_projections.{stream}", hidden, hidden)
-    # Of zero mean: else the tied head finds the token's own embedding in the residual and repeats the token.
+    # Zero mean: otherwise the tied head finds the token's own embedding in the residual and repeats the token.
     yield _Tensor("norm.weight", (hidden,), 1.0)
 
     # Normed queries and keys have unit values, so q.k over head_dim has this std at scale 1.
@@ -447,7 +446,7 @@ def _header(shard: list[_Named], dtype: str) -> bytes:
 
 
 def _blocks(tensor: _Tensor, dtype: str, seed: int) -> Iterator[np.ndarray]:
-    """The tensor's values, flat, `BLOCK_VALUES` at a time, from a random stream of its own."""
+    """The tensor's values, flattened, in blocks of `BLOCK_VALUES`, from a random generator of its own."""
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(f"model.{tensor.name}".encode())]))
     left = math.prod(tensor.shape)
     while left:

@@ -1,4 +1,4 @@
-"""A small real tokenizer of Gemma's structure: BPE with byte fallback, spaces as U+2581, its special ids."""
+"""Trains a small tokenizer like Gemma's: BPE with byte fallback, spaces as U+2581, the same special tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALLEST_TEXT_VOCAB = 1024
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The ids of the multimodal markers; those of the text markers are the same in every vocabulary."""
+    """Ids of the multimodal special tokens; those of the text special tokens are the same in every vocabulary."""
 
     start_of_image: int
     start_of_audio: int
@@ -38,13 +38,13 @@ class SpecialIds:
 
     @classmethod
     def of_text_vocab(cls, text_vocab: int) -> SpecialIds:
-        """The start markers have Gemma's ids, or the last two of `text_vocab` if that is smaller."""
+        """The start tokens have Gemma's ids, or the last two ids of a smaller `text_vocab`."""
         start = GEMMA_START_OF_IMAGE if text_vocab > GEMMA_START_OF_IMAGE + 1 else text_vocab - 2
         audio = text_vocab + SOFT_IDS
         return cls(start, start + 1, text_vocab, text_vocab + 1, audio, audio + 1)
 
     def tokens(self) -> dict[str, int]:
-        """`{content: id}` of all special tokens, the text markers included."""
+        """`{content: id}` of all special tokens."""
         return {
             "<pad>": PAD,
             "<eos>": EOS,
@@ -62,9 +62,9 @@ def write_tokenizer(folder: Path, text_vocab: int, vocab_size: int, corpus: Iter
 
     Args:
         folder: an existing folder.
-        text_vocab: ids that text may use, at least 1024.
-        vocab_size: ids in all; each decodes to something.
-        corpus: lines of text that the merges are learned from; prose that comes with the package where None.
+        text_vocab: number of ids for text, at least 1024.
+        vocab_size: total number of ids; each decodes to text.
+        corpus: lines of text to learn the merges from; None for the text in this package.
     """
     special = SpecialIds.of_text_vocab(text_vocab).tokens()
     lines = _prose() if corpus is None else corpus

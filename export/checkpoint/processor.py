@@ -1,4 +1,4 @@
-"""How images and sound become the encoders' inputs, from a checkpoint's processor files."""
+"""Image and audio preprocessing settings, from a checkpoint's processor files."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ _AUDIO = {
     "per_bin_mean": None,
     "per_bin_stddev": None,
 }
-# Those of which the front ends implement that value only.
+# Settings of which only the default is implemented.
 _FIXED_IMAGE = ("do_rescale", "do_normalize", "resample", "do_resize")
 _FIXED_AUDIO = ("preemphasis_htk_flavor", "dither", "input_scale_factor", "per_bin_mean", "per_bin_stddev")
-MAX_SECONDS, PAD_MULTIPLE = 30, 128  # defaults of the extractor's call, which no file holds
+MAX_SECONDS, PAD_MULTIPLE = 30, 128  # defaults of the extractor's `__call__`, which no file contains
 
 
 @dataclass(frozen=True)
 class FrontEnds:
-    """Of the chosen modalities, the placeholders, and what each front end does; None for one that is not chosen."""
+    """Soft tokens and preprocessing of the exported modalities; None for a modality that is not exported."""
 
     soft_tokens: Mapping[str, SoftTokens]
     image: ImageSettings | None
@@ -52,14 +52,14 @@ class FrontEnds:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """The size in pixels that the processor makes images, and the factor for their values."""
+    """The side in pixels to which the processor resizes images, and the factor for pixel values."""
 
     size: int
     rescale: float
 
 
 def read_front_ends(checkpoint: Checkpoint, modalities: Collection[str]) -> FrontEnds:
-    """Raises CheckpointError: the processor does what is not implemented, or a placeholder is missing."""
+    """Raises CheckpointError for an unsupported processor setting or a missing soft token."""
     return FrontEnds(
         soft_tokens={m: soft_tokens(checkpoint, m) for m in modalities if m in ENCODER_MODULES},
         image=image_settings(checkpoint) if "vision" in modalities else None,
@@ -68,7 +68,7 @@ def read_front_ends(checkpoint: Checkpoint, modalities: Collection[str]) -> Fron
 
 
 def image_settings(checkpoint: Checkpoint) -> ImageSettings:
-    """Raises CheckpointError where the processor does what is not implemented."""
+    """Raises CheckpointError for an unsupported setting of the image processor."""
     settings = _settings(checkpoint, "image_processor", _IMAGE, _FIXED_IMAGE)
     size = settings.get("size") or {"height": IMAGE_SIZES[-1], "width": IMAGE_SIZES[-1]}
     sides = [size.get("height"), size.get("width")] if isinstance(size, Mapping) else []
@@ -81,7 +81,7 @@ def image_settings(checkpoint: Checkpoint) -> ImageSettings:
 
 
 def log_mel_settings(checkpoint: Checkpoint) -> LogMelInfo:
-    """Raises CheckpointError where the feature extractor does what is not implemented."""
+    """Raises CheckpointError for an unsupported setting of the feature extractor."""
     settings = _settings(checkpoint, "feature_extractor", _AUDIO, _FIXED_AUDIO)
     try:
         return log_mel_info(settings)
@@ -92,7 +92,7 @@ def log_mel_settings(checkpoint: Checkpoint) -> LogMelInfo:
 
 
 def log_mel_info(settings: Mapping[str, Any]) -> LogMelInfo:
-    """What a feature extractor of these settings does. Raises TypeError, ValueError: a value has the wrong type."""
+    """The log-mel parameters of a feature extractor. Raises TypeError or ValueError for a value of the wrong type."""
     rate = int(settings["sampling_rate"])
     frame = int(settings.get("frame_length") or round(rate * settings["frame_length_ms"] / 1000))
     hop = int(settings.get("hop_length") or round(rate * settings["hop_length_ms"] / 1000))
@@ -113,7 +113,7 @@ def log_mel_info(settings: Mapping[str, Any]) -> LogMelInfo:
 
 
 def soft_tokens(checkpoint: Checkpoint, modality: str) -> SoftTokens:
-    """The placeholder of an image or a clip, as the processor writes it.
+    """The soft tokens of an image or a clip, as the processor writes them into the prompt.
 
     Raises:
         CheckpointError: config.json lacks a token id, or the tokenizer the token.
@@ -143,7 +143,7 @@ def _token(backend: tokenizers.Tokenizer, key: str, token_id: int) -> str:
 
 
 def _settings(checkpoint: Checkpoint, part: str, defaults: Mapping[str, Any], fixed: Collection[str]) -> dict[str, Any]:
-    """The defaults, overlaid by processor_config.json's `part` or by the flat preprocessor_config.json."""
+    """The defaults, overridden by `part` of processor_config.json or by the flat preprocessor_config.json."""
     found = checkpoint.processor_config(part)
     settings = {**defaults, **{key: value for key, value in found.items() if value is not None}}
     for key in fixed:

@@ -1,4 +1,4 @@
-"""One safetensors file: the header is checked at opening, tensors are mapped when read."""
+"""A safetensors file: the header is checked when it is opened, tensors are memory-mapped when read."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SafetensorsFile:
         return self._entries[name].spec
 
     def read(self, name: str) -> np.ndarray:
-        """The whole tensor, read-only, backed by the file: its pages go when the array does.
+        """The whole tensor as a read-only memory map, which is unmapped with the array.
 
         Raises:
             CheckpointError: the dtype is not BF16, F16 or F32.
@@ -103,7 +103,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         data_offset = LENGTH_BYTES + header_bytes
         if len(prefix) < LENGTH_BYTES or data_offset > file_bytes:
             raise CheckpointError(
-                f"{path} is truncated or no safetensors file: its header does not fit into "
+                f"{path} is truncated or not a safetensors file: its header does not fit into "
                 f"{file_bytes} bytes; download it again."
             )
         try:

@@ -1,4 +1,4 @@
-"""How large a slice is: parameters, bytes on disk, and the table of both that `gemma3n slices` prints."""
+"""Parameters and disk size of slices, and the table that `gemma3n slices` prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gemma3n_onnx.export.text_weights import lay_out_prefill, lay_out_text
 from gemma3n_onnx.graphs.config import FULL, SLIDING, ConfigError, TextConfig
 
 STORED = ("fp32", "fp16", "int8", "int4")
-"""The precisions whose sizes a table shows; bf16 takes what fp16 takes."""
+"""The precisions in the table; bf16 has the size of fp16."""
 
 VISION_TOWER_PARAMETERS = {"mobilenetv5_300m_enc": 294_126_912}
 """By timm architecture, as timm 1.0.17 and later build it."""
@@ -63,26 +63,26 @@ E4B_CONFIG: Mapping[str, Any] = {
         "sscp_conv_stride_size": ((2, 2), (2, 2)),
     },
 }
-"""What its `config.json` says of the encoders, as far as their sizes follow from it."""
+"""The parts of its `config.json` that the encoders' sizes follow from."""
 
 
 @dataclass(frozen=True)
 class DecoderParameters:
     """Parameters of a text decoder, counted as Google counts them.
 
-    The published figures include K and V projections of all layers, because the checkpoints have them; those of
-    KV-shared layers (`unused_kv`) are never read, and no exported graph holds them.
+    The published figures include the K and V projections of all layers, because the checkpoints have them. Those of
+    KV-shared layers (`unused_kv`) are never read; exported graphs omit them.
     """
 
     text: int
     ple_table: int
     token_embedding: int
-    """Also the output head, which is tied to it."""
+    """The output head is tied to it."""
     unused_kv: int
 
     @property
     def effective(self) -> int:
-        """What an accelerator must hold: all but the two tables that are read by rows."""
+        """Parameters in accelerator memory: all but the two tables, which are read by rows."""
         return self.text - self.ple_table - self.token_embedding
 
 
@@ -210,7 +210,7 @@ class SliceRow:
 def slices_table(
     config: TextConfig = E4B, hf_config: Mapping[str, Any] = E4B_CONFIG, specs: Iterable[SliceSpec] | None = None
 ) -> list[SliceRow]:
-    """The slices that can be cut from a checkpoint; those that it is too small for are left out.
+    """The slices that can be cut from a checkpoint; larger ones are left out.
 
     `config` is its decoder, `hf_config` its `config.json`.
     """
@@ -244,7 +244,7 @@ def _total(config: TextConfig, hf_config: Mapping[str, Any]) -> int | None:
 
 
 SMALL_MODEL = 100_000_000
-"""Fewer text parameters than that are told in millions."""
+"""With fewer text parameters the table is in millions."""
 
 
 def render_table(rows: Iterable[SliceRow]) -> str:

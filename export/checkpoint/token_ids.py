@@ -17,7 +17,7 @@ class TokenIds:
 
 
 def token_ids(checkpoint: Checkpoint) -> TokenIds:
-    """Generation's own ids where `generation_config.json` has them, else those of the config."""
+    """The ids of `generation_config.json`, which take precedence over those of `config.json`."""
     text = checkpoint.config.get("text_config", checkpoint.config)
     values = {key: text.get(key) for key in ("bos_token_id", "pad_token_id", "eos_token_id")}
     values |= {k: v for k, v in checkpoint.generation_config().items() if k in values and v is not None}

@@ -1,6 +1,6 @@
-"""`genai_config.json`: lets onnxruntime-genai 0.18 run an artifact's folder as it is.
+"""`genai_config.json`, with which onnxruntime-genai 0.18 runs an artifact's folder unchanged.
 
-That of an artifact for CUDA puts all but the embedding, whose tables stay on the host, there.
+In an artifact for CUDA every session but the embedding, whose tables stay on the host, uses the CUDA provider.
 
 onnxruntime-genai has no `gemma3n`; its `gemma4` has the same graphs (embedding with a table of per-layer inputs,
 vision, speech, decoder) and wants the vision graph. An artifact without one is a `decoder-pipeline` of two stages.
@@ -16,7 +16,7 @@ from gemma3n_onnx.runtime.artifact import GraphInfo, Manifest
 
 GENAI_CONFIG = "genai_config.json"
 NO_PACKING = "session.disable_prepacking"
-# As the runtime's own CPU profile: weights stay mapped, narrow ones are widened once, at load.
+# As in the runtime's CPU profile: weights stay memory-mapped; narrow ones are widened once, at load.
 _SESSION_OPTIONS = {
     "log_id": "onnxruntime-genai",
     NO_PACKING: "1",
@@ -67,7 +67,7 @@ def genai_config(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
 
 
 def _decoder_options(manifest: Manifest) -> dict[str, Any]:
-    """Quantized products are fast with packed weights only."""
+    """MatMulNBits is fast only with prepacked weights."""
     options = _options(manifest)
     return {key: value for key, value in options.items() if key != NO_PACKING or not manifest.quantization}
 
@@ -117,9 +117,9 @@ def _embedding(manifest: Manifest) -> dict[str, Any]:
 
 
 def _speech(manifest: Manifest) -> dict[str, Any]:
-    """Without an audio encoder the section must be there, and empty.
+    """The section is required even without an audio encoder.
 
-    `config_filename` has to name a file; only the library's own front end, which is Gemma 4's, would read it.
+    `config_filename` must name a file; only the library's own front end, Gemma 4's, would read it.
     """
     if manifest.audio is None:
         return {"config_filename": ""}
@@ -151,6 +151,6 @@ def _pipeline(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _names(graph: GraphInfo, wanted: list[str]) -> dict[str, str]:
-    """Those of the names that the graph has as inputs, each under itself."""
+    """The `wanted` names that are inputs of the graph, mapped to themselves."""
     found = {tensor.name for tensor in graph.inputs}
     return {name: name for name in wanted if name in found}

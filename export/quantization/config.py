@@ -1,11 +1,11 @@
-"""How matrices are quantized: `export.quantize` does it.
+"""How a matrix is quantized; `quantize` implements it.
 
-Methods, and where their maths is from:
-    rtn: the largest magnitude becomes the lowest code, all is rounded to nearest (as Q4_0 of llama.cpp).
-    search: rtn, with the scale that makes the squared error least among a few, then refitted to its codes.
-    k-quant: zero points; scale and minimum fitted to the codes by least squares for a few scales, errors weighed by
+Methods and their sources:
+    rtn: symmetric round to nearest; the value of largest magnitude gets the lowest code (Q4_0 of llama.cpp).
+    search: rtn with the scale of least squared error among several candidates, refitted to its codes.
+    k-quant: asymmetric; scale and minimum fitted by least squares for several candidate scales, errors weighted by
         magnitude (llama.cpp, "k-quants", pull request 1684).
-    hqq: zero points; half-quadratic splitting with an l_p norm, p = 0.7 (Badri and Shaji, "Half-Quadratic
+    hqq: asymmetric; half-quadratic splitting with an l_p norm, p = 0.7 (Badri and Shaji, "Half-Quadratic
         Quantization of Large Machine Learning Models", 2023).
 """
 
@@ -23,7 +23,7 @@ _ASYMMETRIC = ("k-quant", "hqq")
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Raises ExportOptionError for bits, a block or a method that there is not."""
+    """Blockwise quantization; ExportOptionError for unknown bits, block size or method."""
 
     bits: int
     block: int
@@ -50,7 +50,7 @@ class QuantizationConfig:
         return (1 << self.bits) - 1
 
     def fitting(self, columns: int) -> QuantizationConfig | None:
-        """With the largest block up to its own that divides `columns`; None where there is none."""
+        """This config with the largest block size, up to its own, that divides `columns`; None if none does."""
         block = next((size for size in reversed(BLOCKS) if size <= self.block and columns % size == 0), None)
         return None if block is None else replace(self, block=block)
 
@@ -60,8 +60,8 @@ class QuantizationConfig:
 
 @dataclass(frozen=True)
 class PerRow:
-    """Codes of 8 bits with a sign, one scale for each row of a matrix, rounded to nearest; stored transposed. For
-    products whose other operand is quantized when it comes."""
+    """Symmetric int8 with one scale for each row, rounded to nearest, stored transposed; for products whose activations
+    are quantized dynamically."""
 
     method = "rows"
     bits = 8
@@ -71,4 +71,4 @@ class PerRow:
 
 
 Storage = str | QuantizationConfig | PerRow
-"""How a tensor is stored: a dtype, or quantized."""
+"""How a tensor is stored: in a dtype, or quantized."""

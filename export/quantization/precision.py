@@ -1,4 +1,4 @@
-"""What a precision stores and computes in."""
+"""A precision: how weights are stored, and in which dtype graphs compute."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from .config import PerRow, QuantizationConfig, Storage
 
 @dataclass(frozen=True)
 class Precision:
-    """`storage` is the dtype of the weights on disk that `weights`, `tokens` and `per_layer` do not quantize, `compute`
-    that of the graphs' arithmetic.
-
-    `weights` quantizes the decoder's projections, but those of `exceptions`, by the ends of their names without
-    ".weight"; `tokens` the token embeddings, which are the output head too; `per_layer` the per-layer embeddings;
-    `prefill` the products of a second decoder, for prompts. `encoders` quantizes the products of the encoders, or is
-    the dtype that they are computed in and all weights are stored in; what is between them is computed in fp32.
-
-    `device`: the graphs are for one that the host is to wait for as little as may be. The decoder then chooses the
-    likeliest token itself, and all caches have one length: those of windows would have the host know what they hold.
-    """
-
     storage: str
+    """The dtype of weights that are not quantized, in the files."""
     compute: str
+    """The dtype that the text graphs compute in."""
     weights: QuantizationConfig | None = None
+    """Of the decoder's projections."""
     exceptions: Mapping[str, QuantizationConfig] = field(default_factory=dict)
+    """Of the projections whose names, without ".weight", end in the key; they take precedence over `weights`."""
     tokens: QuantizationConfig | None = None
+    """Of the token embeddings, which are the output head too."""
     per_layer: QuantizationConfig | None = None
+    """Of the per-layer embeddings."""
     encoders: PerRow | str | None = None
+    """The quantization of the encoders' matrix products, or the dtype that these are stored and computed in. Everything
+    else in an encoder is computed in fp32."""
     prefill: PerRow | None = None
+    """The quantization of the prefill graph's matrix products; None without a prefill graph."""
     device: bool = False
+    """The graphs are for an accelerator and minimize synchronization with the host: the decoder includes the argmax,
+    and no cache is windowed, because the host would have to track what a windowed cache holds."""
 
     def __post_init__(self) -> None:
         if (self.tokens is None) != (self.per_layer is None):
@@ -40,17 +39,17 @@ class Precision:
 
     @property
     def encoder_products(self) -> str:
-        """The dtype that products of the encoders are computed in, but for activations in int8."""
+        """The dtype of the encoders' matrix products; fp32 if they are quantized."""
         return self.encoders if isinstance(self.encoders, str) else "fp32"
 
     def of_encoder(self, name: str, products: Collection[str]) -> Storage:
-        """How a tensor of an encoder is stored; `products` are those that are weights of products only."""
+        """How a tensor of an encoder is stored; `products` are the names of weights of matrix products."""
         if isinstance(self.encoders, PerRow):
             return self.encoders if name in products else self.storage
         return self.encoders or self.storage
 
     def of_weight(self, name: str, shape: tuple[int, ...]) -> Storage:
-        """How a tensor of the decoder is stored. AltUp's few coefficients and what has no blocks stay as they are."""
+        """How a decoder tensor is stored. AltUp's coefficients and widths that no block divides stay unquantized."""
         if self.weights is None or len(shape) != 2 or ".altup." in name:
             return self.storage
         module = name.removesuffix(".weight")

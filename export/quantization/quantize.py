@@ -1,7 +1,7 @@
 """Blockwise quantization of matrices, in the layout of MatMulNBits and GatherBlockQuantized.
 
-Every `block` values of a row share a scale and a zero point: value = scale * (code - zero), with codes from 0 to
-2^bits - 1. A config without zero points has them in the middle, at 2^(bits - 1).
+Each block of a row has a scale and a zero point: value = scale * (code - zero), with codes from 0 to 2^bits - 1. In
+symmetric quantization the zero point is 2^(bits - 1).
 
 Shape legend: N rows, K columns, G = K / block groups of a row.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import QuantizationConfig
 from .threads import one_thread_an_operation
 
-_AT_ONCE = 1 << 18  # values, so that a pass over them finds them in the processor's cache
+_AT_ONCE = 1 << 18  # values in a piece of work, so that it stays in the processor's cache
 _SEARCHED = torch.linspace(0.8, 1.1, 7)
 _FITTED = torch.linspace(0.8, 1.05, 6)
 _HQQ_STEPS, _HQQ_NORM, _HQQ_BETA, _HQQ_GROWTH = 20, 0.7, 10.0, 1.01
@@ -25,8 +25,8 @@ _HQQ_STEPS, _HQQ_NORM, _HQQ_BETA, _HQQ_GROWTH = 20, 0.7, 10.0, 1.01
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes [N, K * bits / 8] uint8, packed, the first value in the lowest bits; scales [N, G] fp16; zero points
-    [N, ceil(G * bits / 8)] uint8, packed alike, where the config has them."""
+    """Codes [N, K * bits / 8] uint8, packed, the first value in the low bits; scales [N, G] fp16; zero points
+    [N, ceil(G * bits / 8)] uint8, packed alike; None for symmetric quantization."""
 
     codes: Tensor
     scales: Tensor
@@ -70,7 +70,7 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [N, n] of `bits` each -> uint8 [N, ceil(n * bits / 8)], the first in the lowest bits."""
+    """uint8 [N, n] of `bits` each -> uint8 [N, ceil(n * bits / 8)], the first in the low bits."""
     each = 8 // bits
     if each == 1:
         return codes
@@ -122,7 +122,7 @@ def _search(groups: Tensor, config: QuantizationConfig) -> Fit:
 
 
 def _affine(groups: Tensor, config: QuantizationConfig) -> Fit:
-    """The range of each group, 0 within it, from code 0 to the largest; zero points are not whole yet."""
+    """Maps the range of each group, extended to include 0, to all codes; zero points are not rounded yet."""
     low, high = groups.amin(2, keepdim=True).clamp(max=0), groups.amax(2, keepdim=True).clamp(min=0)
     scales = (high - low) / config.largest
     return scales, torch.where(scales == 0, 0.0, -low / scales)

@@ -1,7 +1,7 @@
-"""Products of transformers that round their activations as the artifact's do.
+"""Rounds activations in transformers' matrix products as the artifact's operators do.
 
-To int8 with a scale for each block of the weights (MatMulNBits, accuracy_level 4), or for each row on one grid of 255
-steps for all of them (DynamicQuantizeMatMul after `graphs.passes.quantize_dynamic`), or to bf16, the result too
+To int8 with a scale for each block (MatMulNBits, accuracy_level 4); to int8 with rows divided by their magnitude and
+one scale for all (DynamicQuantizeMatMul after `graphs.passes.quantize_dynamic`); or to bf16, the product too
 (`graphs.passes.narrow_products`).
 """
 
@@ -22,14 +22,14 @@ Round = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Rounding:
-    """Of a product's input, rows along its last axis, and of its output."""
+    """How a product rounds its input, with rows along the last axis, and its output."""
 
     input: Round
     output: Round | None = None
 
 
 def of_storage(storage: Storage) -> Rounding | None:
-    """What the product with a weight that is stored so does."""
+    """The rounding of a product whose weight is stored in this way."""
     if isinstance(storage, QuantizationConfig):
         return Rounding(lambda x: in_blocks(x, storage.block))
     return Rounding(in_rows) if isinstance(storage, PerRow) else None
@@ -44,7 +44,7 @@ IN_BF16 = Rounding(in_bf16, in_bf16)
 
 @contextmanager
 def rounded(products: Mapping[Any, Rounding | None]) -> Iterator[None]:
-    """Meanwhile the `products`, modules, round; rows of a convolution are along axis 1."""
+    """In this context the modules in `products` round. Rows of a convolution are along axis 1."""
     hooks = [hook for module, rounding in products.items() if rounding for hook in _hooks(module, rounding)]
     try:
         yield
@@ -65,14 +65,14 @@ def _hooks(module: nn.Module, rounding: Rounding) -> Iterator[Any]:
 
 
 def in_blocks(x: Tensor, block: int) -> Tensor:
-    """x [..., K]: the largest magnitude of every `block` values is code 127."""
+    """x [..., K] quantized to int8 in blocks and dequantized; the largest magnitude of a block is code 127."""
     groups = x.unflatten(-1, (-1, block))
     scales = groups.abs().amax(-1, keepdim=True) / 127
     return (groups * _inverse(scales)).round().mul(scales).flatten(-2)
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """x [..., K]: rows are divided by their largest magnitude; the range of all, with 0 in it, is 255 steps wide."""
+    """x [..., K] quantized to uint8 and dequantized: rows divided by their largest magnitude, one scale for all."""
     magnitudes = x.abs().amax(-1, keepdim=True)
     rows = x * _inverse(magnitudes)
     low, high = rows.min().clamp(max=0), rows.max().clamp(min=0)

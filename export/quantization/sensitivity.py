@@ -1,4 +1,4 @@
-"""What quantization costs, tensor by tensor: the error of each, and what it alone does to the logits."""
+"""The sensitivity of a decoder to quantization, tensor by tensor: weight error and effect on the logits."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .config import QuantizationConfig
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of one tensor: `error`, the norm of what storing changes as a share of its norm; `kl`, mean KL divergence in nats
-    of the logits where it alone is stored so, from those of the original weights."""
+    """One tensor, quantized alone. `error` is the norm of its quantization error relative to its norm; `kl` the mean KL
+    divergence of the logits, in nats, from those of the original weights."""
 
     name: str
     scheme: str
@@ -33,7 +33,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Report:
-    """`tensors`, those that cost most first; `kl_all` where all of them are stored so at once."""
+    """`tensors` by descending KL divergence; `kl_all` is the divergence with all of them quantized."""
 
     slice: str
     precision: str
@@ -53,9 +53,9 @@ def sensitivities(
     prompts: Sequence[Sequence[int]],
     progress: Callable[[int, int], None],
 ) -> Report:
-    """Runs transformers' decoder in fp32 once for each tensor that `storage_of` quantizes; `progress(done, of)`.
+    """Runs transformers' decoder in fp32 once for each tensor that `storage_of` quantizes; `progress(done, total)`.
 
-    It takes the memory of the whole decoder in fp32 (E2B: 10 GB) but the per-layer embeddings, which are read by rows.
+    Needs memory for the decoder in fp32 (E2B: 10 GB) without the per-layer embeddings, which are read by rows.
 
     Raises:
         ExportError: transformers cannot build the decoder.
@@ -92,7 +92,7 @@ def _mean_kl(original: np.ndarray, found: np.ndarray) -> float:
 
 @contextmanager
 def _stored(checkpoint: Checkpoint, decoder: Any, name: str, config: QuantizationConfig) -> Iterator[float]:
-    """Has one tensor be as it is stored, meanwhile; gives its error."""
+    """Quantizes one tensor in this context; yields its error."""
     if name == PER_LAYER:
         table: Any = decoder.model.embed_tokens_per_layer
         before, table.storage = table.storage, config

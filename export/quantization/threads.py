@@ -1,4 +1,4 @@
-"""Threads for work on one tensor after another."""
+"""A thread pool for work on one tensor after another."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _users = 0
 
 @contextmanager
 def one_thread_an_operation() -> Iterator[ThreadPoolExecutor]:
-    """Within, a torch operation takes one thread. Yields as many workers as one took before.
+    """In this context a torch operation uses one thread; yields a pool of as many workers as torch had threads.
 
-    Threads that share an operation wait for each other at its end: where operations are short, after every few
-    microseconds, and beside other work each time until the slowest gets its turn.
+    Threads that share an operation synchronize at its end. With short operations that is every few microseconds, and
+    on a busy machine each time waits for the slowest thread.
     """
     pool = _enter()
     try:
@@ -29,7 +29,7 @@ def one_thread_an_operation() -> Iterator[ThreadPoolExecutor]:
         _leave()
 
 
-# The pool belongs to the process, as torch's number of threads does, and to whoever is within.
+# One pool for the process, because torch's number of threads is global; shared by nested and concurrent contexts.
 def _enter() -> ThreadPoolExecutor:
     global _pool, _workers, _users  # noqa: PLW0603
     with _lock:

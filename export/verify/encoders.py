@@ -1,4 +1,4 @@
-"""Parity of an artifact's encoders with transformers' (and timm's, which it takes its vision tower from)."""
+"""Parity of an artifact's encoders with those of transformers, whose vision tower is timm's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .exact import exact_provider, takes_int8
 from .parity import AS_MUCH
 from .reference import load_encoder, stored_in_encoder
 
-# Largest error of a feature as a share of the features' range; encoders compute in fp32 whatever they are stored in.
+# Maximum error of a feature relative to the range of the features.
 TOLERANCE = 1e-4
 CLIP_SECONDS = (1.0, 5.3, 30.0)
 
@@ -27,8 +27,8 @@ Encode = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 @dataclass(frozen=True)
 class EncoderParity:
-    """`errors` of each input that was tried, as shares of the range. Where products are `rounded`, to int8 or bf16:
-    `exact`, those of the same graph with products in fp32, and `cost`, what rounding costs transformers."""
+    """`errors` by input, relative to the range. If products are `rounded` (to int8 or bf16), `exact` are the errors of
+    the same graph with products in fp32, and `cost` those of transformers with the same rounding."""
 
     modality: str
     rounded: str | None
@@ -89,10 +89,10 @@ def describe(parity: EncoderParity) -> str:
     bound = ""
     if parity.exact is not None and parity.cost is not None:
         lines += [
-            f"  the same graph, products not rounded to {parity.rounded}: {listed(parity.exact)}",
-            f"  what rounding them costs transformers: {listed(parity.cost)}",
+            f"  the same graph with unrounded products: {listed(parity.exact)}",
+            f"  transformers with products rounded to {parity.rounded}: {listed(parity.cost)}",
         ]
-        bound = f", products not rounded; rounded, {AS_MUCH:g} times what it costs transformers"
+        bound = f" with unrounded products, {AS_MUCH:g} times the error of rounding with rounded ones"
     verdict = "PASS" if parity.passed else "FAIL"
     return "\n".join([*lines, f"{verdict} (tolerance {TOLERANCE:.0e}{bound})"])
 

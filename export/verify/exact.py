@@ -1,4 +1,4 @@
-"""Artifacts whose products take their activations as they are, not rounded."""
+"""Loads an artifact's graphs without the rounding of activations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gemma3n_onnx.runtime.engine.providers.base import ExecutionProvider
 
 
 def takes_int8(manifest: Manifest) -> bool:
-    """Whether products of quantized weights round their activations: those of the CPU do."""
+    """Whether products with quantized weights round their activations to int8, as they do on the CPU."""
     return bool(manifest.quantization) and manifest.compute_dtype == "fp32"
 
 
 def exact_provider(provider: ExecutionProvider) -> ExecutionProvider:
-    """Loads graphs whose products are in fp32, also on a provider without bf16."""
+    """A provider that computes matrix products in fp32, also if it lacks bf16."""
     return provider.exact(_exact)
 
 

@@ -1,4 +1,4 @@
-"""Parity of an artifact with transformers, on the checkpoint that it was made of."""
+"""Parity of an artifact with transformers, on the checkpoint that it was exported from."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from .reference import (
     unchanged,
 )
 
-# Largest logit error as a share of the logit range, by the dtype that the artifact computes in, against
-# transformers in fp32 on the weights as the artifact stores them.
+# Maximum logit error relative to the logit range, by the artifact's compute dtype, against transformers in fp32 on the
+# stored (dequantized) weights.
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
-# Activations that are rounded to int8 differ from those that are not by as much in any two implementations, but not
-# by the same: so many times what rounding them costs transformers.
+# Two implementations that round activations to int8 err by about the same amount, but not in the same direction: the
+# tolerance is this multiple of the error that rounding causes in transformers.
 AS_MUCH = 2.0
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Differences of two sets of logits; those of the reference span `logit_range`. KL is in nats."""
+    """Differences of two sets of logits. `logit_range` is the range of the reference's logits; KL is in nats."""
 
     max_error: float
     logit_range: float
@@ -59,8 +59,8 @@ class Errors:
 
 @dataclass(frozen=True)
 class Rounded:
-    """Where products take their activations in int8. `exact`: of the artifact's graphs with activations as they are.
-    `cost`: of transformers whose products round them alike, from transformers whose products do not."""
+    """For products with int8 activations. `exact`: errors of the artifact's graphs with unrounded activations. `cost`:
+    errors that the same rounding causes in transformers."""
 
     exact: Errors
     cost: Errors
@@ -68,7 +68,7 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Compared:
-    """`errors` of the artifact as it runs, on the weights as stored."""
+    """`errors` of the artifact against transformers on the stored weights."""
 
     errors: Errors
     rounded: Rounded | None
@@ -82,9 +82,9 @@ class Compared:
 
 @dataclass(frozen=True)
 class Parity:
-    """`graph`: against the weights as stored, which is what the verdict is on. `prefill`: the same, with a prefill
-    graph that has weights of its own reading the prompt; None where there is none. `original`: against the checkpoint's
-    own weights, so with what the storage precision costs; None where storing loses nothing."""
+    """`graph`: against the stored weights. `prefill`: the same with prompts run by the prefill graph; None without one.
+    `original`: against the checkpoint's weights, so with the cost of storage; None if storage is lossless. The verdict
+    is on the first two."""
 
     positions: int
     precision: str
@@ -112,11 +112,11 @@ def verify(
     one pass without a cache, so the two share nothing but the token ids. An artifact with all logits is
     compared at every position instead.
 
-    Products with activations in int8 are compared twice: as they run, to what rounding costs transformers, and in the
-    same graphs with activations as they are, to the tolerance.
+    Graphs with int8 activations are compared twice: as they run, with a tolerance that follows from the error of the
+    same rounding in transformers, and with unrounded activations, with the usual tolerance.
 
     Raises:
-        ExportError: the artifact is not of this checkpoint and slice.
+        ExportError: the artifact was not exported from this checkpoint and slice.
         ContextLengthError: prompt and continuation exceed the context.
     """
     manifest = model.manifest
@@ -193,12 +193,12 @@ def describe(parity: Parity) -> str:
         if compared is not None:
             lines += _described(f"on {title}", compared.errors)
             if compared.rounded is not None:
-                lines += _described("  the same graphs, activations not rounded to int8", compared.rounded.exact)
-                lines += _described("  what rounding them costs transformers", compared.rounded.cost)
+                lines += _described("  the same graphs with unrounded activations", compared.rounded.exact)
+                lines += _described("  transformers with activations rounded to int8", compared.rounded.cost)
     if parity.original is not None:
         lines += _described("on the original weights", parity.original)
     rounded = parity.graph.rounded is not None
-    bound = f", activations not rounded; rounded, {AS_MUCH:g} times what it costs transformers" if rounded else ""
+    bound = f" with unrounded activations, {AS_MUCH:g} times the error of rounding with int8 ones" if rounded else ""
     verdict = "PASS" if parity.passed else "FAIL"
     lines.append(f"{verdict} (tolerance on {weights}: {parity.tolerance:.0e} of the range{bound})")
     return "\n".join(lines)
@@ -235,7 +235,7 @@ def _check_same_architecture(model: OnnxGemma3n, config: TextConfig) -> None:
 
 
 def _keeps_all(checkpoint: Checkpoint, manifest: Manifest) -> bool:
-    """Whether every value of the checkpoint is stored as it is."""
+    """Whether storage is lossless."""
     if manifest.quantization:
         return False
     storage = manifest.storage
@@ -245,14 +245,14 @@ def _keeps_all(checkpoint: Checkpoint, manifest: Manifest) -> bool:
 
 @dataclass
 class _Logits:
-    """Of all texts, one after the other [positions, V]; `prefill`: with the prefill graph reading the prompts."""
+    """Logits [positions, V] of all texts, concatenated; `prefill`: with prompts run by the prefill graph."""
 
     graph: np.ndarray
     prefill: np.ndarray | None = None
 
 
 def _continue(engine: Engine, prompt: list[int], new_tokens: int) -> tuple[list[int], np.ndarray]:
-    """The token ids read, and the artifact's logits [positions, V] at the last of them."""
+    """The token ids, and the artifact's logits [positions, V] at the last positions."""
     if engine.manifest.logits == "all":
         return prompt, engine.evaluate(prompt)
     cache = engine.new_cache(1, len(prompt) + new_tokens)
@@ -266,7 +266,7 @@ def _continue(engine: Engine, prompt: list[int], new_tokens: int) -> tuple[list[
 
 
 def _read_all(engine: Engine, texts: Sequence[list[int]], last: int | None) -> np.ndarray:
-    """Logits [positions, V] at the `last` positions of each text, or at all."""
+    """Logits [positions, V] at the `last` positions of each text; at all positions for None."""
     return np.concatenate([engine.evaluate(ids) if last is None else _read(engine, ids, last) for ids in texts])
 
 
@@ -280,7 +280,7 @@ def _read(engine: Engine, ids: list[int], last: int) -> np.ndarray:
 
 
 def _exact_logits(model: OnnxGemma3n, texts: Sequence[list[int]], last: int | None) -> _Logits:
-    """Of the artifact's graphs with activations that are not rounded."""
+    """Logits of the artifact's graphs with unrounded activations."""
     engine = Engine(model.folder, model.manifest, exact_provider(model.engine.provider), memory_budget=0)
     logits = _Logits(graph=_read_all(engine, texts, last))
     if model.manifest.prefill is not None:

@@ -1,4 +1,4 @@
-"""transformers' Gemma 3n on the weights of a checkpoint: what an artifact is compared with."""
+"""The reference: transformers' Gemma 3n on the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from .torchvision_shim import complete_torchvision
 
 Encode = Callable[..., np.ndarray]
 StorageOf = Callable[[str], Storage]
-"""How a tensor is stored, by its name in the checkpoint: the decoder's and the tables' below its prefix, the encoders'
-below `model.`."""
+"""How a tensor is stored, by its name: relative to the text decoder, or to `model.` for encoders."""
 
 
 def unchanged(name: str) -> Storage:
@@ -47,14 +46,14 @@ def stored_in_encoder(manifest: Manifest, modality: str) -> StorageOf:
 
 
 def stored_for_prefill(manifest: Manifest) -> StorageOf:
-    """Of the prefill graph: by rows what the decoder has in blocks."""
+    """The prefill graph quantizes by rows what the decoder quantizes in blocks."""
     blocks = {name for name, info in manifest.quantization.items() if info.block is not None} - {TOKENS, PER_LAYER}
     decoder = stored_in(manifest)
     return lambda name: PerRow() if name in blocks else decoder(name)
 
 
 def _from_transformers(*names: str) -> list[Any]:
-    """Names of transformers' Gemma 3n.
+    """Classes of transformers' Gemma 3n, by name.
 
     Raises:
         ExportError: transformers cannot be imported.
@@ -73,7 +72,7 @@ def _from_transformers(*names: str) -> list[Any]:
 
 
 def check_transformers() -> None:
-    """Raises ExportError where transformers' Gemma 3n cannot be imported."""
+    """Raises ExportError if transformers' Gemma 3n cannot be imported."""
     _from_transformers("Gemma3nForCausalLM")
 
 
@@ -83,9 +82,9 @@ def _first_line(error: Exception) -> str:
 
 
 def load_decoder(checkpoint: Checkpoint, chosen: Slice, storage_of: StorageOf = unchanged) -> nn.Module:
-    """transformers' Gemma 3n text model in fp32, holding the slice's weights as `storage_of` says they are stored.
+    """transformers' Gemma 3n text model in fp32 with the slice's weights, rounded or quantized as `storage_of` says.
 
-    The PLE table stays in the checkpoint's file and is read by rows, so that a full-size model fits.
+    The PLE table stays in the checkpoint's file and is read by rows, so that a full-size model fits into memory.
     """
     causal_lm, text_config = _from_transformers("Gemma3nForCausalLM", "Gemma3nTextConfig")
     raw = chosen.hf_config(checkpoint.config)
@@ -109,7 +108,7 @@ def load_decoder(checkpoint: Checkpoint, chosen: Slice, storage_of: StorageOf = 
 
 
 class _WithHardRows(nn.Module):
-    """Stands in for `embed_tokens` as in `Gemma3nModel.forward`: ids from `first_id` on have rows of their own."""
+    """Replaces `embed_tokens`: ids from `first_id` on read the hard rows, as in `Gemma3nModel.forward`."""
 
     def __init__(self, embed_tokens: nn.Module, first_id: int, rows: Tensor) -> None:
         super().__init__()
@@ -121,10 +120,9 @@ class _WithHardRows(nn.Module):
 
 
 class _RowsFromCheckpoint(nn.Module):
-    """Stands in for `embed_tokens_per_layer`: scaled rows of ids, read from the file.
+    """Replaces `embed_tokens_per_layer`: reads scaled rows from the file.
 
-    Ids above the table read row 0, as in transformers from 5.23 on; before, only its multimodal model did that, and its
-    text model failed on them.
+    Ids beyond the table read row 0, as in transformers from 5.23 on; the text model of earlier releases fails on them.
     """
 
     def __init__(self, checkpoint: Checkpoint, chosen: Slice, storage: Storage) -> None:
@@ -139,7 +137,7 @@ class _RowsFromCheckpoint(nn.Module):
         return as_stored(self._rows(in_table.reshape(-1).tolist()), self.storage).reshape(*ids.shape, -1)
 
     def sampled_error(self, storage: Storage, count: int = 64) -> float:
-        """The norm of what storing changes in some rows, as a share of their norm."""
+        """The norm of the storage error of some rows relative to their norm."""
         rows = self._rows(range(0, self._count, max(self._count // count, 1)))
         return float((as_stored(rows, storage) - rows).norm() / rows.norm())
 
@@ -149,7 +147,7 @@ class _RowsFromCheckpoint(nn.Module):
 
 
 def _materialize_buffers(reference: nn.Module, config: Any) -> None:
-    """Buffers are no part of a checkpoint; they follow from the config."""
+    """Computes the buffers, which are not in a checkpoint, from the config."""
     for name, module in reference.named_modules():
         for key, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta:
@@ -170,7 +168,7 @@ def _buffer_value(name: str, key: str, module: nn.Module, config: Any) -> Tensor
 
 
 def rounding_inputs(decoder: Any, storage_of: StorageOf) -> AbstractContextManager[None]:
-    """Meanwhile, the decoder's quantized products take their activations in int8."""
+    """In this context the decoder's quantized products round their activations to int8."""
     modules = {f"{name}.weight": module for name, module in decoder.model.named_modules()}
     modules[TOKENS] = decoder.lm_head
     linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
@@ -190,10 +188,10 @@ def prefilled_logits(
     last: int,
     int8: bool = False,
 ) -> list[np.ndarray]:
-    """transformers' logits [last, V] at the last positions of each prompt, of which two decoders read a part each.
+    """transformers' logits [last, V] at the last positions of each prompt, computed by two decoders in turn.
 
-    `storages`: of the weights that read all but the last `last` tokens, and of those that read these. `load` is called
-    for one after the other, so that one is in memory at once. `int8`: quantized products take activations in int8.
+    The first of `storages` is for the weights that run all but the last `last` tokens, the second for those that run
+    the rest. Only one decoder is in memory at a time. `int8`: quantized products round their activations to int8.
     """
     with torch.no_grad():
         decoder = load(storages[0])
@@ -211,18 +209,19 @@ def prefilled_logits(
 
 
 def _name_of_cache(decoder: nn.Module) -> str:
-    """Of transformers' argument and output: `past_key_values` became `cache` in 5.24."""
+    """transformers renamed the argument and output `past_key_values` to `cache` in 5.24."""
     return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 def load_encoder(
     checkpoint: Checkpoint, modality: str, storage_of: StorageOf = unchanged, products: str | None = None
 ) -> Encode:
-    """transformers' encoder and embedder in fp32, on the weights as `storage_of` says they are stored: inputs to
-    [count, H]. `products`: what they are rounded to, "int8" the activations of quantized ones, or "bf16" all.
+    """transformers' encoder and embedder in fp32, with weights as `storage_of` says: inputs -> features [count, H].
+
+    `products`: "int8" rounds the activations of quantized products, "bf16" all products and their inputs.
 
     Raises:
-        ExportError: it cannot be built.
+        ExportError: transformers cannot build the encoder.
     """
     config = _full_config(checkpoint)
     section = getattr(config, f"{modality}_config")
@@ -264,7 +263,7 @@ def _is_product(module: nn.Module) -> bool:
 
 
 def load_hard_rows(checkpoint: Checkpoint, storage: Storage = "fp32") -> torch.Tensor:
-    """The embeddings [n, H] of all ids that the embedders have rows for, as transformers computes them."""
+    """Embeddings [n, H] of all hard tokens, as transformers computes them."""
     config = _full_config(checkpoint)
     rows = []
     for modality in ENCODER_MODULES:
@@ -299,7 +298,7 @@ def _load_embedder(checkpoint: Checkpoint, config: Any, modality: str, storage_o
 
 
 def _load(checkpoint: Checkpoint, name: str, module: nn.Module, storage_of: StorageOf) -> nn.Module:
-    """The module in fp32, with all its weights from the checkpoint, as `storage_of` says they are stored."""
+    """The module in fp32 with the checkpoint's weights, rounded or quantized as `storage_of` says."""
     weights = {
         key: as_torch(checkpoint.raw_read(checkpoint.encoder_raw_name(f"{name}.{key}"))).float()
         for key in module.state_dict()

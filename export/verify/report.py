@@ -33,7 +33,7 @@ _SHOWN = 10
 
 
 def check_report(report: Path, prompts: Path | None, options: ExportOptions) -> tuple[str, ...]:
-    """What is measured on, before anything is done.
+    """The prompts of the report; checks its options before the export starts.
 
     Raises:
         ExportOptionError: the precision quantizes nothing, the report's folder is not there, or the prompts cannot be
@@ -64,7 +64,7 @@ def measure(
     progress: TerminalProgress,
 ) -> Report:
     """Raises ExportError where transformers cannot build the decoder, PromptError where a prompt has no tokens."""
-    progress.stage("Measuring what each tensor costs")
+    progress.stage("Measuring the sensitivity of each tensor")
     chosen = choose_slice(checkpoint, options.slice, options.matformer_config)
     tokenizer = Tokenizer.from_folder(summary.folder)
     template = checkpoint.chat_template()
@@ -85,9 +85,9 @@ def write_report(path: Path, report: Report) -> None:
 
 def describe_report(report: Report) -> str:
     lines = [
-        f"KL of all tensors together, over {report.positions} positions: {report.kl_all:.2e} nats; of single ones:"
+        f"KL divergence over {report.positions} positions, all tensors quantized: {report.kl_all:.2e} nats; one tensor:"
     ]
     lines += [f"  {tensor.kl:.2e}  error {tensor.error:.2%}  {tensor.name}" for tensor in report.tensors[:_SHOWN]]
     if (left := len(report.tensors) - _SHOWN) > 0:
-        lines.append(f"  and {left} more, which cost less")
+        lines.append(f"  and {left} more tensors of lower KL")
     return "\n".join(lines)

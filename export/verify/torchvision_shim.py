@@ -1,8 +1,8 @@
-"""Lets transformers and timm be imported beside a torchvision that was built for another torch.
+"""Makes transformers and timm importable next to a torchvision that was built for another torch.
 
-Both import torchvision, but the Gemma 3n that they hold calls none of its compiled operators. Where those do not load,
-because torchvision is the CUDA build and torch the CPU one, or their releases do not fit, `import torchvision` fails
-with "operator torchvision::nms does not exist": its declaration is all that is missing.
+Both import torchvision, but Gemma 3n uses none of its compiled operators. If these do not load (a CUDA build of
+torchvision with a CPU build of torch, or incompatible releases), `import torchvision` fails with "operator
+torchvision::nms does not exist". Declaring the operator is enough.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ _declared: list[torch.library.Library] = []  # an operator lives as long as its 
 
 
 def complete_torchvision() -> None:
-    """Declares the operators without which an installed torchvision cannot be imported, if they are missing. What else
-    may be wrong with it is left for its importers to tell."""
+    """Declares the operators that an installed torchvision needs to be imported, if they are missing.
+
+    Any other error of torchvision is left to its importers.
+    """
     if _declared or importlib.util.find_spec("torchvision") is None:
         return
     try:

@@ -88,7 +88,7 @@ def test_a_fixed_size_in_the_graph_is_found(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(ops, "ceil_divide", fixed)
     trace._trace_audio.cache_clear()
-    with pytest.raises(AssertionError, match="The size 25932 of the trace is fixed"):
+    with pytest.raises(AssertionError, match="The traced size 25932 is a constant"):
         trace.trace_audio(SMALL)
     trace._trace_audio.cache_clear()
 
