@@ -12,16 +12,9 @@ from typing import Any
 
 from gemma3n_onnx.graphs import names
 from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.runtime.artifact import GraphInfo, Manifest
+from gemma3n_onnx.runtime.artifact import GraphInfo, Manifest, cpu_session_config
 
 GENAI_CONFIG = "genai_config.json"
-NO_PACKING = "session.disable_prepacking"
-# As in the runtime's CPU profile: weights stay memory-mapped; narrow ones are widened once, at load.
-_SESSION_OPTIONS = {
-    "log_id": "onnxruntime-genai",
-    NO_PACKING: "1",
-    "optimization.constant_folding_max_output_size_in_bytes": str(1 << 40),
-}
 _PAST_KEY, _PAST_VALUE = names.past("%d")
 _PRESENT_KEY, _PRESENT_VALUE = names.present("%d")
 
@@ -66,20 +59,19 @@ def genai_config(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
     }
 
 
-def _decoder_options(manifest: Manifest) -> dict[str, Any]:
-    """MatMulNBits is fast only with prepacked weights."""
-    options = _options(manifest)
-    return {key: value for key, value in options.items() if key != NO_PACKING or not manifest.quantization}
+def _cpu_options(quantized: bool = False) -> dict[str, Any]:
+    return {"log_id": "onnxruntime-genai", **cpu_session_config(quantized)}
 
 
-def _options(manifest: Manifest) -> dict[str, Any]:
-    return _SESSION_OPTIONS if manifest.target == "cpu" else {**_SESSION_OPTIONS, "provider_options": [{"cuda": {}}]}
+def _options(manifest: Manifest, *, quantized: bool = False) -> dict[str, Any]:
+    options = _cpu_options(quantized)
+    return options if manifest.target == "cpu" else {**options, "provider_options": [{"cuda": {}}]}
 
 
 def _decoder(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
     decoder: dict[str, Any] = {
         "filename": manifest.decoder.file,
-        "session_options": _decoder_options(manifest),
+        "session_options": _options(manifest, quantized=bool(manifest.quantization)),
         "head_size": config.head_dim,
         "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_heads,
@@ -110,7 +102,7 @@ def _decoder(manifest: Manifest, config: TextConfig) -> dict[str, Any]:
 def _embedding(manifest: Manifest) -> dict[str, Any]:
     return {
         "filename": manifest.embedding.file,
-        "session_options": _SESSION_OPTIONS,
+        "session_options": _cpu_options(),
         "inputs": _names(manifest.embedding, [names.INPUT_IDS, names.IMAGE_FEATURES, names.AUDIO_FEATURES]),
         "outputs": {"inputs_embeds": names.INPUTS_EMBEDS, "per_layer_inputs": names.PER_LAYER_INPUTS},
     }
@@ -134,8 +126,8 @@ def _speech(manifest: Manifest) -> dict[str, Any]:
 
 def _pipeline(manifest: Manifest) -> list[dict[str, Any]]:
     stages = {
-        "embeddings": (manifest.embedding, _SESSION_OPTIONS),
-        "transformer": (manifest.decoder, _decoder_options(manifest)),
+        "embeddings": (manifest.embedding, _cpu_options()),
+        "transformer": (manifest.decoder, _options(manifest, quantized=bool(manifest.quantization))),
     }
     return [
         {
