@@ -161,10 +161,9 @@ def test_links_lead_somewhere(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_scripts_and_options_that_a_page_names_exist(page: str) -> None:
     text = (ROOT / page).read_text()
-    for path in re.findall(r"\b(?:ci|tests|export|runtime|training|graphs)/[\w/]+\.(?:py|sh|mjs)", text):
+    for path in re.findall(r"\b(?:benchmarks|ci|tests|export|runtime|training|graphs)/[\w/]+\.(?:py|sh|mjs)", text):
         assert (ROOT / path).exists(), path
-    commands = "".join(
-        path.read_text() for folder in ("runtime", "export", "ci") for path in (ROOT / folder).rglob("*.py")
-    )
+    folders = ("runtime", "export", "benchmarks", "ci")
+    commands = "".join(path.read_text() for folder in folders for path in (ROOT / folder).rglob("*.py"))
     for option in re.findall(r"`(--[a-z][a-z-]+)", text):
         assert f'"{option}"' in commands or f"{option}/" in commands or f"/{option}" in commands, option

@@ -1,7 +1,7 @@
 """Speed and memory beside llama.cpp and OpenVINO: the same random weights, threads and prompts, alternating runs.
 
-    bash ci/compare/setup.sh DIR          (the peers' environments; builds llama.cpp)
-    python ci/compare/run.py --workdir DIR [--precision int4] [--threads 2] [--rounds 5]
+    bash benchmarks/compare/setup.sh DIR          (the peers' environments; builds llama.cpp)
+    python benchmarks/compare/run.py --workdir DIR [--precision int4] [--threads 2] [--rounds 5]
 
 Needs about 40 GB of disk and 24 GiB of memory. The checkpoint, the artifact and the peers' files are made in DIR once
 and stay there.

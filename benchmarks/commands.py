@@ -1,4 +1,4 @@
-"""The commands of this package, run as the scripts of `ci/` need them: in a process of their own."""
+"""The commands of this package, run as the scripts of this folder need them: in a process of their own."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The whole check of the CUDA path, on a machine that has an NVIDIA GPU:
 
-    python ci/gpu.py --workdir DIR [--size e2b] [--precisions bf16,fp16,int4]
+    python benchmarks/gpu.py --workdir DIR [--size e2b] [--precisions bf16,fp16,int4]
 
 1. The demo's E2B, exported for CUDA, against transformers: text, image and sound (`gemma3n verify`).
 2. A random checkpoint of E2B's shape, exported in each precision: speed and memory with and without CUDA graphs,

@@ -1,6 +1,6 @@
 """A prompt as long as the context, and a second one that begins with it: time, memory, first token.
 
-python ci/long_context.py ARTIFACT [--tokens 32000] [--threads 2]
+python benchmarks/long_context.py ARTIFACT [--tokens 32000] [--threads 2]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every published slice at full size: exported, measured, deleted; one table and one plot of all.
 
-    python ci/slices.py --workdir DIR [--precision int4] [--memory-budget GB]
+    python benchmarks/slices.py --workdir DIR [--precision int4] [--memory-budget GB]
 
 Makes a random E4B checkpoint in DIR once (15 GB) and needs room for one artifact beside it. Figures are kept in DIR,
 so that an interrupted run goes on where it was.

@@ -1,6 +1,6 @@
 """Many clients at once against `gemma3n serve`: answers checked, memory watched, throughput beside that of one client.
 
-    python ci/load.py ARTIFACT [--clients 64] [--seconds 300] [--rows 16]
+    python benchmarks/load.py ARTIFACT [--clients 64] [--seconds 300] [--rows 16]
 
 ARTIFACT: the demo's E2B. Some clients go in the middle of an answer, and some send what is refused. Exits with 1 if
 anything comes back that should not.

@@ -3,7 +3,7 @@
 Needs about 40 GB of disk and 24 GiB of memory; takes some minutes. Every figure in README's section
 "Measured" that speaks of E2B or E4B comes from here:
 
-    python ci/full_size.py --workdir DIR [--precision fp32] [--parity]
+    python benchmarks/full_size.py --workdir DIR [--precision fp32] [--parity]
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Makes a checkpoint whose encoders are those of E2B and E4B (and whose decoder is
 processes take turns on as many threads each: ONNX Runtime, and torch eager or ONNX Runtime with another precision.
 Needs the tests' oracles (`bash ci/install.sh`), about 12 GB of disk and 12 GiB of memory:
 
-    python ci/encoders.py --workdir DIR [--rounds 5] [--precision fp32] [--beside torch]
+    python benchmarks/encoders.py --workdir DIR [--rounds 5] [--precision fp32] [--beside torch]
 """
 
 from __future__ import annotations
