@@ -37,9 +37,7 @@ def _known(values: Iterable[object]) -> str:
 
 _PATH = click.Path(path_type=Path)
 _model = click.option(
-    "--model",
-    required=True,
-    help="A checkpoint folder, a Hub id (org/name), or demo, the checkpoint in this package.",
+    "--model", required=True, help="A checkpoint folder, a Hub id (org/name), or demo, this project's small one."
 )
 _revision = click.option("--revision", help="Branch, tag or commit of a Hub id.")
 _table = click.option(

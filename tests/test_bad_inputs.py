@@ -350,9 +350,13 @@ CASES = [
     Case("model_empty_folder", exporting_from(empty_folder), ("empty", "no config.json")),
     Case("model_hub_unreachable", hub_offline, ("google/gemma-3n-E9B", "cannot be reached")),
     Case("model_revision_of_folder", exporting(None, "--revision", "v2"), ("local folder", "'v2'")),
-    Case("demo_without_its_files", demo(lambda _: Path("nowhere")), ("has no demo checkpoint", "Hub id")),
-    Case("demo_without_its_package", demo(no_package), ("has no demo checkpoint", "Hub id")),
-    Case("demo_revision", demo(no_package, "--revision", "v2"), ("demo comes with the package", "'v2'")),
+    Case(
+        "demo_without_its_files",
+        demo(lambda _: Path("nowhere")),
+        ("demo checkpoint is not installed", "./demo"),
+    ),
+    Case("demo_without_its_package", demo(no_package), ("demo checkpoint is not installed", "./demo")),
+    Case("demo_revision", demo(no_package, "--revision", "v2"), ("demo has no revisions", "'v2'")),
     Case("config_not_json", exporting(write("config.json", "{oops")), ("config.json", "not valid JSON")),
     Case("config_not_object", exporting(write("config.json", "[1]")), ("config.json", "not a JSON object")),
     Case(

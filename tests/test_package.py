@@ -1,10 +1,13 @@
-"""The package as others import it: a root that imports nothing before it is used, and knows its version."""
+"""The package as others get it: what its root offers, and what is in its wheel."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,18 +17,26 @@ import gemma3n_onnx
 from gemma3n_onnx import runtime
 
 ROOT = Path(__file__).parents[1]
+ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+FIND_DEMO = """
+import sys
+sys.meta_path = [each for each in sys.meta_path if "Editable" not in getattr(each, "__name__", "")]
+from gemma3n_onnx.export.checkpoint.hub import find_folder
+print(find_folder("demo"))
+"""
 LOADED = "import sys; before = {*sys.modules}; import gemma3n_onnx; print(*sorted({*sys.modules} - before))"
 
 
-def output_of(code: str, *options: str, folder: Path = ROOT, path: str = "") -> str:
-    environment = {**os.environ, "PYTHONPATH": path} if path else None
+def run(code: str, *options: str, folder: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in `folder`, with `path` before everything that is installed."""
+    environment = {**os.environ, **({} if path is None else {"PYTHONPATH": str(path)})}
     command = [sys.executable, *options, "-c", code]
-    return subprocess.run(command, check=True, cwd=folder, env=environment, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=False, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("where", ["clone", "elsewhere"])
 def test_importing_the_package_imports_nothing_else(where: str, tmp_path: Path) -> None:
-    assert output_of(LOADED, folder=ROOT if where == "clone" else tmp_path) == "gemma3n_onnx\n"
+    assert run(LOADED, folder=ROOT if where == "clone" else tmp_path).stdout == "gemma3n_onnx\n"
 
 
 def test_the_root_offers_what_the_runtime_offers() -> None:
@@ -44,8 +55,58 @@ def test_another_name_is_no_attribute() -> None:
         gemma3n_onnx.Gemma4  # type: ignore[attr-defined]  # noqa: B018
 
 
-def test_a_clone_finds_its_rooms_without_an_installation(tmp_path: Path) -> None:
-    """Without site-packages' finders: a folder on the path is all that there is."""
-    code = "import gemma3n_onnx.graphs, gemma3n_onnx.matformer_configs as c; print(c.__file__)"
-    found = Path(output_of(code, "-S", folder=tmp_path, path=str(ROOT)).strip())
-    assert found == ROOT / "matformer_configs" / "__init__.py"
+def test_a_clone_finds_its_rooms_and_the_demo_without_an_installation(tmp_path: Path) -> None:
+    """Without site-packages: the clone on the path is all that there is."""
+    code = "import gemma3n_onnx.matformer_configs as a, gemma3n_onnx.demo as b; print(a.__file__, b.__file__)"
+    done = run(code, "-S", folder=tmp_path, path=ROOT)
+    expected = [str(ROOT / name / "__init__.py") for name in ("matformer_configs", "demo")]
+    assert done.stdout.split() == expected, done.stderr
+
+
+def build(source: Path, folder: Path) -> Path:
+    """The wheel of the project in `source`, where the build leaves files too."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By distribution, built from a copy of all that a clone has for them."""
+    folder = tmp_path_factory.mktemp("wheels")
+    clone = folder / "clone"
+    for name in (*ROOMS.values(), "demo", "training"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone / name)
+    return {
+        "gemma3n-onnx": build(clone, folder / "gemma3n-onnx"),
+        "gemma3n-onnx-demo": build(clone / "demo", folder / "gemma3n-onnx-demo"),
+    }
+
+
+def test_the_wheel_holds_the_rooms_and_nothing_else(wheels: dict[str, Path]) -> None:
+    wheel = wheels["gemma3n-onnx"]
+    with zipfile.ZipFile(wheel) as file:
+        found = {name.removeprefix("gemma3n_onnx/") for name in file.namelist() if ".dist-info/" not in name}
+    expected = {
+        f"{'' if folder == 'gemma3n_onnx' else f'{folder}/'}{path.relative_to(ROOT / folder)}"
+        for folder in ROOMS.values()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert found == expected
+    assert wheel.stat().st_size < 10**6
+
+
+def test_away_from_a_clone_the_demo_is_a_distribution_of_its_own(wheels: dict[str, Path], tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheels["gemma3n-onnx"]).extractall(site)
+    done = run(FIND_DEMO, folder=tmp_path, path=site)
+    assert "CheckpointNotFoundError: The demo checkpoint is not installed: install gemma3n-onnx-demo" in done.stderr
+    zipfile.ZipFile(wheels["gemma3n-onnx-demo"]).extractall(site)
+    done = run(FIND_DEMO, folder=tmp_path, path=site)
+    assert Path(done.stdout.strip()) == site / "gemma3n_onnx_demo", done.stderr
+    weights = "model.safetensors"
+    assert (site / "gemma3n_onnx_demo" / weights).read_bytes() == (ROOT / "demo" / weights).read_bytes()

@@ -12,11 +12,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SLICE_TABLE = "slices.csv"
 FILE_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", SLICE_TABLE]
 DEMO = "demo"
-"""The name of the checkpoint that comes with the package."""
+"""The name of the checkpoint in a clone's folder `demo`, which is a distribution of its own."""
+DEMO_PACKAGES = ("gemma3n_onnx.demo", "gemma3n_onnx_demo")
+"""What that folder is called in a clone, and where that distribution is installed."""
 
 
 def find_folder(model: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """The local folder `model`, else the packaged one if it is "demo", else the downloaded snapshot of a Hub id.
+    """The local folder `model`, else the demo if it is "demo", else the downloaded snapshot of a Hub id.
 
     Raises:
         CheckpointNotFoundError: there is no such folder or Hub repository, or no access to it.
@@ -29,8 +31,8 @@ def find_folder(model: str | Path, revision: str | None = None, token: str | Non
         return path
     if model == DEMO:
         if revision is not None:
-            raise CheckpointError(f"The checkpoint {DEMO} comes with the package: leave revision {revision!r} out.")
-        return _packaged_demo()
+            raise CheckpointError(f"The checkpoint {DEMO} has no revisions: leave revision {revision!r} out.")
+        return _find_demo()
     if path.exists():
         raise CheckpointNotFoundError(f"{path} is a file: give the checkpoint's folder.")
     if isinstance(model, Path) or not HUB_ID.fullmatch(model):
@@ -40,17 +42,18 @@ def find_folder(model: str | Path, revision: str | None = None, token: str | Non
     return _download(model, revision, token)
 
 
-def _packaged_demo() -> Path:
-    try:
-        config = resources.files("gemma3n_onnx.demo") / "config.json"
-    except ModuleNotFoundError:
-        config = None
-    if config is None or not config.is_file():
-        raise CheckpointNotFoundError(
-            f"This installation of gemma3n-onnx has no {DEMO} checkpoint: install one built with its files, "
-            "or give a checkpoint's folder or a Hub id."
-        )
-    return Path(str(config)).parent
+def _find_demo() -> Path:
+    for package in DEMO_PACKAGES:
+        try:
+            config = resources.files(package) / "config.json"
+        except ModuleNotFoundError:
+            continue
+        if config.is_file():
+            return Path(str(config)).parent
+    raise CheckpointNotFoundError(
+        f"The {DEMO} checkpoint is not installed: install gemma3n-onnx-demo (pip install ./demo in a clone of "
+        "gemma3n-onnx), or give a checkpoint's folder or a Hub id."
+    )
 
 
 def _download(repo: str, revision: str | None, token: str | None) -> Path:
