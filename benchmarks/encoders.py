@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from gemma3n_onnx.runtime.system import peak_memory_bytes, private_memory_bytes
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 # A decoder of the real width, and otherwise as small as one can be.
 STUB_DECODER = {
@@ -128,7 +130,8 @@ def work(kind: str, encoder: str, folder: Path) -> None:
     for line in sys.stdin:
         question = json.loads(line)
         if "memory" in question:
-            answer = {"load_s": round(loaded, 2), **memory_mib()}
+            sizes = {"peak_mib": peak_memory_bytes(), "private_mib": private_memory_bytes()}
+            answer = {"load_s": round(loaded, 2), **{name: (size or 0) >> 20 for name, size in sizes.items()}}
         else:
             answer = measure(run, encoder, question["case"], count=question.get("count", False))
             answer["features"] = str(folder.parent / f"{kind}-{folder.name}-{encoder}.npy")
@@ -188,14 +191,6 @@ def matrix_product_rate() -> float:
         a @ b
         best = min(best, time.perf_counter() - started)
     return 2 * 2048**3 / best
-
-
-def memory_mib() -> dict[str, int]:
-    """Peak resident size, and what of the present one is private; in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    status = dict(line.split(":", 1) for line in lines)
-    names = {"peak_mib": "VmHWM", "private_mib": "RssAnon"}
-    return {name: int(status[key].split()[0]) // 1024 for name, key in names.items()}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma3n_onnx.runtime.system import mapped_memory_bytes, private_memory_bytes
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,8 +71,8 @@ def generate(folder: Path) -> None:
         read_bandwidth_gb_s=round(bandwidth / 1e9, 1),
         decode_limit_tok_s=round(bandwidth / read_per_token, 2),
         distinct_tokens=len(set(result.token_ids)),
-        anonymous_mib=round((after["RssAnon"] - before["RssAnon"]) / 2**20),
-        mapped_mib=round(after["RssFile"] / 2**20),
+        anonymous_mib=round((after["private"] - before["private"]) / 2**20),
+        mapped_mib=round(after["mapped"] / 2**20),
         ple_table_mib=round(_mapped(model.manifest.per_layer_embeddings.file) / 2**20, 2),
     )
 
@@ -99,13 +101,13 @@ def multimodal(folder: Path) -> None:
             time_to_first_token_s=round(again.timings.time_to_first_token, 2),
             encoder_s=round(again.timings.encoder_seconds, 2),
             encoders_loaded=model.encoders.loaded,
-            anonymous_mib=round(_memory()["RssAnon"] / 2**20),
-            mapped_mib=round(_memory()["RssFile"] / 2**20),
+            anonymous_mib=round(_memory()["private"] / 2**20),
+            mapped_mib=round(_memory()["mapped"] / 2**20),
         )
     model.release()
     memory = {key: round(value / 2**20) for key, value in _memory().items()}
     _print(
-        "multimodal", after_release=model.encoders.loaded, anonymous_mib=memory["RssAnon"], mapped_mib=memory["RssFile"]
+        "multimodal", after_release=model.encoders.loaded, anonymous_mib=memory["private"], mapped_mib=memory["mapped"]
     )
 
 
@@ -118,13 +120,13 @@ def kv(folder: Path, context: int) -> None:
     manifest = load_manifest(folder)
     row_bytes = [2 * c.kv_heads * c.head_dim * BYTES_PER_VALUE[c.dtype] for c in manifest.caches]
     ideal = sum(b * (c.window or context) for b, c in zip(row_bytes, manifest.caches))
-    profile = select_provider("cpu", manifest)
-    before = _memory()["RssAnon"]
-    cache = CacheMemory.allocate(manifest.caches, profile, 1, context)
+    provider = select_provider("cpu", manifest)
+    before = _memory()["private"]
+    cache = CacheMemory.allocate(manifest.caches, provider, 1, context)
     for layer in cache.layers:
         for buffer in (layer.key, layer.value):
             ctypes.memset(buffer.address(0), 0, buffer.nbytes)
-    measured = _memory()["RssAnon"] - before
+    measured = _memory()["private"] - before
     _print(
         "kv",
         context=context,
@@ -159,9 +161,8 @@ def _timed(title: str, command: list[str]) -> None:
 
 
 def _memory() -> dict[str, int]:
-    """Resident bytes of this process: RssAnon is private memory, RssFile mapped files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return {k: int(v.split()[0]) * 1024 for k, v in (line.split(":", 1) for line in lines) if k.startswith("Rss")}
+    """Resident bytes of this process."""
+    return {"private": private_memory_bytes() or 0, "mapped": mapped_memory_bytes() or 0}
 
 
 def _mapped(file: str) -> int:

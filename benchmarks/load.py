@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import base64
 import json
-import os
 import random
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from gemma3n_onnx.runtime.system import resident_memory_bytes
 
 PICTURE = Path(__file__).parents[1] / "demo" / "picture.png"
 SHAPES = "What is in the picture?"
@@ -61,14 +62,14 @@ async def load(options: argparse.Namespace, pid: int) -> bool:
         await ready(http)
         wanted = await answers_alone(http, name)
         alone = await measured(http, name, wanted, found, 1, min(20.0, options.seconds), pid)
-        before = resident(pid)
+        before = resident_mib(pid)
         together = await measured(http, name, wanted, found, options.clients, options.seconds, pid)
-        after = resident(pid)
+        after = resident_mib(pid)
         health = (await http.get("/metrics")).text
     running = [line for line in health.splitlines() if line.startswith("gemma3n_requests_")]
     print("\n".join(running))
     print(f"answers a second: {alone:.1f} with one client, {together:.1f} with {options.clients}")
-    print(f"resident memory: {before / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after")
+    print(f"resident memory: {before:.0f} MiB before, {after:.0f} MiB after")
     print(", ".join(f"{count} {what}" for what, count in found.most_common()))
     return not any(what.startswith("WRONG") for what in found)
 
@@ -103,7 +104,7 @@ async def measured(
 async def watch(pid: int, found: Counter[str]) -> None:
     while True:
         await asyncio.sleep(30)
-        print(f"{resident(pid) / 2**20:.0f} MiB, {found['right answers']} right answers so far", flush=True)
+        print(f"{resident_mib(pid):.0f} MiB, {found['right answers']} right answers so far", flush=True)
 
 
 async def answers_alone(http: httpx.AsyncClient, name: str) -> dict[str, str]:
@@ -172,9 +173,8 @@ def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def resident(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def resident_mib(pid: int) -> float:
+    return (resident_memory_bytes(pid) or 0) / 2**20
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma3n_onnx.runtime import OnnxGemma3n
-from gemma3n_onnx.runtime.cli.bench import private_bytes
+from gemma3n_onnx.runtime.system import private_memory_bytes
 
 QUESTION_TOKENS = 32
 
@@ -43,7 +43,7 @@ def main() -> None:
                     "first_token_s": round(timings.time_to_first_token, 3),
                     "decode_tok_s": round(timings.decode_tokens / timings.decode_seconds, 1),
                     "total_s": round(time.perf_counter() - started, 1),
-                    "private_GB": round((private_bytes() or 0) / 1e9, 2),
+                    "private_GB": round((private_memory_bytes() or 0) / 1e9, 2),
                     "peak_GB": round((timings.peak_memory_bytes or 0) / 1e9, 2),
                 }
             ),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma3n_onnx.runtime.cli.main import exit_with_message
-from gemma3n_onnx.runtime.generation.result import peak_memory_bytes
+from gemma3n_onnx.runtime.system import peak_memory_bytes
 
 from .layouts.select import DEFAULT, LAYOUTS, artifact_kind
 from .quantization.config import BLOCKS, METHODS

@@ -21,9 +21,9 @@ import numpy as np
 
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, Manifest, load_manifest
 from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
-from gemma3n_onnx.runtime.generation.result import peak_memory_bytes
 from gemma3n_onnx.runtime.generation.scheduler import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
+from gemma3n_onnx.runtime.system import peak_memory_bytes, private_memory_bytes
 
 _WARM_UP_TOKENS = 256
 
@@ -78,7 +78,7 @@ def measure(folder: Path, sizes: Sizes, runs: int, load: Mapping[str, Any]) -> F
         OptionError: a size or a number of runs out of range. ContextLengthError: sizes beyond the artifact's context.
     """
     _check(load_manifest(folder), sizes, runs)
-    before = private_bytes()
+    before = private_memory_bytes()
     started = time.perf_counter()
     model = OnnxGemma3n.from_pretrained(folder, prefix_cache_size=0, **load)
     loaded = time.perf_counter() - started
@@ -102,7 +102,7 @@ def measure(folder: Path, sizes: Sizes, runs: int, load: Mapping[str, Any]) -> F
         for _ in range(sizes.new_tokens):
             token = decoder.step_greedy(token, np.array([True]))
         decode.append(time.perf_counter() - started)
-    private, after = private_bytes(), peak_memory_bytes()
+    private, after = private_memory_bytes(), peak_memory_bytes()
     return Figures(
         slice=manifest.slice,
         precision=manifest.precision,
@@ -159,15 +159,6 @@ def read_bytes(manifest: Manifest, tokens: int) -> int:
         for c in manifest.caches
     )
     return manifest.step_bytes + rows
-
-
-def private_bytes() -> int | None:
-    """Anonymous resident memory of this process; None where the system does not report it."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None)
 
 
 def table(figures: Sequence[Figures]) -> str:

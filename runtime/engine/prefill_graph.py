@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.checks import require_integer
+from gemma3n_onnx.runtime.system import available_memory_bytes
 
 from .decoder_io import check_decoder
 from .ort import Session
@@ -59,14 +60,5 @@ class PrefillGraph:
         own = sum(info.bytes for name, info in self._manifest.files.items() if name.startswith(f"{file}."))
         if self.budget is not None:
             return self._manifest.step_bytes + own <= self.budget
-        available = _available_bytes()
+        available = available_memory_bytes()
         return available is None or 2 * own <= available
-
-
-def _available_bytes() -> int | None:
-    """Memory that programs may still take; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,13 +76,3 @@ class GenerationResult:
     finish_reason: str
     logprobs: tuple[TokenLogprob, ...] | None
     timings: Timings
-
-
-def peak_memory_bytes() -> int | None:
-    """The process's largest resident size so far, mapped files included; None where the system has no count."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 
+from gemma3n_onnx.runtime.system import peak_memory_bytes
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .logprobs import TokenLogprob
 from .options import GenerationOptions
-from .result import GenerationResult, batch_timings, peak_memory_bytes
+from .result import GenerationResult, batch_timings
 from .scheduler import Event, FailureEvent, FinishEvent, Request, Scheduler, TokenEvent
 
 

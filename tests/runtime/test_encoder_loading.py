@@ -16,6 +16,7 @@ from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
 from gemma3n_onnx.runtime import MediaError, OnnxGemma3n, OptionError
 from gemma3n_onnx.runtime.engine import encoders
+from gemma3n_onnx.runtime.system import mapped_files
 from media import RATE_HZ, photo, tone
 
 IMAGE = {"type": "image", "image": photo()}
@@ -30,8 +31,8 @@ def ask(model, *content):
 
 def mapped(folder):
     """The encoders whose weights are mapped from this folder."""
-    maps = Path("/proc/self/maps").read_text()
-    return {name for name in ("vision", "audio") if f"{folder}/{name}_encoder.onnx" in maps}
+    files = mapped_files()
+    return {name for name in ("vision", "audio") if any(f"{folder}/{name}_encoder.onnx" in file for file in files)}
 
 
 def exported(checkpoint, folder, *modalities):
@@ -122,16 +123,13 @@ MEASURE = """
 import json, sys, threading, time
 import numpy as np
 from gemma3n_onnx.runtime import OnnxGemma3n
+from gemma3n_onnx.runtime.system import peak_memory_bytes, private_memory_bytes
 
-def now():
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return {key: int(status[key].split()[0]) * 1024 for key in ("RssAnon", "VmRSS", "VmHWM")}
-
-peak, running = now(), True
+private, running = 0, True
 def watch():
+    global private
     while running:
-        for key, value in now().items():
-            peak[key] = max(peak[key], value)
+        private = max(private, private_memory_bytes())
         time.sleep(0.001)
 
 watcher = threading.Thread(target=watch)
@@ -144,7 +142,7 @@ if sys.argv[2] == "media":
 answer = model.generate([{"role": "user", "content": content}], max_new_tokens=32, image_size=256)
 running = False
 watcher.join()
-print(json.dumps({**peak, "tokens": answer.token_ids}))
+print(json.dumps({"private": private, "resident": peak_memory_bytes(), "tokens": answer.token_ids}))
 """
 
 
@@ -160,9 +158,9 @@ def test_a_text_only_run_takes_no_more_memory_with_encoders_than_without(
     without = measured(exported(small_full_checkpoint, tmp_path / "text", "text"), "text")
     there, used = (measured(small_full_artifact, what) for what in ("text", "media"))
     assert there["tokens"] == without["tokens"]
-    for key in ("RssAnon", "VmHWM"):
+    for key in ("private", "resident"):
         print(
-            f"peak {key}: {without[key] / MIB:.1f} MiB without encoders, {there[key] / MIB:.1f} with encoders that are "
+            f"{key} peak: {without[key] / MIB:.1f} MiB without encoders, {there[key] / MIB:.1f} with encoders that are "
             f"not used, {used[key] / MIB:.1f} with both in use"
         )
         assert abs(there[key] - without[key]) < 8 * MIB

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gemma3n_onnx.runtime.system import mapped_files
+
 _REPORTED = 3  # log severity "error"
 _LIBRARY = "libonnxruntime_providers_cuda.so"
 
@@ -92,12 +94,5 @@ def _seconds_of_copies(runtime: ctypes.CDLL, places: list[ctypes.c_void_p], size
 
 def _runtime() -> ctypes.CDLL | None:
     """The CUDA runtime that this process has loaded."""
-    path = next((line.split()[-1] for line in _mapped_files() if "/libcudart.so" in line), None)
+    path = next((file for file in mapped_files() if "/libcudart.so" in file), None)
     return None if path is None else ctypes.CDLL(path)
-
-
-def _mapped_files() -> list[str]:
-    try:
-        return Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
