@@ -316,11 +316,11 @@ class Decoder(nn.Module):
         past: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
         batch = ops.size_of_axis(inputs_embeds, 0)
-        step = self._step(batch, attention_mask, position_ids, past)
+        step = self.step_of(batch, attention_mask, position_ids, past)
         embeds = ops.reshape(inputs_embeds, -1, self.config.hidden_size)
-        per_layer = self._per_layer_inputs(embeds, per_layer_inputs)
+        per_layer = self.mix_per_layer_inputs(embeds, per_layer_inputs)
         layer_inputs = ops.split(per_layer, self.config.num_layers)
-        streams, active = self._split(embeds), embeds
+        streams, active = self.split_streams(embeds), embeds
 
         present: list[Tensor] = []
         last_producer = self.config.num_kv_layers - 1
@@ -343,14 +343,13 @@ class Decoder(nn.Module):
                 step = _narrow(step, last)
             streams, active = repeated(layer.after_attention, predictions, normed, attention, layer_inputs[i])
 
-        logits = self.lm_head(self.norm(self._merge(streams))).float()
-        if (cap := self.config.final_logit_softcapping) is not None:
-            logits = cap * torch.tanh(logits / cap)
+        logits = self.logits_of(streams)
         if self.logits == "last":
             return logits.unsqueeze(1), *present
         return ops.reshape(logits, batch, -1, self.config.vocab_size), *present
 
-    def _step(self, batch: ops.Size, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]) -> Step:
+    def step_of(self, batch: ops.Size, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]) -> Step:
+        """Of inputs as `forward` takes them; `past` may be empty where no cache is windowed."""
         seen = attention_mask.sum(-1)
         last_position = {FULL: (seen - 1).int()}
         total_length = {FULL: ops.size_of_axis(attention_mask, 1).tensor.int()}
@@ -375,7 +374,7 @@ class Decoder(nn.Module):
         readers = range(config.num_kv_layers, config.num_layers)
         return next((config.kv_source(i) for i in readers if config.layer_types[i] == SLIDING), None)
 
-    def _per_layer_inputs(self, embeds: Tensor, rows: Tensor) -> Tensor:
+    def mix_per_layer_inputs(self, embeds: Tensor, rows: Tensor) -> Tensor:
         """embeds [T, H], table rows [B, S, L * P] -> per-layer inputs [T, L * P]."""
         shape = (-1, self.config.num_layers, self.config.hidden_size_per_layer_input)
         projected = self.per_layer_model_projection(embeds) * self.config.hidden_size**-0.5
@@ -383,10 +382,17 @@ class Decoder(nn.Module):
         mixed = (normed + ops.reshape(rows, *shape)) * math.sqrt(0.5)
         return ops.reshape(mixed, -1, projected.shape[1])
 
-    def _split(self, embeds: Tensor) -> Tensor:
+    def split_streams(self, embeds: Tensor) -> Tensor:
         """embeds [T, H] -> AltUp streams [T, A, H], rescaled to the magnitude of the first."""
         target = _magnitude(embeds)
         return torch.stack([embeds, *(_rescale(p(embeds), target) for p in self.altup_projections)], dim=1)
+
+    def logits_of(self, streams: Tensor) -> Tensor:
+        """AltUp streams [T, A, H] -> capped logits [T, V], fp32."""
+        logits = self.lm_head(self.norm(self._merge(streams))).float()
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
     def _merge(self, streams: Tensor) -> Tensor:
         """AltUp streams [T, A, H] -> hidden [T, H]."""

@@ -82,8 +82,8 @@ class SequenceDecoder(Decoder):
         lessons = self._lessons(batch, at_wanted)
         taught: list[Tensor] = []
 
-        per_layer = self._per_layer_inputs(inputs_embeds, per_layer_inputs)
-        streams, active = self._split(inputs_embeds), inputs_embeds
+        per_layer = self.mix_per_layer_inputs(inputs_embeds, per_layer_inputs)
+        streams, active = self.split_streams(inputs_embeds), inputs_embeds
         of_layer = ops.split(per_layer, self.config.num_layers)
         present: list[tuple[Tensor, Tensor]] = []
         here, (step, visible) = everywhere, self._at(everywhere, batch)
@@ -103,16 +103,13 @@ class SequenceDecoder(Decoder):
                 taught.append(lessons[i].loss(own, query if here is at_wanted else lessons[i].part_of(query), donor[0]))
             attention = here.unpad(_attend(own, query, *donor, visible[own.kind], here.lengths, everywhere.lengths))
             streams, active = layer.after_attention(predictions, normed, attention, of_layer[i])
-        logits = self.lm_head(self.norm(self._merge(streams)))
-        if (cap := self.config.final_logit_softcapping) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return logits, taught
+        return self.logits_of(streams), taught
 
     def _at(self, here: _Positions, batch: Sequences) -> tuple[Step, dict[str, Tensor]]:
         """What attention needs at N positions, of a step of one row of N, and what they may see, by kind of layer."""
         row, position = here.place[0], here.index[here.place]
         count = len(row)
-        step = self._step(
+        step = self.step_of(
             ops.Size(1, torch.tensor([1])), torch.ones(1, count), batch.positions[row, position][None], []
         )
         windows = {FULL: None, SLIDING: self.config.sliding_window}
