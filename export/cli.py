@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma3n_onnx.runtime.cli.main import exit_with_message
+from gemma3n_onnx.runtime.cli.exit import exit_with_message
 from gemma3n_onnx.runtime.system import peak_memory_bytes
 
 from .layouts.select import DEFAULT, LAYOUTS, artifact_kind
@@ -255,33 +255,21 @@ def verify(
     The decoder is always compared; transformers' vision encoder needs timm. The slice is the artifact's own unless
     --slice names another. Exits with 1 if parity fails.
     """
-    import numpy as np
+    from .verify.artifact import verify_artifact
 
-    from gemma3n_onnx.runtime.model import OnnxGemma3n
-
-    from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
-    from .errors import ExportOptionError
-    from .verify.encoders import describe as describe_encoder
-    from .verify.encoders import verify_encoder
-    from .verify.parity import describe, random_prompts
-    from .verify.parity import verify as compare
-
-    loaded = OnnxGemma3n.from_pretrained(artifact, provider)
-    wanted = loaded.manifest.modalities if modalities is None else _split(modalities)
-    if lacking := sorted(set(wanted) - set(loaded.manifest.modalities)):
-        raise ExportOptionError(
-            f"{artifact} has no {lacking[0]} to compare; it holds {', '.join(loaded.manifest.modalities)}."
-        )
-    checkpoint = Checkpoint.open(model, revision)
-    chosen = slice_name or (None if loaded.manifest.slice == "whole" else loaded.manifest.slice)
-    length = prompt_tokens or 2 * checkpoint.text_config.sliding_window + 5
-    rng = np.random.default_rng(seed)
-    parity = compare(loaded, checkpoint, chosen, table, random_prompts(loaded, rng, prompts, length), new_tokens)
-    encoders = [verify_encoder(loaded, checkpoint, modality, rng) for modality in ENCODER_MODULES if modality in wanted]
-    passed = parity.passed and all(encoder.passed for encoder in encoders)
-    if as_json:
-        click.echo(json.dumps({**asdict(parity), "encoders": [*map(asdict, encoders)], "passed": passed}, indent=2))
-    else:
-        click.echo("\n".join([describe(parity), *map(describe_encoder, encoders)]))
-    if not passed:
+    compared = verify_artifact(
+        artifact,
+        model,
+        revision,
+        slice_name,
+        table,
+        provider,
+        prompts,
+        prompt_tokens,
+        new_tokens,
+        seed,
+        None if modalities is None else _split(modalities),
+    )
+    click.echo(json.dumps(compared.to_json(), indent=2) if as_json else compared.describe())
+    if not compared.passed:
         sys.exit(1)

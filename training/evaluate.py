@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gemma3n_onnx.export.verify.parity import kl_divergence
-from gemma3n_onnx.runtime.cli.main import exit_with_message
+from gemma3n_onnx.runtime.cli.exit import exit_with_message
 from gemma3n_onnx.runtime.generation.logprobs import log_probabilities
 from gemma3n_onnx.runtime.generation.result import GenerationResult
 from gemma3n_onnx.runtime.model import OnnxGemma3n

@@ -20,7 +20,7 @@ from gemma3n_onnx.export.text_weights import tensor_shapes
 from gemma3n_onnx.graphs.audio import AudioConfig
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.vision import OUTPUT_SIDE, VisionConfig
-from gemma3n_onnx.runtime.cli.main import exit_with_message
+from gemma3n_onnx.runtime.cli.exit import exit_with_message
 
 from .audio import clip_set, train_audio
 from .checkpoint import LOG_MEL, demo_config, write_companions, write_weights

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import json
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,14 +16,14 @@ import click
 
 from gemma3n_onnx.runtime.artifact import Manifest, load_manifest, verify_checksums
 from gemma3n_onnx.runtime.engine.providers.select import choices
-from gemma3n_onnx.runtime.errors import Gemma3nError, PromptError
+from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 from gemma3n_onnx.runtime.options import read_options
 
+from .exit import exit_with_message, missing_package
 from .terminal_chat import TerminalChat, describe_timings, line_history
 
-_SERVING = ("fastapi", "llguidance", "prometheus_client", "pydantic", "python_multipart", "starlette", "uvicorn")
 COMMANDS_GROUP = "gemma3n_onnx.commands"
 
 
@@ -42,7 +40,7 @@ class CommandGroup(click.Group):
             try:
                 return entry.load()
             except ImportError as error:
-                raise click.ClickException(_missing_package(error)) from error
+                raise click.ClickException(missing_package(error)) from error
         return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -53,43 +51,6 @@ class CommandGroup(click.Group):
             rows.append((name, own.get_short_help_str() if own else "(from the exporter; see its --help)"))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
-
-
-def exit_with_message(command: Callable[[], Any]) -> None:
-    """Runs a command line, given as click's `main` with standalone_mode=False, and exits.
-
-    A user's error becomes one sentence on stderr and exit code 1, a wrong usage 2, Ctrl-C 130.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character ends no answer
-    try:
-        code = command()
-    except Gemma3nError as error:
-        code = _complain(str(error))
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        code = 128 + signal.SIGINT
-    except ModuleNotFoundError as error:
-        code = _complain(_missing_package(error))
-    except MemoryError:
-        code = _complain("The memory of this machine is used up; use a smaller batch, prompt or model.")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        code = _complain(f"{reason}{f': {error.filename}' if error.filename else ''}.")
-    sys.exit(code)
-
-
-def _complain(sentence: str) -> int:
-    click.echo(f"Error: {sentence}", err=True)
-    return 1
-
-
-def _missing_package(error: ImportError) -> str:
-    extra = "serve" if error.name in _SERVING else "export"
-    return f'This command needs {error.name or error}; install it with: pip install "gemma3n-onnx[{extra}]".'
 
 
 @click.group(cls=CommandGroup)

@@ -11,7 +11,7 @@ import click
 import pytest
 
 from gemma3n_onnx.runtime import OnnxGemma3n, PromptError
-from gemma3n_onnx.runtime.cli import main as runtime_cli
+from gemma3n_onnx.runtime.cli.exit import exit_with_message
 from support import DEFAULT_SIGNALS, SMALL, Outcome, run_command, text_checkpoint
 
 OPTIONS = ("--max-new-tokens", "12")
@@ -150,7 +150,7 @@ def test_every_end_has_its_exit_code(
             raise error
 
     with pytest.raises(SystemExit) as exit_:
-        runtime_cli.exit_with_message(command)
+        exit_with_message(command)
     assert (exit_.value.code or 0) == code
     assert capsys.readouterr().err.startswith(says)
 
