@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from imports import Graph, imports_of
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = "gemma3n_onnx"
 ROOMS = ("runtime", "graphs", "export")
@@ -33,17 +35,7 @@ def modules(room: str) -> list[Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Full dotted names of all that a module imports, also within functions; `a.b` for `from a import b`."""
-    package = [PACKAGE, *path.relative_to(ROOT).parent.parts]
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            parent = package[: len(package) + 1 - node.level] if node.level else []
-            base = ".".join([*parent, *([node.module] if node.module else [])])
-            names |= {f"{base}.{alias.name}" for alias in node.names}
-    return names
+    return {each.name for each in imports_of(path, ROOT)}
 
 
 def within(name: str, *packages: str) -> bool:
@@ -108,6 +100,70 @@ def test_the_exporter_enters_the_runtime_through_its_doors() -> None:
         if within(name, f"{PACKAGE}.runtime") and not within(name, *DOORS)
     ]
     assert wrong == []
+
+
+# Inside the runtime: which rooms a room may enter beside itself. Modules of no room are rooms by themselves.
+SHARED = {"artifact", "errors", "system", "tokens"}
+CONVERSATION = SHARED | {"engine", "generation", "media", "prompt"}
+FRONT = CONVERSATION | {"chat", "model"}
+MAY_ENTER = {
+    "artifact": {"errors"},
+    "errors": set(),
+    "system": set(),
+    "tokens": set(),
+    "engine": SHARED,
+    "generation": SHARED | {"engine"},
+    "media": SHARED,
+    "prompt": SHARED | {"media"},
+    "model": CONVERSATION | {"chat"},
+    "chat": CONVERSATION | {"model"},
+    "": FRONT,
+    "serve": FRONT,
+    "cli": FRONT | {"serve"},
+}
+# Arrows against these rules. Whoever mends one deletes it here.
+NOT_YET = {
+    "runtime.generation.answer -> runtime.media.reader",
+    "runtime.generation.answer -> runtime.prompt.tokenizer",
+}
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[2].partition(".")[0]
+
+
+def test_no_module_of_the_runtime_imports_in_a_circle() -> None:
+    assert Graph.of(ROOT / "runtime").circles == []
+
+
+def test_the_rooms_of_the_runtime_enter_no_room_above() -> None:
+    graph = Graph.of(ROOT / "runtime")
+    assert {room_of(module) for module in graph.runtime} == MAY_ENTER.keys()
+    against = {
+        f"{module} -> {name}"
+        for module in graph.runtime
+        for name in graph.runtime[module] | graph.typing[module]
+        if room_of(name) not in MAY_ENTER[room_of(module)] | {room_of(module)}
+    }
+    assert against == NOT_YET
+
+
+def test_circles_and_levels_are_found(tmp_path: Path) -> None:
+    """`a` and `b` import each other, in a function too; `c` is above them, below `d`; `e` is only for type checkers."""
+    modules = {
+        "a": "from .b import x",
+        "b": "def f():\n    from gemma3n_onnx.room import a",
+        "c": "from . import a as other",
+        "d": "import gemma3n_onnx.room.c\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import e",
+        "e": "from . import d",
+    }
+    (tmp_path / "room").mkdir()
+    for name, text in modules.items():
+        (tmp_path / "room" / f"{name}.py").write_text(text)
+    graph = Graph.of(tmp_path / "room")
+    assert graph.circles == [["room.a", "room.b"]]
+    assert graph.levels == 4
+    assert graph.typing["room.d"] == {"room.e"}
 
 
 REPORT = """
