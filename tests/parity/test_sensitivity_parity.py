@@ -12,7 +12,6 @@ from gemma3n_onnx.export.quantization.config import QuantizationConfig
 from gemma3n_onnx.export.quantization.quantize import dequantize, quantize
 from gemma3n_onnx.export.quantization.sensitivity import sensitivities
 from gemma3n_onnx.export.slicing import whole
-from gemma3n_onnx.export.verify import report as report_module
 from gemma3n_onnx.export.verify.reference import stored_in, unchanged
 from gemma3n_onnx.export.weights import read_cut
 from gemma3n_onnx.runtime.artifact import load_manifest
@@ -100,7 +99,3 @@ def test_what_cannot_be_reported_is_told_before_the_export(monkeypatch, small_ch
     assert outcome.code == 1
     assert told in outcome.err
     assert not (tmp_path / "a").exists()
-
-
-def test_our_own_prompts_are_text(checkpoint):
-    assert all(isinstance(line, str) and line.strip() for line in report_module.PROMPTS)
