@@ -16,7 +16,7 @@ from pathlib import Path
 
 from commands import gemma3n, run
 from gemma3n_onnx.export.slicing import load_slices
-from gemma3n_onnx.runtime.cli.bench import Figures, Sizes, measure_apart, plot, table
+from gemma3n_onnx.runtime.cli.measure import Figures, Sizes, measure_apart, plot, table
 
 
 def main() -> None:

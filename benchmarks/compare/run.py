@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from gemma3n_onnx.runtime.artifact import load_manifest
-from gemma3n_onnx.runtime.cli.bench import read_bandwidth, read_bytes
+from gemma3n_onnx.runtime.cli.measure import read_bandwidth, read_bytes
 
 HERE = Path(__file__).parent
 OURS = ("ours", "ours, prefill shared")

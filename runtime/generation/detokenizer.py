@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
+from collections.abc import Sequence, Set
+from typing import Protocol
+
+
+class Tokenizer(Protocol):
+    """What the generation needs of `prompt.tokenizer.Tokenizer`."""
+
+    @property
+    def special_ids(self) -> Set[int]: ...
+    @property
+    def byte_ids(self) -> Set[int]: ...
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
 
 class IncrementalDetokenizer:

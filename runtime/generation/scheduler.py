@@ -18,9 +18,9 @@ from gemma3n_onnx.runtime.engine.engine import Engine
 from gemma3n_onnx.runtime.engine.kv_cache import KVCache
 from gemma3n_onnx.runtime.engine.prefix_cache import PrefixCache
 from gemma3n_onnx.runtime.errors import ContextLengthError, Gemma3nError
-from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
+from .detokenizer import Tokenizer
 from .logprobs import TokenLogprob
 from .options import GenerationOptions
 from .result import RowTimings

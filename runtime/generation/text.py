@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
-
-from .detokenizer import IncrementalDetokenizer
+from .detokenizer import IncrementalDetokenizer, Tokenizer
 from .stop_strings import StopMatcher
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from gemma3n_onnx.runtime.artifact import load_manifest
-from gemma3n_onnx.runtime.cli.bench import Figures, plot, read_bytes, table
+from gemma3n_onnx.runtime.cli.measure import Figures, plot, read_bytes, table
 from gemma3n_onnx.runtime.errors import OptionError
 from support import run_command
 

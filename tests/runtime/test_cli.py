@@ -174,9 +174,9 @@ def test_a_closed_pipe_is_no_traceback(small_artifact: Path) -> None:
 
 
 def test_ctrl_c_is_no_traceback(small_artifact: Path) -> None:
-    wait = "import time; from gemma3n_onnx.runtime.cli import main as cli; "
-    wait += "cli.load_manifest = lambda _: (print('on', flush=True), "
-    wait += "[time.sleep(0.1) for _ in range(300)]); cli.main()"
+    wait = "import time; from gemma3n_onnx.runtime.cli import inspect, main; "
+    wait += "inspect.load_manifest = lambda _: (print('on', flush=True), "
+    wait += "[time.sleep(0.1) for _ in range(300)]); main.main()"
     command = [sys.executable, "-c", DEFAULT_SIGNALS + wait, "inspect", str(small_artifact)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

@@ -9,7 +9,7 @@ import pytest
 from fake_provider import FakeProvider
 from gemma3n_onnx.runtime import GenerationOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.artifact import load_manifest
-from gemma3n_onnx.runtime.cli.bench import Sizes, measure
+from gemma3n_onnx.runtime.cli.measure import Sizes, measure
 from gemma3n_onnx.runtime.engine.providers.base import DeviceOptions
 from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
 from gemma3n_onnx.runtime.engine.providers.select import AUTO, PROVIDERS, choices, select_provider

@@ -1,0 +1,32 @@
+"""`gemma3n chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gemma3n_onnx.runtime.media.fetch import FetchPolicy
+from gemma3n_onnx.runtime.model import OnnxGemma3n
+from gemma3n_onnx.runtime.options import read_options
+
+from .options import answer_options, artifact_argument, load_options
+from .terminal_chat import TerminalChat, line_history
+
+
+@click.command()
+@artifact_argument
+@answer_options
+@load_options
+def chat(artifact: Path, system: str | None, allow_private_urls: bool, load: dict[str, Any], **options: Any) -> None:
+    """Talk with the model in the folder ARTIFACT. /help lists what can be typed beside messages."""
+    read_options(options)  # a bad option is told before a model is loaded
+    model = OnnxGemma3n.from_pretrained(artifact, fetch=FetchPolicy(allow_private=allow_private_urls), **load)
+    typed = sys.stdin.isatty()
+    if typed:
+        click.echo("/help lists what can be typed beside messages.", err=True)
+    with line_history(Path(click.get_app_dir("gemma3n")) / "history") if typed else contextlib.nullcontext():
+        TerminalChat(model, system, options).run()
