@@ -27,7 +27,7 @@ def test_a_new_recipe_is_exported_and_verified(
         compute="fp32",
         weights=QuantizationConfig(8, 32, "hqq"),
         tokens=QuantizationConfig(8, 64),
-        per_layer=QuantizationConfig(4, 32),
+        per_layer=QuantizationConfig(4, 16),
     )
     monkeypatch.setitem(recipes.RECIPES, NAME, {"cpu": recipe})
     output = tmp_path / "out"
@@ -40,7 +40,7 @@ def test_a_new_recipe_is_exported_and_verified(
     assert manifest.precision == NAME
     assert manifest.quantization["layers.0.mlp.up_proj.weight"] == QuantizationInfo(8, 32, "hqq")
     assert manifest.quantization["embed_tokens.weight"] == QuantizationInfo(8, 64, "rtn")
-    assert manifest.quantization["embed_tokens_per_layer.weight"] == QuantizationInfo(4, 32, "rtn")
+    assert manifest.quantization["embed_tokens_per_layer.weight"] == QuantizationInfo(4, 16, "rtn")
     assert manifest.prefill is None
     assert loaded.generate("Hello", max_new_tokens=4).token_ids
 
