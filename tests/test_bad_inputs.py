@@ -653,7 +653,7 @@ CASES = [
     Case("frequency_penalty", running(None, "--frequency-penalty", "-9"), ("frequency_penalty", "-9")),
     Case("stop_empty", running(None, "--stop", ""), ("stop must be",)),
     Case("seed", running(None, "--seed", "-1"), ("seed", "-1")),
-    Case("threads", running(None, "--threads", "0"), ("threads is 0",)),
+    Case("threads", running(None, "--threads", "0"), ("threads must be a whole number of at least 1, not 0",)),
     Case("provider_unknown", running(None, "--provider", "abacus"), ("'abacus'", "auto, cpu or cuda")),
     Case("command_unknown", lambda _: ["gemma3n", "rnu"], ("'rnu'",), code=2),
     Case("no_onnxruntime", without_onnxruntime, ("No onnxruntime is installed", "gemma3n-onnx[cpu]")),

@@ -13,7 +13,7 @@ class Timings:
     """Seconds and tokens of one generation; the prompts of a batch share them. Rates count the tokens of all rows.
 
     `encoder_seconds` are those of images and clips; the first use of an encoder loads it. `cached_tokens` of the prompt
-    were reused from an earlier one.
+    were reused from an earlier one. `time_to_first_token` is the first row's.
     """
 
     encoder_seconds: float

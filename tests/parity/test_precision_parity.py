@@ -143,7 +143,7 @@ def test_encoders_for_cuda_equal_transformers(shallow_multimodal_checkpoint, exp
     profile = exact_provider(CPUProvider())
     encoders = Encoders(folder, manifest, profile)
     decoderless = SimpleNamespace(
-        folder=folder, manifest=manifest, encoders=encoders, engine=SimpleNamespace(profile=profile)
+        folder=folder, manifest=manifest, encoders=encoders, engine=SimpleNamespace(provider=profile)
     )
     parity = verify_encoder(decoderless, checkpoint, modality, np.random.default_rng(0))
     print(describe_encoder(parity))

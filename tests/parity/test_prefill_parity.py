@@ -120,7 +120,7 @@ def test_by_default_it_is_loaded_where_memory_is_free(folder, monkeypatch, avail
 
 @pytest.mark.parametrize("budget", ["1", 1.5, True])
 def test_a_budget_is_a_number_of_bytes(folder, budget):
-    with pytest.raises(OptionError, match="memory_budget is"):
+    with pytest.raises(OptionError, match="memory_budget must be"):
         OnnxGemma3n.from_pretrained(folder, memory_budget=budget)
 
 
