@@ -1,6 +1,6 @@
 """How long a running answer of `gemma3n serve` pauses while a picture of 768 pixels and 30 s of sound arrive.
 
-    python benchmarks/token_gap.py ARTIFACT [--rounds 3] [--new-tokens 900] [--command "python -m ..."]
+    python benchmarks/token_gap.py ARTIFACT [--rounds 3] [--new-tokens 3000] [--command "python -m ..."]
 
 Streams a long answer, first alone, then while another client sends the picture and a third one the clip. Prints the
 longest time between two tokens of the stream, and how long each of the two requests took.
@@ -35,10 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=900)
+    parser.add_argument("--new-tokens", type=int, default=3000)
     parser.add_argument("--command", default=OURS, help="the gemma3n command, to measure another version")
     options = parser.parse_args()
-    serve = ["serve", str(options.artifact), "--port", str(PORT), "--context", "2048"]
+    serve = ["serve", str(options.artifact), "--port", str(PORT), "--context", str(options.new_tokens + 1024)]
     server = subprocess.Popen(
         [*shlex.split(options.command), *serve], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
