@@ -20,7 +20,10 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("[CR]*.md"), *(ROOT / "docs").glob("*.md")))
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+)
 EXPORTING = ("README.md", "docs/quick-start.md")
 NOT_HERE = {
     "bash ci/quickstart.sh",
