@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
-
 from .artifact import Manifest, load_manifest
 from .chat import Chat
 from .checks import require_integer
@@ -78,7 +76,7 @@ class OnnxGemma3n:
     ) -> None:
         self.folder, self.manifest, self.engine, self.encoders = folder, manifest, engine, encoders
         self.tokenizer, self.template = tokenizer, template
-        self.prompts = PromptEncoder(manifest, tokenizer, template, fetch, self._run_encoder)
+        self.prompts = PromptEncoder(manifest, tokenizer, template, fetch, encoders)
         self._prefix_cache = PrefixCache(prefix_cache_size) if prefix_cache_size else None
 
     @classmethod
@@ -200,9 +198,6 @@ class OnnxGemma3n:
             self.engine.release()
             if self._prefix_cache:
                 self._prefix_cache.clear()
-
-    def _run_encoder(self, modality: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        return self.encoders.features(modality, inputs)
 
     def encode(self, prompt: Any, media: MediaOptions | None = None) -> PromptTokens:
         """Token ids and soft-token spans of a prompt in any form."""

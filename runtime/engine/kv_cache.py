@@ -100,6 +100,10 @@ class KVCache:
     def _windowed(self) -> list[LayerCache]:
         return [layer for layer in self.layers if layer.info.window is not None]
 
+    @property
+    def has_windows(self) -> bool:
+        return bool(self._windowed)
+
     def truncate(self, row: int, length: int) -> bool:
         """Forgets the tokens of `row` after the first `length`; False (and no change) where windowed
         caches have already dropped positions that the shorter sequence needs."""

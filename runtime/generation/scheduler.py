@@ -6,6 +6,7 @@ A request joins the running batch when a row of the KV cache is free, and leaves
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -26,6 +27,11 @@ from .options import GenerationOptions
 from .result import RowTimings
 from .sampler import SamplerState
 from .text import TextAssembler
+
+log = logging.getLogger(__name__)
+
+WORTH_SHARING = 32
+"""Tokens of a shared prefix for which a prompt joins a row that other conversations may continue."""
 
 
 class DeadlineError(Gemma3nError, TimeoutError):
@@ -116,11 +122,13 @@ class Scheduler:
     """Runs `rows` requests at once, each of `capacity` tokens with its answer. Not thread-safe, except for
     `Request.cancel`.
 
-    A prompt reuses the prefix that it shares with a `prefix_cache` entry, or without one with the row that it joins.
+    A prompt reuses the prefix that it shares with a `prefix_cache` entry, or where prompts are prefilled in place and
+    there is no such cache, with the row that it joins.
 
     With `interleave`, the other rows take a decode step between two chunks of a prompt, and while `executor` runs an
-    image or audio encoder. On host memory the prompt is then prefilled into a cache of its own, because a decode step
-    also computes the idle rows below the last running one, and that moves their windowed caches.
+    image or audio encoder. A decode step also computes the idle rows below the last running one, and that moves their
+    windowed caches: on host memory the prompt is therefore prefilled into a cache of its own, and on device memory
+    the other rows wait if there are windowed caches.
     """
 
     def __init__(
@@ -136,8 +144,9 @@ class Scheduler:
     ) -> None:
         self._engine, self._tokenizer, self.capacity = engine, tokenizer, capacity
         self._cache = engine.new_cache(rows, capacity)
-        self._interleave, self._executor = interleave, executor
+        self._executor = executor
         self._stages = interleave and engine.provider.host_memory
+        self._overlaps = interleave and (self._stages or not self._cache.has_windows)
         copies = engine.provider.host_memory and (self._stages or rows == 1)
         self._prefix_cache = prefix_cache if copies else None
         self._cache_is_entry = False
@@ -189,6 +198,7 @@ class Scheduler:
             return
         keys = request.prompt.keys()
         row = self._prefilling = self._free_row(keys)
+        self._prepare(row, keys)
         try:
             logits = self._prefill(row, keys, request)
             self._running[row] = _Row(request, sampler, TextAssembler(self._tokenizer, request.options.stop))
@@ -205,22 +215,33 @@ class Scheduler:
             self._prefilling = None
 
     def _free_row(self, keys: list[Hashable]) -> int:
-        """The free row that holds the longest prefix of a prompt, of equals the first."""
-        free = (row for row in range(self._cache.rows) if row not in self._running)
-        return max(free, key=lambda row: (_shared(self._held[row], keys), -row))
+        """The free row that holds a prefix worth reusing; else the first, empty ones before those that hold tokens.
+
+        Low rows first, because a step computes all rows up to the last running one.
+        """
+        free = [row for row in range(self._cache.rows) if row not in self._running]
+        if self._stages or self._prefix_cache is not None:
+            return free[0]
+        shared = {row: _shared(self._held[row], keys) for row in free}
+        best = max(free, key=lambda row: shared[row])
+        return best if shared[best] >= WORTH_SHARING else min(free, key=lambda row: (bool(self._held[row]), row))
+
+    def _prepare(self, row: int, keys: list[Hashable]) -> None:
+        """Cuts a row to the tokens that it shares with a prompt, short of the prompt's last one, if it is prefilled in
+        place without a prefix cache; else empties it."""
+        reused = not self._stages and self._prefix_cache is None
+        shared = _shared(self._held[row], keys[:-1]) if reused else 0
+        self._held[row] = keys[:shared]
+        if not self._cache.truncate(row, shared):
+            self._forget(row)
 
     def _prefill(self, row: int, keys: list[Hashable], request: Request) -> np.ndarray:
         """Runs the prompt into `row`; logits [V] after its last token."""
         started = time.perf_counter()
         entry = None
-        if self._prefix_cache is not None or self._stages:
-            self._forget(row)
-            cache, place = self._prompt_cache(len(keys)), 0 if self._stages else row
-            if self._prefix_cache is not None:
-                entry = self._prefix_cache.begin(keys, cache)
-        else:
-            cache, place = self._cache, row
-            self._keep_prefix(row, keys)
+        cache, place = self._prompt_cache(len(keys)), 0 if self._stages else row
+        if self._prefix_cache is not None:
+            entry = self._prefix_cache.begin(keys, cache)
         cached = int(cache.lengths[place])
         copied = time.perf_counter()
         rest = self._encode(request.prompt.after(cached), request)
@@ -228,7 +249,7 @@ class Scheduler:
 
         def after_chunk(_: int) -> None:
             self._require_wanted(request)
-            if self._interleave and self._running:
+            if self._overlaps and self._running:
                 self._step()
 
         if self._prefix_cache is not None and entry is not None:
@@ -246,29 +267,28 @@ class Scheduler:
         return logits
 
     def _prompt_cache(self, tokens: int) -> KVCache:
-        """An empty cache for a prompt of `tokens`: of its own to be copied into a row, or the only row itself."""
+        """The cache that a prompt of `tokens` is prefilled into: one of its own, to be copied into a row, or that of
+        the rows."""
         if self._stages:
             return self._engine.new_cache(1, tokens)
-        if self._cache_is_entry:
-            self._cache = self._engine.new_cache(1, self.capacity)
-        self._cache_is_entry = True
+        if self._prefix_cache is not None:
+            if self._cache_is_entry:
+                self._cache = self._engine.new_cache(1, self.capacity)
+            self._cache_is_entry = True
         return self._cache
-
-    def _keep_prefix(self, row: int, keys: list[Hashable]) -> None:
-        """Cuts a row to the tokens that it shares with a prompt, short of the prompt's last one."""
-        if not self._cache.truncate(row, _shared(self._held[row], keys[:-1])):
-            self._cache.truncate(row, 0)
-        self._held[row] = []
 
     def _encode(self, prompt: PromptTokens, request: Request) -> PromptTokens:
         """Runs the encoders of a prompt's images and clips; meanwhile the other rows go on."""
-        if self._executor is None or not prompt.spans:
+        if self._executor is None or not self._overlaps or not prompt.spans:
             return prompt.encoded()
         encoding = self._executor.submit(prompt.encoded)
-        while self._running and not encoding.done():
-            self._require_wanted(request)
-            self._step()
-        return encoding.result()
+        try:
+            while self._running and not encoding.done():
+                self._require_wanted(request)
+                self._step()
+            return encoding.result()
+        finally:
+            encoding.cancel()
 
     def _step(self) -> None:
         """One more token for every row."""
@@ -334,10 +354,10 @@ class Scheduler:
             request.timings.time_to_first_token = time.monotonic() - request.submitted
         if reason is not None:
             self._leave(row, state.keys)
-        request.on_event(TokenEvent(token, text, logprob))
+        _emit(request, TokenEvent(token, text, logprob))
         if reason is not None:
             new_tokens, cached = len(state.new_ids), request.timings.cached_tokens
-            request.on_event(FinishEvent(reason, len(request.prompt), cached, new_tokens))
+            _emit(request, FinishEvent(reason, len(request.prompt), cached, new_tokens))
 
     def _finish_reason(self, state: _Row, token: int) -> str | None:
         if token in self._engine.manifest.eos_token_ids:
@@ -352,7 +372,7 @@ class Scheduler:
             raise DeadlineError("The request took longer than this server allows; ask for fewer tokens.")
 
     def _fail(self, request: Request, error: Exception) -> None:
-        request.on_event(FailureEvent(error))
+        _emit(request, FailureEvent(error))
 
     def _leave(self, row: int, keys: list[Hashable]) -> None:
         """Frees a row, which goes on holding its tokens of these `keys` until a step computes it while it is idle."""
@@ -364,6 +384,17 @@ class Scheduler:
         self._running.pop(row, None)
         self._held[row] = []
         self._cache.truncate(row, 0)
+
+
+def _emit(request: Request, event: Event) -> None:
+    """A callback that fails cancels its request."""
+    if request.cancelled:
+        return
+    try:
+        request.on_event(event)
+    except Exception:
+        log.exception("an on_event callback failed")
+        request.cancel()
 
 
 def check_context(capacity: int, prompt_tokens: int, max_new_tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 
@@ -22,8 +23,9 @@ class GenerationStream:
         self._scheduler, self._options = scheduler, options
         self._sequences = [_Sequence() for _ in prompts]
         self._pieces: list[str] = []
+        # The callback holds lists and not this stream: a reference cycle would keep the KV cache until it is collected.
         self._requests = [
-            Request(prompt, options, partial(self._take, sequence))
+            Request(prompt, options, partial(_take, sequence, self._pieces))
             for prompt, sequence in zip(prompts, self._sequences)
         ]
         for request in self._requests:
@@ -42,6 +44,8 @@ class GenerationStream:
         self._running.close()
 
     def _run(self) -> Generator[str, None, None]:
+        for request in self._requests:
+            request.submitted = time.monotonic()
         try:
             while self._scheduler.advance():
                 yield from self._new_pieces()
@@ -58,22 +62,9 @@ class GenerationStream:
         for sequence in self._sequences:
             if sequence.error is not None:
                 raise sequence.error
-        pieces, self._pieces = self._pieces, []
+        pieces = [*self._pieces]
+        self._pieces.clear()
         return pieces
-
-    def _take(self, sequence: _Sequence, event: Event) -> None:
-        match event:
-            case TokenEvent():
-                sequence.token_ids.append(event.token_id)
-                sequence.text.append(event.text)
-                if event.logprob is not None:
-                    sequence.logprobs.append(event.logprob)
-                if event.text:
-                    self._pieces.append(event.text)
-            case FinishEvent():
-                sequence.finish_reason = event.reason
-            case FailureEvent():
-                sequence.error = event.error
 
     def results(self) -> list[GenerationResult]:
         timings = batch_timings([request.timings for request in self._requests], peak_memory_bytes())
@@ -103,3 +94,18 @@ class _Sequence:
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason = "stop"
         self.error: Exception | None = None
+
+
+def _take(sequence: _Sequence, pieces: list[str], event: Event) -> None:
+    match event:
+        case TokenEvent():
+            sequence.token_ids.append(event.token_id)
+            sequence.text.append(event.text)
+            if event.logprob is not None:
+                sequence.logprobs.append(event.logprob)
+            if event.text:
+                pieces.append(event.text)
+        case FinishEvent():
+            sequence.finish_reason = event.reason
+        case FailureEvent():
+            sequence.error = event.error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,12 +15,18 @@ from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .chat_template import ChatTemplate
 from .messages import MessageReader, items_of
-from .soft_tokens import Placeholders, RunEncoder
+from .soft_tokens import Placeholders
 from .tokenizer import Tokenizer, encode_plain
 
 
+class FeatureEncoders(Protocol):
+    def features(self, modality: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Soft-token embeddings [count, H] fp32 of one image or clip."""
+        ...
+
+
 class PromptEncoder:
-    """`run_encoder(modality, inputs)` gives the features of an image or a clip; it is called when a prompt runs."""
+    """`encoders` run when a prompt is prefilled, not here."""
 
     def __init__(
         self,
@@ -28,10 +34,10 @@ class PromptEncoder:
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         fetch: FetchPolicy,
-        run_encoder: RunEncoder,
+        encoders: FeatureEncoders,
     ) -> None:
-        self.tokenizer, self.template = tokenizer, template
-        self._vocab_size, self._run_encoder = manifest.vocab_size, run_encoder
+        self.tokenizer, self.template, self.encoders = tokenizer, template, encoders
+        self._vocab_size = manifest.vocab_size
         self._placeholders = Placeholders(manifest)
         self._messages = MessageReader(MediaReader(manifest, fetch), self._placeholders.tokens)
 
@@ -58,7 +64,7 @@ class PromptEncoder:
 
     def locate(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> PromptTokens:
         """The ids of rendered messages with the spans of their images and clips."""
-        return PromptTokens(ids, self._placeholders.find(ids, items_of(messages), self._run_encoder))
+        return PromptTokens(ids, self._placeholders.find(ids, items_of(messages), self.encoders.features))
 
 
 def is_messages(prompt: Any) -> bool:

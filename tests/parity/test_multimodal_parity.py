@@ -239,7 +239,7 @@ def test_embedding_graph_agrees_with_the_engine_bit_for_bit(shallow_multimodal_c
     folder = exported(shallow_multimodal_checkpoint, precision=precision, target=target)
     model = OnnxGemma3n.from_pretrained(folder, "cpu", prefill_chunk=4096)
     # Encoders for CUDA compute in bf16, which the CPU lacks.
-    model.encoders = Encoders(folder, model.manifest, exact_provider(CPUProvider()))
+    model.prompts.encoders = Encoders(folder, model.manifest, exact_provider(CPUProvider()))
     prompt = model.encode([TEXT_FIRST], OPTIONS)
     prompt = type(prompt)([*prompt.ids, *random_prompt(20, vocab_size=1280)], prompt.spans)
     manifest = model.manifest

@@ -32,6 +32,8 @@ class FakeTokenizer:
 class FakeCache:
     """Remembers tokens instead of keys and values."""
 
+    has_windows = False
+
     def __init__(self, rows: int, capacity: int) -> None:
         self.rows, self.capacity = rows, capacity
         self.lengths = np.zeros(rows, dtype=np.int64)
@@ -92,8 +94,13 @@ class FakeEngine:
         cache = self._cache
         assert cache is not None
         self.log.append((kind, [*np.flatnonzero(active).tolist()]))
-        for row in np.flatnonzero(active):
-            cache.append(row, [int(tokens[row])])
+        for row, token in enumerate(tokens.tolist()):
+            if active[row]:
+                cache.append(row, [token])
+            elif self.provider.host_memory:
+                cache.tokens[row] = [0] * len(cache.tokens[row])  # its windows have moved
+            else:
+                cache.tokens[row] = [*cache.tokens[row][: int(cache.lengths[row])], token]  # past its end
         return np.stack([self._logits(cache, row) for row in range(len(tokens))])
 
     def step_greedy(self, tokens: np.ndarray, active: np.ndarray) -> np.ndarray:

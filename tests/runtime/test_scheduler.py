@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,6 +24,7 @@ from gemma3n_onnx.runtime.generation.scheduler import (
     Scheduler,
     TokenEvent,
 )
+from gemma3n_onnx.runtime.generation.stream import GenerationStream
 from gemma3n_onnx.runtime.tokens import PromptTokens, SoftTokenSpan
 
 A, Z = ids_of("az")
@@ -326,6 +329,27 @@ def test_a_cancelled_turn_leaves_a_usable_prefix():
     assert again.last.cached_tokens == 5
 
 
+def test_after_a_burst_a_lone_request_takes_the_first_row():
+    """A step computes all rows up to the last running one."""
+    engine = FakeEngine(alphabet)
+    scheduler = schedule(engine, rows=4, interleave=True)
+    run(scheduler, *(Told("ab" + letter, max_new_tokens=3 + i) for i, letter in enumerate("cdef")))
+    engine.log.clear()
+    for _ in range(2):
+        run(scheduler, Told("abk"))
+    assert {tuple(rows) for kind, rows in engine.log if kind == "greedy"} == {(0,)}
+
+
+def test_a_long_prefix_is_worth_a_higher_row():
+    engine = FakeEngine(alphabet, host_memory=False)
+    scheduler = schedule(engine, rows=3, capacity=128, interleave=True)
+    conversation = "ab" * 20
+    run(scheduler, Told("h", max_new_tokens=2), Told(conversation, max_new_tokens=3))
+    run(scheduler, again := Told(conversation + "mn"), other := Told("ab"))
+    assert again.last.cached_tokens == 40 and again.text == "opqr"
+    assert other.last.cached_tokens == 0 and other.text == "cdef"
+
+
 def test_a_row_that_a_step_computes_while_idle_keeps_nothing():
     engine = FakeEngine(alphabet)
     scheduler = schedule(engine)
@@ -356,6 +380,60 @@ def test_the_others_go_on_while_an_encoder_runs():
         run(scheduler, first, second)
     assert encoder_started.is_set() and tokens_meanwhile[0] >= 3
     assert second.text == "klmn" and second.request.timings.encoder_seconds > 0
+
+
+def test_the_images_of_cancelled_requests_are_not_encoded():
+    encoded = []
+
+    def image(name, seconds=0.0):
+        def features():
+            encoded.append(name)
+            time.sleep(seconds)
+            return np.zeros((1, 4), np.float32)
+
+        return (SoftTokenSpan(0, 1, name, features),)
+
+    engine = FakeEngine(alphabet)
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(time.sleep, 0.2)
+        scheduler = schedule(engine, interleave=True, executor=executor)
+        gone = Told("hij", spans=image("gone"))
+        first = Told("a", max_new_tokens=12, on_event=lambda _: len(first.events) == 3 and gone.request.cancel())
+        run(scheduler, first, gone, stays := Told("hij", spans=image("stays")))
+    assert encoded == ["stays"] and gone.events == [] and stays.text == "klmn"
+
+
+def test_a_callback_that_fails_cancels_its_request_alone():
+    def closed(_):
+        raise RuntimeError("the event loop is closed")
+
+    scheduler = schedule(FakeEngine(alphabet))
+    gone, fine = Told("a", on_event=closed), Told("h")
+    run(scheduler, gone, fine)
+    assert len(gone.events) == 1 and fine.text == "ijkl"
+
+
+def test_no_event_follows_a_cancellation():
+    first = Told("a", max_new_tokens=9)
+    second = Told("h", max_new_tokens=9)
+    first._then = lambda _: len(first.events) == 3 and (first.request.cancel(), second.request.cancel())
+    run(schedule(FakeEngine(alphabet)), first, second)
+    assert (first.text, second.text) == ("bcd", "ij")
+
+
+def test_a_finished_stream_frees_its_cache_at_once():
+    engine = FakeEngine(alphabet)
+    gc.disable()
+    try:
+        scheduler = schedule(engine, rows=1)
+        stream = GenerationStream(scheduler, [PromptTokens(ids_of("abc"))], GenerationOptions(max_new_tokens=3))
+        cache = weakref.ref(scheduler._cache)
+        assert "".join(stream) == "def"
+        del scheduler, stream
+        engine._cache = None
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_an_encoder_that_fails_fails_its_request():

@@ -56,7 +56,8 @@ class ExecutionProvider(ABC):
     targets: ClassVar[tuple[str, ...]]
     """The exporter's targets that `provider="auto"` runs on it where it is installed."""
     host_memory: ClassVar[bool]
-    """Whether its buffers are memory of the host, so that KV caches are copied for prefix reuse."""
+    """Whether its buffers are memory of the host, so that KV caches are copied for prefix reuse, and a prompt can be
+    prefilled beside decode steps of other rows even if there are windowed caches."""
 
     @classmethod
     @abstractmethod
