@@ -107,10 +107,11 @@ class ModelPool:
                 self.retain(served)
                 return served
             idle = self._make_room(size)
-            self._loading[name] = size
+            self._loading[name] = size + sum(each.bytes for each in idle)
         try:
-            for served in idle:
-                served.worker.close()
+            while idle:
+                self._unload(idle.pop())
+            self._loading[name] = size
             served = self._load_model(name, size, context)
             with self._changed:
                 self.loaded[name] = served
@@ -141,8 +142,15 @@ class ModelPool:
         with self._changed:
             while self._loading:
                 self._changed.wait()
-            while self.loaded:
-                self.loaded.popitem()[1].worker.close()
+            loaded = [*self.loaded.values()]
+            self.loaded.clear()
+        while loaded:
+            self._unload(loaded.pop())
+
+    def _unload(self, served: Served) -> None:
+        served.worker.close()
+        with self._changed:
+            self._unloaded[served.name] = self._unloaded.get(served.name, Counts()) + served.worker.counts
 
     def _count(self, served: Served, change: int) -> None:
         with self._changed:
@@ -170,7 +178,6 @@ class ModelPool:
             needed -= removed[-1].bytes
         for served in removed:
             del self.loaded[served.name]
-            self._unloaded[served.name] = self._unloaded.get(served.name, Counts()) + served.worker.counts
         return removed
 
 

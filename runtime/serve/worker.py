@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gemma3n_onnx.runtime.engine.prefix_cache import PrefixCache
 from gemma3n_onnx.runtime.errors import Gemma3nError, ProviderError
-from gemma3n_onnx.runtime.generation.scheduler import Counts, FailureEvent, Request, Scheduler, check_context
+from gemma3n_onnx.runtime.generation.scheduler import Counts, Request, Scheduler, check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ class ModelWorker:
     def __init__(self, model: OnnxGemma3n, rows: int, context: int, queue: int, prefixes: int) -> None:
         self.context, self._queue_limit = context, queue
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="encoders")
+        # While CUDA captures a step, no other thread may allocate memory of the device.
+        beside_steps = None if model.engine.provider.captures_steps else self._encoders
         self._scheduler = Scheduler(
             model.engine,
             model.tokenizer,
@@ -33,7 +35,7 @@ class ModelWorker:
             context,
             prefix_cache=PrefixCache(prefixes) if prefixes else None,
             interleave=True,
-            executor=self._encoders,
+            executor=beside_steps,
         )
         self._submitted: deque[Request] = deque()
         self._changed = threading.Condition()
@@ -76,21 +78,28 @@ class ModelWorker:
         self._encoders.shutdown()
 
     def _run(self) -> None:
+        end: Exception = ProviderError("The model was unloaded; send the request again.")
+        try:
+            self._serve()
+        except Exception as error:
+            end = error
+        with self._changed:
+            self._closed = True
+            while self._submitted:
+                self._scheduler.submit(self._submitted.popleft())
+        self._scheduler.abort(end)
+
+    def _serve(self) -> None:
         busy = False
         while True:
             with self._changed:
                 while not (busy or self._closed or self._submitted):
                     self._changed.wait()
                 if self._closed:
-                    break
+                    return
                 while self._submitted:
                     self._scheduler.submit(self._submitted.popleft())
             busy = self._scheduler.advance()
-        gone = ProviderError("The model was unloaded; send the request again.")
-        self._scheduler.abort(gone)
-        for request in self._submitted:
-            request.on_event(FailureEvent(gone))
-        self._submitted.clear()
 
 
 def to_gemma3n_error(error: Exception) -> Gemma3nError:

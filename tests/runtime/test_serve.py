@@ -7,6 +7,7 @@ import contextlib
 import json
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -371,10 +372,13 @@ def test_models_that_rest_make_room(demo_artifact):
     folders = [demo_artifact(name) for name in ("E2B", "half")]
     sizes = [estimated_bytes(load_manifest(folder), 1, 512) for folder in folders]
     options = ServeOptions(rows=1, context=512, memory_budget=max(sizes))
+    engines: list[weakref.ref] = []
     with serving(folders, options) as running:
         for name in (E2B, HALF, E2B):
             assert chat(running, message(SUM), model=name).choices[0].message.content == "3 plus 4 is 7."
             assert [*running.pool.loaded] == [name]
+            engines.append(weakref.ref(running.pool.loaded[name].model.engine))
+        assert [engine() is None for engine in engines] == [True, True, False], "unloaded models stay in memory"
         endless = {"logit_bias": {"106": -100, "1": -100}, "max_tokens": 400}
         stream = chat(running, message(LONG_ANSWER), stream=True, **endless)
         next(stream)
