@@ -70,6 +70,12 @@ class PromptTokens:
         return PromptTokens(self.ids[:count], tuple(span for span in self.spans if span.start < count))
 
 
+def shared_prefix(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> int:
+    """How many of the first keys are equal."""
+    differing = (i for i, (our, their) in enumerate(zip(ours, theirs)) if our != their)
+    return next(differing, min(len(ours), len(theirs)))
+
+
 def fill(
     rows: np.ndarray, first: int, spans: Sequence[SoftTokenSpan], features: Callable[[SoftTokenSpan], np.ndarray]
 ) -> None:

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gemma3n_onnx.runtime.tokens import PromptTokens
+from gemma3n_onnx.runtime.tokens import PromptTokens, shared_prefix
 
 from .engine import Engine
 from .kv_cache import KVCache
 
 WORTH_SHARING = 32
-"""Shared tokens that repay a prefill chunk of their own."""
+"""Shared tokens that repay a prefill chunk of their own, or joining a row that another conversation may continue."""
 
 
 @dataclass
@@ -40,13 +40,8 @@ class PrefixEntry:
 
     def usable(self, keys: Sequence[Hashable]) -> int:
         """The largest remembered position up to which `keys` are the same."""
-        shared = self.shared_with(keys)
+        shared = shared_prefix(self.keys, keys)
         return max((position for position in self.windows if position <= shared), default=0)
-
-    def shared_with(self, keys: Sequence[Hashable]) -> int:
-        """How many of the first keys are the same."""
-        differing = (i for i, (ours, theirs) in enumerate(zip(self.keys, keys)) if ours != theirs)
-        return next(differing, min(len(self.keys), len(keys)))
 
 
 class PrefixCache:
@@ -59,7 +54,7 @@ class PrefixCache:
     def begin(self, keys: list[Hashable], cache: KVCache) -> PrefixEntry:
         """Copies the longest cached prefix of a prompt into `cache`, of one row, and returns the prompt's entry. At
         least one token remains to be prefilled."""
-        shared = max((kept.shared_with(keys[:-1]) for kept in self._kept), default=0)
+        shared = max((shared_prefix(kept.keys, keys[:-1]) for kept in self._kept), default=0)
         best = max(self._kept, key=lambda kept: kept.usable(keys[:-1]), default=None)
         tokens = 0 if best is None else best.usable(keys[:-1])
         shared = shared if shared - tokens >= WORTH_SHARING else 0

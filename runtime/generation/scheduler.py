@@ -17,9 +17,9 @@ import numpy as np
 
 from gemma3n_onnx.runtime.engine.engine import Engine
 from gemma3n_onnx.runtime.engine.kv_cache import KVCache
-from gemma3n_onnx.runtime.engine.prefix_cache import PrefixCache
+from gemma3n_onnx.runtime.engine.prefix_cache import WORTH_SHARING, PrefixCache
 from gemma3n_onnx.runtime.errors import ContextLengthError, Gemma3nError
-from gemma3n_onnx.runtime.tokens import PromptTokens
+from gemma3n_onnx.runtime.tokens import PromptTokens, shared_prefix
 
 from .detokenizer import Tokenizer
 from .logprobs import TokenLogprob
@@ -29,9 +29,6 @@ from .sampler import SamplerState
 from .text import TextAssembler
 
 log = logging.getLogger(__name__)
-
-WORTH_SHARING = 32
-"""Tokens of a shared prefix for which a prompt joins a row that other conversations may continue."""
 
 
 class DeadlineError(Gemma3nError, TimeoutError):
@@ -149,6 +146,7 @@ class Scheduler:
         self._overlaps = interleave and (self._stages or not self._cache.has_windows)
         copies = engine.provider.host_memory and (self._stages or rows == 1)
         self._prefix_cache = prefix_cache if copies else None
+        self._reuses_rows = not self._stages and self._prefix_cache is None
         self._cache_is_entry = False
         """Whether the prefix cache keeps `_cache` itself, which no other prompt may then overwrite."""
         self._held: list[list[Hashable]] = [[] for _ in range(rows)]
@@ -220,17 +218,15 @@ class Scheduler:
         Low rows first, because a step computes all rows up to the last running one.
         """
         free = [row for row in range(self._cache.rows) if row not in self._running]
-        if self._stages or self._prefix_cache is not None:
+        if not self._reuses_rows:
             return free[0]
-        shared = {row: _shared(self._held[row], keys) for row in free}
+        shared = {row: shared_prefix(self._held[row], keys) for row in free}
         best = max(free, key=lambda row: shared[row])
         return best if shared[best] >= WORTH_SHARING else min(free, key=lambda row: (bool(self._held[row]), row))
 
     def _prepare(self, row: int, keys: list[Hashable]) -> None:
-        """Cuts a row to the tokens that it shares with a prompt, short of the prompt's last one, if it is prefilled in
-        place without a prefix cache; else empties it."""
-        reused = not self._stages and self._prefix_cache is None
-        shared = _shared(self._held[row], keys[:-1]) if reused else 0
+        """Cuts a row to the tokens that it shares with a prompt, short of the prompt's last one, or empties it."""
+        shared = shared_prefix(self._held[row], keys[:-1]) if self._reuses_rows else 0
         self._held[row] = keys[:shared]
         if not self._cache.truncate(row, shared):
             self._forget(row)
@@ -404,9 +400,3 @@ def check_context(capacity: int, prompt_tokens: int, max_new_tokens: int) -> Non
             f"The prompt has {prompt_tokens:,} tokens and max_new_tokens is {max_new_tokens:,}, which is more "
             f"than the context of {capacity:,}; shorten the prompt or lower max_new_tokens."
         )
-
-
-def _shared(ours: list[Hashable], theirs: list[Hashable]) -> int:
-    """How many of the first keys are equal."""
-    differing = (i for i, (our, their) in enumerate(zip(ours, theirs)) if our != their)
-    return next(differing, min(len(ours), len(theirs)))

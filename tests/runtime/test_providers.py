@@ -10,11 +10,12 @@ from fake_provider import FakeProvider
 from gemma3n_onnx.runtime import GenerationOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.cli.measure import Sizes, measure
+from gemma3n_onnx.runtime.engine.prefix_cache import WORTH_SHARING
 from gemma3n_onnx.runtime.engine.providers.base import DeviceOptions
 from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
 from gemma3n_onnx.runtime.engine.providers.select import AUTO, PROVIDERS, choices, select_provider
 from gemma3n_onnx.runtime.errors import OptionError, ProviderError
-from gemma3n_onnx.runtime.generation.scheduler import WORTH_SHARING, Request, Scheduler, TokenEvent
+from gemma3n_onnx.runtime.generation.scheduler import Request, Scheduler, TokenEvent
 
 SUM = [{"role": "user", "content": "What is 3 plus 4?"}]
 
