@@ -27,6 +27,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from load import ready
+
 PORT = 8767
 OURS = f"{sys.executable} -c 'from gemma3n_onnx.runtime.cli.main import main; main()'"
 
@@ -70,16 +72,6 @@ async def compare(options: argparse.Namespace) -> None:
     print(f"longest gap between two tokens, alone: {median(alone) * 1e3:.0f} ms")
     print(f"longest gap while a picture and a clip arrive: {median(together) * 1e3:.0f} ms")
     print(f"the picture's answer took {picture_s:.2f} s, the clip's {clip_s:.2f} s; medians of {options.rounds}")
-
-
-async def ready(http: httpx.AsyncClient) -> None:
-    for _ in range(300):
-        try:
-            await http.get("/health")
-            return
-        except httpx.TransportError:
-            await asyncio.sleep(0.1)
-    sys.exit("The server did not start.")
 
 
 async def gaps(http: httpx.AsyncClient, model: str, new_tokens: int) -> list[float]:
