@@ -52,9 +52,10 @@ def serve(
 
     A request's "model" is the name of a folder; it is loaded when first asked for.
     """
-    from gemma3n_onnx.runtime.serve.app import Limits, create_app
+    from gemma3n_onnx.runtime.serve.app import create_app
     from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in
     from gemma3n_onnx.runtime.serve.run import run_app
+    from gemma3n_onnx.runtime.serve.service import Limits
 
     folders = [*artifacts, *(artifacts_in(slice_dir) if slice_dir is not None else ())]
     load["fetch"] = FetchPolicy(

@@ -87,6 +87,12 @@ class ModelPool:
         """Bytes of the models that are being loaded, by name."""
         self._changed = threading.Condition(threading.RLock())
 
+    def manifest(self, name: str) -> Manifest:
+        """Raises UnknownModelError: there is none of that name."""
+        if name not in self.manifests:
+            raise UnknownModelError(f"There is no model {name!r}; there are {', '.join(self.folders)}.")
+        return self.manifests[name]
+
     def acquire(self, name: str) -> Served:
         """The model, loaded; `release` gives it back. Idle models are unloaded to make room.
 
@@ -96,10 +102,9 @@ class ModelPool:
             UnknownModelError: there is none of that name. BusyError: models in use take all the memory.
             ArtifactError, ProviderError: it cannot be loaded.
         """
-        if name not in self.folders:
-            raise UnknownModelError(f"There is no model {name!r}; there are {', '.join(self.folders)}.")
-        context = min(self._options.context, self.manifests[name].max_context)
-        size = estimated_bytes(self.manifests[name], self._options.rows, context)
+        manifest = self.manifest(name)
+        context = min(self._options.context, manifest.max_context)
+        size = estimated_bytes(manifest, self._options.rows, context)
         with self._changed:
             while name in self._loading:
                 self._changed.wait()

@@ -19,9 +19,10 @@ import uvicorn
 
 from gemma3n_onnx.runtime import ArtifactError, FetchPolicy, OnnxGemma3n, OptionError
 from gemma3n_onnx.runtime.artifact import load_manifest
-from gemma3n_onnx.runtime.serve.app import Limits, create_app
+from gemma3n_onnx.runtime.serve.app import create_app
 from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in, estimated_bytes
 from gemma3n_onnx.runtime.serve.run import run_app
+from gemma3n_onnx.runtime.serve.service import Limits
 
 DEMO = Path(__file__).parents[2] / "demo"
 E2B, HALF = "demo-E2B", "demo-half"

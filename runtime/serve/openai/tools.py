@@ -7,11 +7,11 @@ import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from gemma3n_onnx.runtime.errors import PromptError
-
-from .protocol import NamedTool, Tool
 
 INSTRUCTIONS = """\
 You can call these functions, given as JSON schemas:
@@ -19,6 +19,29 @@ You can call these functions, given as JSON schemas:
 To call one, answer with nothing but JSON of this form: {{"name": "the function", "arguments": {{...}}}}"""
 RESULT = "Result of {name}: {content}"
 _FENCED = re.compile(r"```(?:json|tool_code|tool_call)?\s*(.*?)\s*```", re.DOTALL)
+
+
+class Function(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(BaseModel):
+    name: str
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"]
+    function: FunctionName
 
 
 def described(tools: Sequence[Tool]) -> str:

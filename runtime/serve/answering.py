@@ -1,0 +1,99 @@
+"""A parsed request as sequences of the scheduler, and their events as choices; independent of the API's form."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
+from gemma3n_onnx.runtime.generation.options import GenerationOptions
+from gemma3n_onnx.runtime.generation.scheduler import Event, FailureEvent, FinishEvent, Request, TokenEvent
+from gemma3n_onnx.runtime.tokens import PromptTokens
+
+from .model_pool import Served
+from .worker import to_gemma3n_error
+
+
+@dataclass(frozen=True)
+class ParsedRequest:
+    """Each of its prompts is answered `n` times."""
+
+    prompts: list[PromptTokens]
+    options: GenerationOptions
+    n: int = 1
+
+
+class Answering:
+    """The sequences of one HTTP request; their events reach the event loop that made it."""
+
+    def __init__(
+        self, parsed: ParsedRequest, served: Served, deadline: float, on_first_token: Callable[[float], None]
+    ) -> None:
+        """`on_first_token` is given the seconds from submission to each sequence's first token.
+
+        Raises BusyError and ContextLengthError, as `ModelWorker.submit`.
+        """
+        loop = asyncio.get_running_loop()
+        self._on_first_token = on_first_token
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+        def put(index: int, event: Event) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+        self.requests = [
+            Request(prompt, parsed.options, partial(put, index), sample=index % parsed.n, deadline=deadline)
+            for index, prompt in enumerate(prompt for prompt in parsed.prompts for _ in range(parsed.n))
+        ]
+        served.worker.submit(self.requests)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    async def events(self) -> AsyncIterator[tuple[int, TokenEvent | FinishEvent]]:
+        """With the index of the choice, in order of time; ends when all choices have. Raises the first failure as a
+        Gemma3nError."""
+        unfinished = len(self.requests)
+        started: set[int] = set()
+        while unfinished:
+            index, event = await self._events.get()
+            if isinstance(event, FailureEvent):
+                raise to_gemma3n_error(event.error)
+            if index not in started:
+                started.add(index)
+                self._on_first_token(self.requests[index].timings.time_to_first_token)
+            yield index, event
+            unfinished -= isinstance(event, FinishEvent)
+
+    def cancel(self) -> None:
+        for request in self.requests:
+            request.cancel()
+
+
+@dataclass
+class Choice:
+    """One choice of a response, accumulated from its events."""
+
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    end: FinishEvent | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def add(self, event: TokenEvent | FinishEvent) -> None:
+        if isinstance(event, FinishEvent):
+            self.end = event
+            return
+        self.pieces.append(event.text)
+        if event.logprob is not None:
+            self.logprobs.append(event.logprob)
+
+
+async def collect(answering: Answering) -> list[Choice]:
+    choices = [Choice() for _ in range(len(answering))]
+    async for index, event in answering.events():
+        choices[index].add(event)
+    return choices

@@ -1,0 +1,98 @@
+"""What chat and text completions share: the envelope, usage, chunks of a stream, and how a request is answered."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
+from gemma3n_onnx.runtime.serve.answering import Choice, ParsedRequest
+from gemma3n_onnx.runtime.serve.model_pool import Served
+from gemma3n_onnx.runtime.serve.service import Service
+
+from .requests import SamplingRequest
+
+Parsed = TypeVar("Parsed", bound=ParsedRequest)
+
+
+class StreamChunks(ABC, Generic[Parsed]):
+    """A `StreamFormat` of completion chunks."""
+
+    object: str
+    prefix: str
+
+    def __init__(self, parsed: Parsed, served: Served, *, with_usage: bool) -> None:
+        self._parsed, self._served, self._with_usage = parsed, served, with_usage
+        self._head = envelope(self.object, self.prefix, served.name)
+        self._choices = [Choice() for _ in range(len(parsed.prompts) * parsed.n)]
+
+    def first(self) -> list[dict[str, Any]]:
+        return []
+
+    def next(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
+        self._choices[index].add(event)
+        return [self._chunk(choice) for choice in self._parts(index, event)]
+
+    def last(self) -> list[dict[str, Any]]:
+        if not self._with_usage:
+            return []
+        return [{**self._head, "choices": [], "usage": usage(self._choices, self._parsed.n)}]
+
+    def _chunk(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+        chunk: dict[str, Any] = {**self._head, "choices": [choice]}
+        return {**chunk, "usage": None} if self._with_usage else chunk
+
+    @abstractmethod
+    def _parts(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
+        """Choices of the chunks to send after an event."""
+
+
+@dataclass(frozen=True)
+class CompletionKind(Generic[Parsed]):
+    """How one kind of completion is read and written."""
+
+    object: str
+    prefix: str
+    read: Callable[[Any, Served], Parsed]
+    choice: Callable[[int, Choice, Parsed, Served], dict[str, Any]]
+    chunks: type[StreamChunks[Parsed]]
+
+
+async def complete(kind: CompletionKind[Parsed], request: SamplingRequest, service: Service, http: Request) -> Response:
+    """The whole answer as JSON, or a stream of chunks."""
+    async with service.held(request.model) as served:
+        parsed = await service.read(kind.read, request, served)
+        if request.stream:
+            return service.stream(parsed, served, kind.chunks(parsed, served, with_usage=request.wants_usage))
+        choices = await service.answer(parsed, served, http)
+    listed = [kind.choice(i, choice, parsed, served) for i, choice in enumerate(choices)]
+    body = {**envelope(kind.object, kind.prefix, served.name), "choices": listed}
+    return JSONResponse({**body, "usage": usage(choices, parsed.n)})
+
+
+def envelope(kind: str, prefix: str, model: str) -> dict[str, Any]:
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
+    """A prompt counts once for its `n` answers."""
+    ends = [choice.end for choice in choices if choice.end is not None]
+    prompt, made = sum(end.prompt_tokens for end in ends[::n]), sum(end.new_tokens for end in ends)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in ends[::n])},
+    }
+
+
+def token_text(token_id: int, served: Served) -> str:
+    """The text of a single token, as logprobs list it."""
+    return served.model.tokenizer.decode([token_id], skip_special=False)

@@ -1,0 +1,137 @@
+"""What every endpoint shares: acquiring a model, reading a request, answering it whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from gemma3n_onnx.runtime.errors import Gemma3nError
+from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
+
+from .answering import Answering, Choice, ParsedRequest, collect
+from .errors import status_and_body
+from .metrics import Metrics
+from .model_pool import ModelPool, Served
+
+_POLL_SECONDS = 0.25
+_Request = TypeVar("_Request")
+_Parsed = TypeVar("_Parsed", bound=ParsedRequest)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`body_bytes` of one request, `seconds` that it may take, and how many may be `reading` media at once."""
+
+    body_bytes: int = 64 << 20
+    seconds: float = 600.0
+    reading: int = 8
+
+
+class StreamFormat(Protocol):
+    """The chunks of a streamed answer, as JSON values."""
+
+    def first(self) -> Iterable[Any]:
+        """Before the first event."""
+
+    def next(self, index: int, event: TokenEvent | FinishEvent) -> Iterable[Any]:
+        """After an event of the choice `index`."""
+
+    def last(self) -> Iterable[Any]:
+        """After the last event."""
+
+
+class Service:
+    """Acquires models for the duration of a request, and enforces its time limit."""
+
+    def __init__(self, pool: ModelPool, limits: Limits) -> None:
+        self.pool, self.metrics = pool, Metrics(pool)
+        self._limits = limits
+        self._reading = asyncio.Semaphore(limits.reading)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self.pool.close)
+
+    @asynccontextmanager
+    async def held(self, name: str) -> AsyncIterator[Served]:
+        """The model `name`, loaded. A stream outlives this context and retains the model itself."""
+        served = await asyncio.to_thread(self.pool.acquire, name)
+        try:
+            yield served
+        finally:
+            self.pool.release(served)
+
+    async def read(self, reader: Callable[[_Request, Served], _Parsed], request: _Request, served: Served) -> _Parsed:
+        async with self._reading:
+            return await asyncio.to_thread(reader, request, served)
+
+    async def answer(self, parsed: ParsedRequest, served: Served, http: Request) -> list[Choice]:
+        """The complete answer; cancelled when the client disconnects."""
+        answering = self._begin(parsed, served)
+        collecting = asyncio.ensure_future(collect(answering))
+        try:
+            while not collecting.done():
+                await asyncio.wait([collecting], timeout=_POLL_SECONDS)
+                if not collecting.done() and await http.is_disconnected():
+                    raise HTTPException(499, "The client disconnected.")
+            return collecting.result()
+        except Gemma3nError as error:
+            self.metrics.failed(error)
+            raise
+        finally:
+            collecting.cancel()
+            answering.cancel()
+
+    def stream(self, parsed: ParsedRequest, served: Served, chunks: StreamFormat) -> StreamingResponse:
+        answering = self._begin(parsed, served)
+        self.pool.retain(served)
+
+        async def lines() -> AsyncIterator[str]:
+            try:
+                for chunk in chunks.first():
+                    yield _sse(chunk)
+                async for index, event in answering.events():
+                    for chunk in chunks.next(index, event):
+                        yield _sse(chunk)
+                for chunk in chunks.last():
+                    yield _sse(chunk)
+                yield "data: [DONE]\n\n"
+            except Gemma3nError as error:
+                self.metrics.failed(error)
+                yield _sse(status_and_body(error)[1])
+
+        def done() -> None:
+            answering.cancel()
+            self.pool.release(served)
+
+        return _Stream(lines(), done)
+
+    def _begin(self, parsed: ParsedRequest, served: Served) -> Answering:
+        return Answering(parsed, served, time.monotonic() + self._limits.seconds, self.metrics.first_token)
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; `done` is always called, even if the stream never starts."""
+
+    def __init__(self, lines: AsyncIterator[str], done: Callable[[], None]) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._done()
+
+
+def _sse(value: Any) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
