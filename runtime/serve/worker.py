@@ -24,7 +24,7 @@ class ModelWorker:
     """`rows` requests at once, each with its prompt within `context` tokens; `queue` more may wait."""
 
     def __init__(self, model: OnnxGemma3n, rows: int, context: int, queue: int, prefixes: int) -> None:
-        self.context, self._queue_limit = context, queue
+        self.context, self._rows, self._queue_limit = context, rows, queue
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="encoders")
         # While CUDA captures a step, no other thread may allocate memory of the device.
         beside_steps = None if model.engine.provider.captures_steps else self._encoders
@@ -64,7 +64,8 @@ class ModelWorker:
         for request in requests:
             check_context(self.context, len(request.prompt), request.options.max_new_tokens)
         with self._changed:
-            if self._closed or self.waiting + len(requests) > self._queue_limit:
+            free = self._rows - self.running
+            if self._closed or self.waiting + len(requests) > free + self._queue_limit:
                 raise BusyError("Too many requests wait for this model; try again later.")
             self._submitted.extend(requests)
             self._changed.notify()

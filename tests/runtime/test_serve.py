@@ -363,6 +363,9 @@ def test_limits_of_body_time_and_queue(demo_artifact):
         with pytest.raises(openai.APIStatusError, match="longer than this server allows") as caught:
             chat(running, message(LONG_ANSWER), **endless)
         assert caught.value.status_code == 504
+        assert len(chat(running, message(SUM), n=2).choices) == 2, "one runs, one waits"
+        with pytest.raises(openai.RateLimitError, match="Too many requests wait"):
+            chat(running, message(SUM), n=3)
         with ThreadPoolExecutor(8) as pool:
             waits = [pool.submit(chat, running, message(LONG_ANSWER), **endless) for _ in range(8)]
             errors = [wait.exception() for wait in waits]
