@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -56,23 +57,27 @@ class Service:
     def __init__(self, pool: ModelPool, limits: Limits) -> None:
         self.pool, self.metrics = pool, Metrics(pool)
         self._limits = limits
-        self._reading = asyncio.Semaphore(limits.reading)
+        # Requests for a model that is loading wait here, not in a thread each.
+        self._acquiring = {name: asyncio.Lock() for name in pool.folders}
+        self._readers = ThreadPoolExecutor(limits.reading, thread_name_prefix="reader")
 
     async def close(self) -> None:
         await asyncio.to_thread(self.pool.close)
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
     async def held(self, name: str) -> AsyncIterator[Served]:
         """The model `name`, loaded. A stream outlives this context and retains the model itself."""
-        served = await asyncio.to_thread(self.pool.acquire, name)
+        self.pool.manifest(name)
+        async with self._acquiring[name]:
+            served = await asyncio.to_thread(self.pool.acquire, name)
         try:
             yield served
         finally:
             self.pool.release(served)
 
     async def read(self, reader: Callable[[_Request, Served], _Parsed], request: _Request, served: Served) -> _Parsed:
-        async with self._reading:
-            return await asyncio.to_thread(reader, request, served)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, reader, request, served)
 
     async def answer(self, parsed: ParsedRequest, served: Served, http: Request) -> list[Choice]:
         """The complete answer; cancelled when the client disconnects."""
