@@ -34,7 +34,7 @@ def main() -> None:
     if not checkpoint.exists():
         _timed("make-checkpoint", _gemma3n("make-checkpoint", "--size", "e4b", "--output", checkpoint))
     if not artifact.exists():
-        command = _python("export.cli", "main", "--model", checkpoint, "--slice", arguments.slice)
+        command = _python("export.cli.main", "main", "--model", checkpoint, "--slice", arguments.slice)
         _timed("export", [*command, "--precision", arguments.precision, "--output", artifact])
     for section in ("generate", "kv", "multimodal"):
         subprocess.run([sys.executable, __file__, "--section", section, artifact, str(arguments.context)], check=True)

@@ -71,7 +71,7 @@ def parity(options: argparse.Namespace, precision: str) -> bool:
 def exported(options: argparse.Namespace, model: Path, precision: str, output: Path, *others: str) -> Path:
     if not output.exists():
         kind = ("--precision", precision, "--target", options.target)
-        run("export.cli", "--model", model, "--output", output, "--quiet", *kind, *others)
+        run("export.cli.main", "--model", model, "--output", output, "--quiet", *kind, *others)
     return output
 
 

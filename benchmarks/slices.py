@@ -41,7 +41,7 @@ def main() -> None:
         artifact = arguments.workdir / spec.name
         if not artifact.exists():
             options = ("--slice", spec.name, "--precision", arguments.precision, "--quiet", "--output", artifact)
-            run("export.cli", "--model", checkpoint, *options)
+            run("export.cli.main", "--model", checkpoint, *options)
         load = {"provider": "cpu", "threads": arguments.threads, "memory_budget": budget}
         figures.append(measure_apart(artifact, Sizes(1024, 64, 4096), 3, load))
         kept.write_text(json.dumps([asdict(of) for of in figures], indent=1))

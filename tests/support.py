@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gemma3n_onnx.export import cli as export_cli
 from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
+from gemma3n_onnx.export.cli import main as export_cli
 from gemma3n_onnx.runtime.cli import main as runtime_cli
 
 # The fewest layers with both attention types, a reader of a donor, and an own K and V for each type.
@@ -35,8 +35,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 """
 
 ENTRY_POINTS = EntryPoints(
-    EntryPoint(name, f"gemma3n_onnx.export.cli:{function}", runtime_cli.COMMANDS_GROUP)
-    for name, function in (("make-checkpoint", "make_checkpoint"), ("slices", "slices"), ("verify", "verify"))
+    EntryPoint(name, f"gemma3n_onnx.export.{function}", runtime_cli.COMMANDS_GROUP)
+    for name, function in (
+        ("make-checkpoint", "cli.make_checkpoint:make_checkpoint"),
+        ("slices", "cli.slices:slices"),
+        ("verify", "verify.command:verify"),
+    )
 )
 
 

@@ -714,13 +714,16 @@ def test_cuda_where_there_is_none(world: World) -> None:
     assert "no CUDAExecutionProvider" in outcome.err and "gemma3n-onnx[cuda]" in outcome.err
 
 
-def test_an_exporter_without_torch_says_how_to_install_it(small_checkpoint: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.modules['torch'] = None; from gemma3n_onnx.export.cli import main; main()"
+@pytest.mark.parametrize("package", ["torch", "onnx_ir"])
+def test_an_exporter_without_a_package_says_how_to_install_it(
+    small_checkpoint: Path, tmp_path: Path, package: str
+) -> None:
+    code = f"import sys; sys.modules['{package}'] = None; from gemma3n_onnx.export.cli.main import main; main()"
     arguments = ["--model", str(small_checkpoint), "--output", "out"]
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "needs torch" in done.stderr and "gemma3n-onnx[export]" in done.stderr
+    assert f"needs {package}" in done.stderr and "gemma3n-onnx[export]" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -25,7 +25,8 @@ DRIVER = """
 import json, os, shutil, sys, time
 from pathlib import Path
 import onnx_ir as ir
-from gemma3n_onnx.export import cli, pipeline, trace, writer
+from gemma3n_onnx.export import pipeline, trace, writer
+from gemma3n_onnx.export.cli import main as cli
 from gemma3n_onnx.runtime import artifact
 
 decoder, embedding, *arguments = sys.argv[1:]

@@ -81,7 +81,7 @@ def made(folder: Path, size: str, precision: str, peers: Collection[str]) -> Pat
     if not checkpoint.exists():
         ours("runtime.cli.main", "make-checkpoint", "--size", size, "--text-only", "--output", checkpoint)
     if not artifact.exists():
-        ours("export.cli", "--model", checkpoint, "--precision", precision, "--output", artifact)
+        ours("export.cli.main", "--model", checkpoint, "--precision", precision, "--output", artifact)
     if "llama.cpp" in peers and not (file := folder / f"{size}.q4_0.gguf").exists():
         run(folder / "llama/bin/python", HERE / "write_gguf.py", checkpoint, file)
     if "OpenVINO" in peers and not (model := folder / f"{size}-openvino").exists():

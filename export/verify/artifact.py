@@ -35,35 +35,39 @@ class ArtifactParity:
         return "\n".join([describe_decoder(self.decoder), *map(describe_encoder, self.encoders)])
 
 
-def verify_artifact(
-    artifact: Path,
-    model: str,
-    revision: str | None,
-    slice_name: str | None,
-    table: Path | None,
-    provider: str,
-    prompts: int,
-    prompt_tokens: int | None,
-    new_tokens: int,
-    seed: int,
-    modalities: Sequence[str] | None,
-) -> ArtifactParity:
-    """Compares on random inputs; the arguments are the options of `gemma3n verify`.
+@dataclass(frozen=True)
+class VerifyOptions:
+    """The options of `gemma3n verify`. `slice` None: the artifact's own; `modalities` None: all of the artifact's;
+    `prompt_tokens` None: a little more than twice the sliding window."""
+
+    revision: str | None = None
+    slice: str | None = None
+    matformer_config: Path | None = None
+    provider: str = "auto"
+    prompts: int = 2
+    prompt_tokens: int | None = None
+    new_tokens: int = 64
+    seed: int = 0
+    modalities: Sequence[str] | None = None
+
+
+def verify_artifact(artifact: Path, model: str, options: VerifyOptions) -> ArtifactParity:
+    """Compares on random inputs; `model` is the folder or Hub id of the checkpoint.
 
     Raises:
-        ExportOptionError: the artifact lacks one of `modalities`.
+        ExportOptionError: the artifact lacks one of the modalities.
         ExportError: the artifact is not of this checkpoint and slice, or transformers cannot run it.
     """
-    loaded = OnnxGemma3n.from_pretrained(artifact, provider)
-    there = loaded.manifest.modalities
-    wanted = there if modalities is None else modalities
-    if lacking := sorted(set(wanted) - set(there)):
-        raise ExportOptionError(f"{artifact} has no {lacking[0]} to compare; it holds {', '.join(there)}.")
-    checkpoint = Checkpoint.open(model, revision)
-    chosen = slice_name or (None if loaded.manifest.slice == "whole" else loaded.manifest.slice)
-    length = prompt_tokens or 2 * checkpoint.text_config.sliding_window + 5
-    rng = np.random.default_rng(seed)
-    texts = random_prompts(loaded, rng, prompts, length)
-    decoder = verify(loaded, checkpoint, chosen, table, texts, new_tokens)
+    loaded = OnnxGemma3n.from_pretrained(artifact, options.provider)
+    held = loaded.manifest.modalities
+    wanted = held if options.modalities is None else options.modalities
+    if lacking := sorted(set(wanted) - set(held)):
+        raise ExportOptionError(f"{artifact} has no {lacking[0]} to compare; it holds {', '.join(held)}.")
+    checkpoint = Checkpoint.open(model, options.revision)
+    chosen = options.slice or (None if loaded.manifest.slice == "whole" else loaded.manifest.slice)
+    length = options.prompt_tokens or 2 * checkpoint.text_config.sliding_window + 5
+    rng = np.random.default_rng(options.seed)
+    texts = random_prompts(loaded, rng, options.prompts, length)
+    decoder = verify(loaded, checkpoint, chosen, options.matformer_config, texts, options.new_tokens)
     verified = (verify_encoder(loaded, checkpoint, name, rng) for name in ENCODER_MODULES if name in wanted)
     return ArtifactParity(decoder, tuple(verified))

@@ -122,7 +122,7 @@ def test_help_of_the_group_names_every_command(gemma3n, command: str) -> None:
 
 
 def test_a_command_whose_package_is_missing_says_what_to_install(gemma3n, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gemma3n_onnx.export.cli", None)
+    monkeypatch.setitem(sys.modules, "gemma3n_onnx.export.cli.slices", None)
     shown = gemma3n("slices")
     assert shown.code == 1
     assert shown.err.startswith("Error: ") and "gemma3n-onnx[export]" in shown.err
