@@ -41,8 +41,8 @@ class Embedding(nn.Module):
         self.scale = config.hidden_size**0.5
         self.per_layer_rows = config.vocab_size_per_layer_input
         rows = config.vocab_size + (hard_rows.count if hard_rows else 0)
-        self.embed_tokens = EmbeddingTable(rows, config.hidden_size)
-        self.embed_tokens_per_layer = EmbeddingTable(
+        self.embed_tokens = EmbeddingLookup(rows, config.hidden_size)
+        self.embed_tokens_per_layer = EmbeddingLookup(
             self.per_layer_rows, config.num_layers * config.hidden_size_per_layer_input
         )
 
@@ -61,7 +61,7 @@ class Embedding(nn.Module):
         return embeds, self.embed_tokens_per_layer(torch.where(has_row, input_ids, 0)).to(self.compute)
 
 
-class EmbeddingTable(nn.Module):
+class EmbeddingLookup(nn.Module):
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, width))
