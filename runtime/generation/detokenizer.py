@@ -6,8 +6,8 @@ from collections.abc import Sequence, Set
 from typing import Protocol
 
 
-class Tokenizer(Protocol):
-    """What the generation needs of `prompt.tokenizer.Tokenizer`."""
+class TokenDecoder(Protocol):
+    """The part of `prompt.tokenizer.Tokenizer` that detokenization needs."""
 
     @property
     def special_ids(self) -> Set[int]: ...
@@ -17,14 +17,14 @@ class Tokenizer(Protocol):
 
 
 class IncrementalDetokenizer:
-    """Text of token ids as they arrive; the pieces concatenate to `Tokenizer.decode` of all the ids.
+    """Text of token ids as they arrive; the pieces concatenate to `TokenDecoder.decode` of all the ids.
 
     Only byte tokens depend on their neighbours: a run of them decodes as a whole or, if it is not valid
     UTF-8, as one U+FFFD a byte. So a run is held until another token ends it, and every token is decoded
     once.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: TokenDecoder, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._byte_run: list[int] = []

@@ -21,7 +21,7 @@ from gemma3n_onnx.runtime.engine.prefix_cache import WORTH_SHARING, PrefixCache
 from gemma3n_onnx.runtime.errors import ContextLengthError, Gemma3nError
 from gemma3n_onnx.runtime.tokens import PromptTokens, shared_prefix
 
-from .detokenizer import Tokenizer
+from .detokenizer import TokenDecoder
 from .logprobs import TokenLogprob
 from .options import GenerationOptions
 from .result import RowTimings
@@ -131,7 +131,7 @@ class Scheduler:
     def __init__(
         self,
         engine: Engine,
-        tokenizer: Tokenizer,
+        tokenizer: TokenDecoder,
         rows: int,
         capacity: int,
         *,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .detokenizer import IncrementalDetokenizer, Tokenizer
+from .detokenizer import IncrementalDetokenizer, TokenDecoder
 from .stop_strings import StopMatcher
 
 
 class TextAssembler:
     """Detokenizes, and ends the text before a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: TokenDecoder, stop: tuple[str, ...]) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._matcher = StopMatcher(stop)
 
