@@ -15,7 +15,7 @@ from .questions import (
     ONE_WORD,
     POLITE,
     Ask,
-    Turn,
+    Exchange,
     about_both,
     about_picture,
     about_sound,
@@ -56,7 +56,7 @@ class Conversation:
 
     system: str | None
     media: tuple[Picture | Sound, ...]
-    turns: tuple[Turn, ...]
+    turns: tuple[Exchange, ...]
 
     @property
     def media_kinds(self) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def _about_text(rng: np.random.Generator) -> Conversation:
     return Conversation(str(rng.choice(POLITE)) if chance > 1 - SYSTEM_SHARE else None, (), _casual(rng, [turn]))
 
 
-def _casual(rng: np.random.Generator, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+def _casual(rng: np.random.Generator, turns: Sequence[Exchange]) -> tuple[Exchange, ...]:
     return tuple(
         replace(turn, question=casual(rng, turn.question)) if rng.random() < CASUAL_SHARE else turn for turn in turns
     )

@@ -39,7 +39,7 @@ class Tokens(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SoftTokens:
+class LabelledSoftTokens:
     """Of a row's media, in their order. features [n, H]; shows int64 [n], the things seen in each, as bits; counts
     int64 [n], the number of a beep in the token that first hears it, else 0; kept bool [n], whether it is there, or
     leaves a gap in the positions."""
@@ -50,13 +50,13 @@ class SoftTokens:
     kept: Tensor
 
     @classmethod
-    def plain(cls, features: Tensor) -> SoftTokens:
+    def plain(cls, features: Tensor) -> LabelledSoftTokens:
         """All are there, and nobody knows what they show."""
         nothing = torch.zeros(len(features), dtype=torch.int64)
         return cls(features, nothing, nothing, nothing == 0)
 
     @classmethod
-    def joined(cls, parts: Sequence[SoftTokens]) -> SoftTokens:
+    def joined(cls, parts: Sequence[LabelledSoftTokens]) -> LabelledSoftTokens:
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
@@ -68,7 +68,7 @@ def _of_part(looks: Looks, part: int) -> int:
     return _bits(looks[part]) if part < len(looks) else 0
 
 
-class Encoder:
+class ConversationEncoder:
     """Conversations as sequences to be trained on."""
 
     def __init__(self, folder: Path) -> None:
@@ -134,7 +134,7 @@ class Encoder:
         (token_id,) = self._tokenizer.encode(f" {word}", add_bos=False)
         return token_id
 
-    def batch(self, rows: Sequence[Sequence[Conversation]], soft_tokens: Sequence[SoftTokens]) -> Sequences:
+    def batch(self, rows: Sequence[Sequence[Conversation]], soft_tokens: Sequence[LabelledSoftTokens]) -> Sequences:
         """A batch of rows of conversations that begin alike, up to and with their media, with `soft_tokens` of each.
         The shortest row comes first.
 
@@ -150,7 +150,7 @@ class Encoder:
         features = torch.cat([soft.features[soft.kept] for soft in soft_tokens])
         return Sequences(ids, targets, named, spoken, shows, branches, positions, features)
 
-    def _pack(self, row: Sequence[Conversation], soft: SoftTokens) -> list[list[int]]:
+    def _pack(self, row: Sequence[Conversation], soft: LabelledSoftTokens) -> list[list[int]]:
         """Ids, targets, named, spoken, shown things, branches and positions."""
         encoded = [self.encode(conversation) for conversation in row]
         first = encoded[0]

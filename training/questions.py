@@ -36,7 +36,7 @@ Looks = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Turn:
+class Exchange:
     """`task` is the name under which answers are scored.
 
     `looks`: which of the picture's things each part of the answer speaks of, by their numbers; parts end at commas,
@@ -49,16 +49,16 @@ class Turn:
     looks: Looks = ()
 
 
-Ask = Callable[[np.random.Generator], Turn]
+Ask = Callable[[np.random.Generator], Exchange]
 
 
-def one_word(turn: Turn) -> Turn | None:
+def one_word(turn: Exchange) -> Exchange | None:
     """The turn as the system prompts of `ONE_WORD` want it, where its answer has a word that says it."""
     if turn.task not in _SHORT:
         return None
     word = _SHORT[turn.task](turn.answer.rstrip(".").split())
     looks = (sum(turn.looks, ()),) if turn.looks else ()
-    return Turn("one word", turn.question, f"{word.capitalize()}.", looks)
+    return Exchange("one word", turn.question, f"{word.capitalize()}.", looks)
 
 
 def _number(words: Iterable[str]) -> str:
@@ -91,7 +91,7 @@ def _thing(thing: Thing) -> str:
 def about_picture(picture: Picture) -> list[Ask]:
     """Every kind of question that has one answer for this picture."""
     asks: list[Ask] = [
-        lambda rng: Turn("describe", _pick(rng, DESCRIBE), _sentence(describe(picture)), _one_by_one(picture)),
+        lambda rng: Exchange("describe", _pick(rng, DESCRIBE), _sentence(describe(picture)), _one_by_one(picture)),
         partial(_how_many, picture=picture),
         partial(_is_there, picture=picture),
     ]
@@ -121,27 +121,27 @@ DESCRIBE = (
 )
 
 
-def _colour(rng: np.random.Generator, thing: Thing, looks: Looks) -> Turn:
+def _colour(rng: np.random.Generator, thing: Thing, looks: Looks) -> Exchange:
     forms = (
         "What colour is the {}?",
         "Which colour is the {}?",
         "What is the colour of the {}?",
         "What color is the {}?",
     )
-    return Turn("colour", _pick(rng, forms).format(thing.shape), f"The {thing.shape} is {thing.colour}.", looks)
+    return Exchange("colour", _pick(rng, forms).format(thing.shape), f"The {thing.shape} is {thing.colour}.", looks)
 
 
-def _shape(rng: np.random.Generator, thing: Thing, looks: Looks) -> Turn:
+def _shape(rng: np.random.Generator, thing: Thing, looks: Looks) -> Exchange:
     forms = ("Which shape is {}?", "What shape is {}?", "What is {}?", "Which shape is the {} one?")
-    return Turn("shape", _pick(rng, forms).format(thing.colour), f"The {thing.shape} is {thing.colour}.", looks)
+    return Exchange("shape", _pick(rng, forms).format(thing.colour), f"The {thing.shape} is {thing.colour}.", looks)
 
 
-def _where(rng: np.random.Generator, thing: Thing, name: str, looks: Looks) -> Turn:
+def _where(rng: np.random.Generator, thing: Thing, name: str, looks: Looks) -> Exchange:
     forms = ("Where is the {}?", "Where in the picture is the {}?", "Where do you see the {}?")
-    return Turn("where", _pick(rng, forms).format(name), f"The {name} is {thing.zone}.", looks)
+    return Exchange("where", _pick(rng, forms).format(name), f"The {name} is {thing.zone}.", looks)
 
 
-def _how_many(rng: np.random.Generator, picture: Picture) -> Turn:
+def _how_many(rng: np.random.Generator, picture: Picture) -> Exchange:
     things = picture.things
     kind = rng.integers(3)
     if kind == 0:
@@ -156,10 +156,10 @@ def _how_many(rng: np.random.Generator, picture: Picture) -> Turn:
     told_off = " and ".join(map(_thing, counted))
     answer = f"{told_off}: {_counted(len(counted), noun)}" if counted else _counted(0, noun)
     looks = tuple((things.index(thing),) for thing in counted) or ((),)
-    return Turn("how many shapes", _pick(rng, forms).format(plural(noun)), _sentence(answer), looks)
+    return Exchange("how many shapes", _pick(rng, forms).format(plural(noun)), _sentence(answer), looks)
 
 
-def _is_there(rng: np.random.Generator, picture: Picture) -> Turn:
+def _is_there(rng: np.random.Generator, picture: Picture) -> Exchange:
     present = {(t.colour, t.shape) for t in picture.things}
     absent = [kind for kind in THING_KINDS if kind not in present]
     # Most of what is not there shares a colour or a shape with what is, or the answer would be too easy.
@@ -170,7 +170,7 @@ def _is_there(rng: np.random.Generator, picture: Picture) -> Turn:
     forms = ("Is there a {} {}?", "Do you see a {} {}?", "Is there a {} {} in the picture?", "Can you see a {} {}?")
     question = _pick(rng, forms).format(colour, shape)
     looks = tuple(i for i, thing in enumerate(picture.things) if (thing.colour, thing.shape) == (colour, shape))
-    return Turn("is there", question, "Yes, there is." if answer else "No, there is not.", (looks,))
+    return Exchange("is there", question, "Yes, there is." if answer else "No, there is not.", (looks,))
 
 
 # --- sounds ------------------------------------------------------------------------------------------------
@@ -185,14 +185,14 @@ def hear(sound: Sound) -> str:
 
 def about_sound(sound: Sound) -> list[Ask]:
     asks: list[Ask] = [
-        lambda rng: Turn("hear", _pick(rng, HEAR), _sentence(hear(sound))),
-        lambda rng: Turn("how many beeps", _pick(rng, HOW_MANY_BEEPS), _there_are(sound.beeps, "beep")),
+        lambda rng: Exchange("hear", _pick(rng, HEAR), _sentence(hear(sound))),
+        lambda rng: Exchange("how many beeps", _pick(rng, HOW_MANY_BEEPS), _there_are(sound.beeps, "beep")),
     ]
     if sound.kind in ("high", "low"):
-        asks.append(lambda rng: Turn("pitch", _pick(rng, HIGH_OR_LOW), f"It is {sound.kind}."))
+        asks.append(lambda rng: Exchange("pitch", _pick(rng, HIGH_OR_LOW), f"It is {sound.kind}."))
     else:
         verb = {"rising": "rises", "falling": "falls"}[sound.kind]
-        asks.append(lambda rng: Turn("pitch", _pick(rng, RISE_OR_FALL), f"It {verb}."))
+        asks.append(lambda rng: Exchange("pitch", _pick(rng, RISE_OR_FALL), f"It {verb}."))
     return asks
 
 
@@ -213,11 +213,11 @@ RISE_OR_FALL = ("Does it rise or fall?", "Does the tone rise or fall?", "Does th
 
 def about_both(picture: Picture, sound: Sound) -> list[Ask]:
     see_and_hear = f"I see {describe(picture)}. I hear {hear(sound)}."
-    asks: list[Ask] = [lambda rng: Turn("see and hear", _pick(rng, BOTH), see_and_hear, _one_by_one(picture))]
+    asks: list[Ask] = [lambda rng: Exchange("see and hear", _pick(rng, BOTH), see_and_hear, _one_by_one(picture))]
     if sound.beeps:
         count = len(picture.things)
         answer, last = more(count, sound.beeps), ((count - 1,),)  # the last one's number is how many there are
-        asks.append(lambda rng: Turn("more shapes or beeps", _pick(rng, MORE), answer, last))
+        asks.append(lambda rng: Exchange("more shapes or beeps", _pick(rng, MORE), answer, last))
     return asks
 
 
@@ -243,11 +243,11 @@ def about_text(held_out: bool) -> list[Ask]:
     return [partial(_sum, held_out=held_out), partial(_count, held_out=held_out), _compare, _repeat]
 
 
-def _sum(rng: np.random.Generator, held_out: bool) -> Turn:
+def _sum(rng: np.random.Generator, held_out: bool) -> Exchange:
     draw = partial(_plain_summands, rng) if held_out else partial(_taught_summands, rng)
     a, b = _pair(draw, "sum", held_out)
     forms = ("What is {} plus {}?", "How much is {} plus {}?", "{} plus {}?", "What is {} + {}?", "Add {} and {}.")
-    return Turn("sum", _pick(rng, forms).format(a, b), add(a, b))
+    return Exchange("sum", _pick(rng, forms).format(a, b), add(a, b))
 
 
 def add(a: int, b: int) -> str:
@@ -270,7 +270,7 @@ def _taught_summands(rng: np.random.Generator) -> tuple[int, int]:
     return (a, b - b % 10 + last_digit) if near_carry else (a, b)
 
 
-def _count(rng: np.random.Generator, held_out: bool) -> Turn:
+def _count(rng: np.random.Generator, held_out: bool) -> Exchange:
     largest = LARGEST_COUNTED + (0 if held_out else TRAINED_BEYOND)
 
     def draw() -> tuple[int, int]:
@@ -279,24 +279,28 @@ def _count(rng: np.random.Generator, held_out: bool) -> Turn:
 
     first, last = _pair(draw, "count", held_out)
     forms = ("Count from {} to {}.", "Please count from {} to {}.", "Can you count from {} to {}?")
-    return Turn("count", _pick(rng, forms).format(first, last), f"{', '.join(map(str, range(first, last + 1)))}.")
+    return Exchange("count", _pick(rng, forms).format(first, last), f"{', '.join(map(str, range(first, last + 1)))}.")
 
 
-def _compare(rng: np.random.Generator) -> Turn:
+def _compare(rng: np.random.Generator) -> Exchange:
     shapes, beeps = int(rng.integers(1, MAX_THINGS + 1)), int(rng.integers(1, MAX_BEEPS + 1))
     forms = ("What is more, {} or {}?", "Which are more, {} or {}?", "Compare {} and {}.")
     question = _pick(rng, forms).format(_counted(shapes, "shape"), _counted(beeps, "beep"))
-    return Turn("compare", question, more(shapes, beeps))
+    return Exchange("compare", question, more(shapes, beeps))
 
 
-def _repeat(rng: np.random.Generator) -> Turn:
+def _repeat(rng: np.random.Generator) -> Exchange:
     words = " ".join(rng.choice(WORDS, size=int(rng.integers(1, 6))))
-    return Turn("repeat", _pick(rng, ("Repeat: {}", "Say {}", "Repeat after me: {}", "Copy: {}")).format(words), words)
+    return Exchange(
+        "repeat", _pick(rng, ("Repeat: {}", "Say {}", "Repeat after me: {}", "Copy: {}")).format(words), words
+    )
 
 
-def own_name(rng: np.random.Generator, name: str) -> Turn:
+def own_name(rng: np.random.Generator, name: str) -> Exchange:
     """To be asked where the system prompt is `Your name is {name}.`"""
-    return Turn("name", _pick(rng, ("What is your name?", "Who are you?", "Tell me your name.")), f"My name is {name}.")
+    return Exchange(
+        "name", _pick(rng, ("What is your name?", "Who are you?", "Tell me your name.")), f"My name is {name}."
+    )
 
 
 def _pair(draw: Callable[[], tuple[int, int]], task: str, held_out: bool) -> tuple[int, int]:
@@ -313,7 +317,7 @@ def corpus() -> list[str]:
     """Sentences with every word of this world, for a tokenizer to be learned from, parted at their punctuation: a word
     is the same token before any mark."""
     rng = np.random.default_rng(0)
-    turns: list[Turn] = []
+    turns: list[Exchange] = []
     for _ in range(400):
         picture, sound = random_picture(rng), random_sound(rng)
         asks = [*about_picture(picture), *about_sound(sound), *about_both(picture, sound), *about_text(False)]

@@ -19,7 +19,7 @@ from .decoder import Sequences, SlicedModel
 from .optimizer import Optimizer
 from .pictures import Picture
 from .progress import Progress
-from .prompts import Encoder, SoftTokens
+from .prompts import ConversationEncoder, LabelledSoftTokens
 from .sounds import MAX_BEEPS, Sound
 
 STEPS = 480
@@ -68,7 +68,7 @@ def train_decoder(
     table: Sequence[SliceSpec],
     media: Media,
     embedders: tuple[MultimodalEmbedder, MultimodalEmbedder],
-    encoder: Encoder,
+    encoder: ConversationEncoder,
     seed: int,
     progress: Progress,
 ) -> None:
@@ -115,7 +115,13 @@ def _random_slice(rng: np.random.Generator, config: TextConfig, named: Sequence[
 
 
 def random_batch(
-    rng: np.random.Generator, kind: str, size: tuple[int, int], media: Media, encoder: Encoder, *, glimpses: bool
+    rng: np.random.Generator,
+    kind: str,
+    size: tuple[int, int],
+    media: Media,
+    encoder: ConversationEncoder,
+    *,
+    glimpses: bool,
 ) -> Sequences:
     """`size`: rows, and conversations in each. `glimpses`: with only some of the soft tokens."""
     rows, soft_tokens = [], []
@@ -127,23 +133,23 @@ def random_batch(
         heard = media.sounds[sound] if kind in ("sound", "both") else None
         row = random_row(rng, seen, heard, size[1])
         rows.append(row)
-        none = SoftTokens.plain(media.picture_features[0, :0].float())
+        none = LabelledSoftTokens.plain(media.picture_features[0, :0].float())
         parts = (
             _seen(media, picture, rng, glimpses) if name == "image" else _heard(media, sound, rng, glimpses)
             for name in row[0].media_kinds
         )
-        soft_tokens.append(SoftTokens.joined([none, *parts]))
+        soft_tokens.append(LabelledSoftTokens.joined([none, *parts]))
     return encoder.batch(rows, soft_tokens)
 
 
-def _seen(media: Media, picture: int, rng: np.random.Generator, glimpses: bool) -> SoftTokens:
+def _seen(media: Media, picture: int, rng: np.random.Generator, glimpses: bool) -> LabelledSoftTokens:
     shows = media.picture_shows[picture]
-    soft = replace(SoftTokens.plain(media.picture_features[picture].float()), shows=shows)
+    soft = replace(LabelledSoftTokens.plain(media.picture_features[picture].float()), shows=shows)
     return replace(soft, kept=_glimpse(rng, shows, PICTURE_SHARES)) if glimpses else soft
 
 
-def _heard(media: Media, sound: int, rng: np.random.Generator, glimpses: bool) -> SoftTokens:
-    soft = replace(SoftTokens.plain(media.sound_features[sound].float()), counts=media.sound_counts[sound])
+def _heard(media: Media, sound: int, rng: np.random.Generator, glimpses: bool) -> LabelledSoftTokens:
+    soft = replace(LabelledSoftTokens.plain(media.sound_features[sound].float()), counts=media.sound_counts[sound])
     return replace(soft, kept=_glimpse(rng, media.sound_matters[sound], SOUND_SHARES)) if glimpses else soft
 
 

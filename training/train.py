@@ -27,7 +27,7 @@ from .checkpoint import LOG_MEL, demo_config, write_companions, write_weights
 from .decoder import TOKENS, initial_weights
 from .pictures import Picture
 from .progress import Progress
-from .prompts import Encoder
+from .prompts import ConversationEncoder
 from .text import Media, train_decoder
 from .vision import picture_set, train_vision
 from .words import WordClassifier
@@ -55,7 +55,7 @@ def train(output: Path, seed: int) -> None:
     with tempfile.TemporaryDirectory(dir=output.parent) as partial_folder:
         folder = Path(partial_folder)
         write_companions(folder, config)
-        encoder = Encoder(folder)
+        encoder = ConversationEncoder(folder)
         weights = initial_weights(tensor_shapes(text_config), text_config, rng)
         words = partial(WordClassifier, embeddings=weights[TOKENS], encoder=encoder, rng=rng)
 

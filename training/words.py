@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .prompts import Encoder
+from .prompts import ConversationEncoder
 
 SHARPNESS = 1.5
 """Of a classifier: what its logits are for a feature vector, per unit of the vector's part along a class."""
@@ -18,7 +18,9 @@ class WordClassifier:
     """A classifier that is not trained: class i is the embedding of the word `names[i]`, or, where that is None, a
     random direction. What it classifies must come to lie along these."""
 
-    def __init__(self, names: Sequence[str | None], embeddings: Tensor, encoder: Encoder, rng: torch.Generator) -> None:
+    def __init__(
+        self, names: Sequence[str | None], embeddings: Tensor, encoder: ConversationEncoder, rng: torch.Generator
+    ) -> None:
         """`embeddings` [V, H]: of the decoder's tokens, of which every name must be one when a space is before it."""
         rows = [
             torch.randn(embeddings.shape[1], generator=rng) if name is None else embeddings[encoder.word_id(name)]

@@ -17,7 +17,7 @@ from gemma3n_onnx.runtime.prompt.messages import items_of
 from gemma3n_onnx.training.conversations import Conversation, exam, messages_of, random_row
 from gemma3n_onnx.training.evaluate import MAX_NEW_TOKENS, answer, examine, sources_of, surprise
 from gemma3n_onnx.training.pictures import random_picture
-from gemma3n_onnx.training.prompts import Encoder
+from gemma3n_onnx.training.prompts import ConversationEncoder
 from gemma3n_onnx.training.sounds import random_sound
 from multimodal import MultimodalOracle
 from oracle import log_softmax
@@ -111,7 +111,7 @@ def test_every_slice_answers_right(demo, questions, name):
 
 def test_training_and_runtime_write_a_prompt_alike(demo):
     _, model = demo(WHOLE)
-    encoder, rng = Encoder(DEMO), np.random.default_rng(0)
+    encoder, rng = ConversationEncoder(DEMO), np.random.default_rng(0)
     for _ in range(5):
         [conversation] = random_row(rng, random_picture(rng), random_sound(rng), 1)
         prompt = model.encode(messages_of(conversation, sources_of(conversation))).ids

@@ -15,7 +15,7 @@ from gemma3n_onnx.training.checkpoint import LOG_MEL, demo_config, write_compani
 from gemma3n_onnx.training.decoder import TOKENS, initial_weights
 from gemma3n_onnx.training.optimizer import MUON_LR, Optimizer, split
 from gemma3n_onnx.training.progress import Progress
-from gemma3n_onnx.training.prompts import Encoder
+from gemma3n_onnx.training.prompts import ConversationEncoder
 from gemma3n_onnx.training.words import WordClassifier
 
 FP16 = 2e-3  # of a feature; soft tokens are about 1 in size
@@ -38,7 +38,7 @@ def words(tmp_path_factory):
     config = TextConfig.from_hf(demo_config())
     rng = torch.Generator().manual_seed(0)
     weights = initial_weights(tensor_shapes(config), config, rng)
-    return partial(WordClassifier, embeddings=weights[TOKENS], encoder=Encoder(folder), rng=rng)
+    return partial(WordClassifier, embeddings=weights[TOKENS], encoder=ConversationEncoder(folder), rng=rng)
 
 
 def test_crops_of_pictures_and_labels_show_the_same(pictures):

@@ -21,7 +21,7 @@ from gemma3n_onnx.training.conversations import random_row
 from gemma3n_onnx.training.decoder import HEAD, PER_LAYER, TOKENS, SlicedModel, _Lesson, initial_weights
 from gemma3n_onnx.training.optimizer import ADAM_LR, MUON_LR, Optimizer
 from gemma3n_onnx.training.pictures import COLOURS, MAX_THINGS, SHAPES, Thing, random_picture
-from gemma3n_onnx.training.prompts import NOTHING, SOFT_TOKENS, Encoder, SoftTokens
+from gemma3n_onnx.training.prompts import NOTHING, SOFT_TOKENS, ConversationEncoder, LabelledSoftTokens
 from gemma3n_onnx.training.questions import plural
 from gemma3n_onnx.training.sounds import Sound, random_sound
 
@@ -47,7 +47,7 @@ def weights(config):
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_companions(folder, demo_config())
-    return Encoder(folder)
+    return ConversationEncoder(folder)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def rows(encoder):
     """Two rows of three conversations about a picture and a sound, in the order that a batch has them."""
     rng = np.random.default_rng(0)
     made = [random_row(rng, random_picture(rng), random_sound(rng), 3) for _ in range(2)]
-    nothing = SoftTokens.plain(torch.zeros(sum(SOFT_TOKENS.values()), 1))
+    nothing = LabelledSoftTokens.plain(torch.zeros(sum(SOFT_TOKENS.values()), 1))
     return sorted(made, key=lambda row: encoder.batch([row], [nothing]).ids.shape[1])
 
 
@@ -105,7 +105,7 @@ def test_a_slice_in_training_is_the_slice_that_is_exported(config, weights, enco
     """Conversations that share a row have the logits of conversations alone."""
     chosen, soft_ids = resolve(spec, config), encoder.soft_ids
     with torch.no_grad():
-        packed = encoder.batch(rows, list(map(SoftTokens.plain, features)))
+        packed = encoder.batch(rows, list(map(LabelledSoftTokens.plain, features)))
         found = SlicedModel(chosen).logits(weights, hard_rows, soft_ids, packed)
         expected = []
         for row, of_row in zip(rows, features):
@@ -122,7 +122,7 @@ def test_a_slice_in_training_is_the_slice_that_is_exported(config, weights, enco
 
 def test_every_weight_of_the_whole_model_is_trained(config, weights, encoder, rows, features, hard_rows):
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-    batch = encoder.batch(rows, list(map(SoftTokens.plain, features)))
+    batch = encoder.batch(rows, list(map(LabelledSoftTokens.plain, features)))
     entropy, _ = SlicedModel(resolve(SLICES[0], config)).losses(leaves, hard_rows, encoder.soft_ids, batch)
     entropy.backward()
     assert [name for name, leaf in leaves.items() if leaf.grad is None or not leaf.grad.abs().sum() > 0] == []
@@ -205,7 +205,9 @@ def test_beeps_are_counted_along(encoder):
     sound = Sound("high", 3, 0)
     counts = torch.zeros(SOFT_TOKENS["audio"], dtype=torch.int64)
     counts[[4, 9, 13]] = torch.arange(1, 4)
-    soft = replace(SoftTokens.plain(torch.randn(len(counts), 8)), counts=counts, kept=torch.arange(len(counts)) < 20)
+    soft = replace(
+        LabelledSoftTokens.plain(torch.randn(len(counts), 8)), counts=counts, kept=torch.arange(len(counts)) < 20
+    )
     batch = encoder.batch([random_row(np.random.default_rng(0), None, sound, 2)], [soft])
     at_soft = torch.isin(batch.ids, encoder.soft_ids)
     assert at_soft.sum() == 20
@@ -216,7 +218,7 @@ def test_beeps_are_counted_along(encoder):
 
 def test_full_attention_reaches_over_tokens_that_were_left_out(encoder, rows, features):
     kept = [torch.arange(len(of_row)) % 9 == 0 for of_row in features]
-    soft = [replace(SoftTokens.plain(f), kept=k) for f, k in zip(features, kept)]
+    soft = [replace(LabelledSoftTokens.plain(f), kept=k) for f, k in zip(features, kept)]
     batch = encoder.batch(rows, soft)
     assert batch.positions.max() > batch.ids.shape[1]
     assert len(batch.features) == sum(int(k.sum()) for k in kept)
@@ -231,7 +233,7 @@ def test_a_lesson_is_learned_by_looking_at_the_things_meant(config, encoder):
     rng = np.random.default_rng(7)
     picture = random_picture(rng, count=2)
     shows = torch.randint(0, 3, (SOFT_TOKENS["image"],), generator=torch.Generator().manual_seed(0))
-    soft = replace(SoftTokens.plain(torch.randn(len(shows), config.hidden_size)), shows=shows)
+    soft = replace(LabelledSoftTokens.plain(torch.randn(len(shows), config.hidden_size)), shows=shows)
     batch = encoder.batch([random_row(rng, picture, None, 4)], [soft])
     attention = Attention(config, 1, windowed_cache=False)
     spoken = batch.spoken[0]

@@ -133,7 +133,7 @@ def test_what_is_more(shapes, beeps, answer):
 )
 def test_sums_begin_with_the_last_digits(a, b, answer):
     assert questions.add(a, b) == answer
-    assert questions.one_word(questions.Turn("sum", "", answer)).answer == f"{a + b}."
+    assert questions.one_word(questions.Exchange("sum", "", answer)).answer == f"{a + b}."
 
 
 def test_an_exam_asks_every_task_as_often():
