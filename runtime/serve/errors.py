@@ -63,11 +63,14 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> JSONResponse:
-        known = {404: f"There is no {request.url.path} here.", 405: f"{request.url.path} takes no {request.method}."}
+        known = {
+            404: f"This server has no endpoint {request.url.path}.",
+            405: f"{request.url.path} does not accept {request.method}.",
+        }
         message = known.get(error.status_code, error.detail)
         return JSONResponse(error_body(message, "invalid_request_error"), error.status_code)
 
     @app.exception_handler(Exception)
     async def of_bug(_: Request, error: Exception) -> JSONResponse:
         log.error("a request failed", exc_info=error)
-        return JSONResponse(error_body("The server failed in this request; its log says why.", "server_error"), 500)
+        return JSONResponse(error_body("The server failed on this request; see its log.", "server_error"), 500)

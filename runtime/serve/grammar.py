@@ -21,23 +21,23 @@ _END_OF_TURN = "<end_of_turn>"
 
 
 class Grammars:
-    """Grammars over one artifact's tokenizer, which is read when the first is made."""
+    """Grammars over the tokenizer of one artifact, which is read on first use."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
 
     def json_of(self, schema: Mapping[str, Any]) -> Callable[[], LogitsProcessor]:
-        """Factory of a per-sequence logits processor that admits compact JSON of `schema`.
+        """Factory of a per-sequence logits processor that allows only compact JSON that matches `schema`.
 
         Raises:
-            OptionError: a schema that is none, or with parts that llguidance does not know.
+            OptionError: the schema is invalid, or uses keywords that llguidance does not support.
         """
         try:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": False})
         except (TypeError, ValueError) as error:
-            raise OptionError(f"The JSON schema cannot be used: {_line(error)}.") from error
+            raise OptionError(f"This JSON schema is not supported: {_line(error)}.") from error
         if told := LLMatcher.validate_grammar(grammar, self._tokenizer):
-            raise OptionError(f"The JSON schema cannot be used: {_line(told)}.")
+            raise OptionError(f"This JSON schema is not supported: {_line(told)}.")
         return lambda: _Grammar(LLMatcher(self._tokenizer, grammar), self._tokenizer.eos_token)
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""The server's counters, for Prometheus."""
+"""Counters in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics(Collector):
-    """Counts are read from the pool at each scrape; a model that was unloaded keeps its totals."""
+    """Reads counts from the pool at each scrape; unloaded models keep their totals."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -25,11 +25,11 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
         self._failures = Counter(
-            "gemma3n_failures", "Answers that failed on the way, by kind of error.", ["kind"], registry=self._registry
+            "gemma3n_failures", "Sequences that failed, by error type.", ["kind"], registry=self._registry
         )
         self._first_token = Histogram(
             "gemma3n_first_token_seconds",
-            "From a request's arrival to its first token.",
+            "Time to first token of a sequence.",
             buckets=_SECONDS,
             registry=self._registry,
         )
@@ -46,8 +46,8 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         loaded = [*self._pool.loaded.values()]
         for name, help_, value_of in (
-            ("gemma3n_requests_running", "Answers being made.", lambda s: s.worker.running),
-            ("gemma3n_requests_waiting", "Answers that wait for a row.", lambda s: s.worker.waiting),
+            ("gemma3n_requests_running", "Sequences being generated.", lambda s: s.worker.running),
+            ("gemma3n_requests_waiting", "Sequences waiting for a row of the KV cache.", lambda s: s.worker.waiting),
             ("gemma3n_model_bytes", "Estimated memory of a model.", lambda s: s.bytes),
         ):
             gauge = GaugeMetricFamily(name, help_, labels=["model"])
@@ -56,9 +56,9 @@ class Metrics(Collector):
             yield gauge
         counts = self._pool.counts()
         for name, help_ in (
-            ("prompt_tokens", "Prompt tokens that were prefilled."),
-            ("cached_tokens", "Prompt tokens that were reused from earlier prompts."),
-            ("new_tokens", "Tokens that were generated."),
+            ("prompt_tokens", "Prompt tokens prefilled."),
+            ("cached_tokens", "Prompt tokens reused from earlier prompts."),
+            ("new_tokens", "Tokens generated."),
             ("cancelled", "Sequences whose client disconnected."),
         ):
             counter = CounterMetricFamily(f"gemma3n_{name}", help_, labels=["model"])

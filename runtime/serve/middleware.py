@@ -20,7 +20,11 @@ class RequireKey:
         if self._may_pass(scope):
             await self._app(scope, receive, send)
             return
-        body = error_body("The API key is missing or wrong.", "authentication_error", "invalid_api_key")
+        body = error_body(
+            "The API key is missing or wrong; send it as Authorization: Bearer KEY.",
+            "authentication_error",
+            "invalid_api_key",
+        )
         await JSONResponse(body, 401)(scope, receive, send)
 
     def _may_pass(self, scope: Scope) -> bool:

@@ -1,4 +1,4 @@
-"""The models that a server offers, by name: loaded at their first request, within a memory budget."""
+"""The models that a server offers, by name. Each is loaded on first use; all share one memory budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .worker import BusyError, ModelWorker
 
 
 class UnknownModelError(Gemma3nError, KeyError):
-    """No artifact of that name is offered."""
+    """The server offers no model of this name."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -29,8 +29,15 @@ class UnknownModelError(Gemma3nError, KeyError):
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Of each model: `rows` answers at once with `context` tokens each, `queue` requests that may wait, and
-    `prefix_cache_size` whose KV caches are kept. `memory_budget`: bytes that all models together may take."""
+    """Limits of a server.
+
+    Attributes:
+        rows: sequences that each model generates at once.
+        context: tokens of one sequence, prompt and answer.
+        queue: sequences of each model that may wait for a row.
+        prefix_cache_size: prompts of each model whose KV caches are kept for reuse.
+        memory_budget: bytes for all loaded models; None for no limit.
+    """
 
     rows: int = 4
     context: int = 4096
@@ -46,7 +53,7 @@ class ServeOptions:
 
 @dataclass
 class Served:
-    """A model in memory; `users` requests need it."""
+    """A loaded model, in use by `users` requests."""
 
     name: str
     model: OnnxGemma3n
@@ -61,7 +68,7 @@ class ModelPool:
     """`load`: arguments of `OnnxGemma3n.from_pretrained`.
 
     Raises:
-        ArtifactError: a folder is no artifact, or two have one name.
+        ArtifactError: a folder is not an artifact, or two folders have the same name.
     """
 
     def __init__(self, folders: list[Path], options: ServeOptions, load: Mapping[str, Any]) -> None:
@@ -72,35 +79,35 @@ class ModelPool:
             manifest, name = load_manifest(folder), folder.resolve().name
             if manifest.logits != "last":
                 raise ArtifactError(
-                    f"{folder} gives logits of all positions; export it with --logits last to serve it."
+                    f"{folder} returns logits of all positions; export it with --logits last to serve it."
                 )
             if name in self.folders:
                 raise ArtifactError(f"{self.folders[name]} and {folder} have the same name; rename one.")
             self.folders[name], self.manifests[name] = folder, manifest
         if not self.folders:
-            raise ArtifactError("There is no artifact to serve; give folders that gemma3n-export wrote.")
+            raise ArtifactError("No artifact to serve; pass folders that gemma3n-export wrote.")
         self.started = int(time.time())
         self.loaded: dict[str, Served] = {}
         self._unloaded: dict[str, Counts] = {}
-        """Totals of models that were unloaded, by name."""
+        """Totals of unloaded models, by name."""
         self._loading: dict[str, int] = {}
-        """Bytes of the models that are being loaded, by name."""
+        """Bytes reserved for models that are loading, by name."""
         self._changed = threading.Condition(threading.RLock())
 
     def manifest(self, name: str) -> Manifest:
-        """Raises UnknownModelError: there is none of that name."""
+        """Raises UnknownModelError: no model of this name."""
         if name not in self.manifests:
-            raise UnknownModelError(f"There is no model {name!r}; there are {', '.join(self.folders)}.")
+            raise UnknownModelError(f"Model {name!r} is not served here; available: {', '.join(self.folders)}.")
         return self.manifests[name]
 
     def acquire(self, name: str) -> Served:
-        """The model, loaded; `release` gives it back. Idle models are unloaded to make room.
+        """Returns the model, loaded, until `release`. Unloads idle models to make room.
 
-        Other models are acquired and released while one loads.
+        While one model loads, others can be acquired and released.
 
         Raises:
-            UnknownModelError: there is none of that name. BusyError: models in use take all the memory.
-            ArtifactError, ProviderError: it cannot be loaded.
+            UnknownModelError: no model of this name. BusyError: models in use fill the memory budget.
+            ArtifactError, ProviderError: the model cannot be loaded.
         """
         manifest = self.manifest(name)
         context = min(self._options.context, manifest.max_context)
@@ -128,14 +135,14 @@ class ModelPool:
         return served
 
     def retain(self, served: Served) -> None:
-        """Counts one more user of a model that is acquired already; waits for nothing."""
+        """Adds a user to a model that is already acquired. Never blocks."""
         self._count(served, 1)
 
     def release(self, served: Served) -> None:
         self._count(served, -1)
 
     def counts(self) -> dict[str, Counts]:
-        """Totals of each model that was ever loaded, by name."""
+        """Totals per model name, including unloaded models."""
         with self._changed:
             totals = dict(self._unloaded)
             for name, served in self.loaded.items():
@@ -143,7 +150,7 @@ class ModelPool:
         return totals
 
     def close(self) -> None:
-        """Waits for models that are being loaded."""
+        """Unloads every model; waits for models that are loading."""
         with self._changed:
             while self._loading:
                 self._changed.wait()
@@ -169,7 +176,7 @@ class ModelPool:
         return Served(name, model, worker, Grammars(self.folders[name], self.manifests[name]), size)
 
     def _make_room(self, size: int) -> list[Served]:
-        """Takes idle models out of the pool until `size` more bytes fit; returns them, to be closed."""
+        """Removes idle models from the pool until `size` more bytes fit. The caller closes the removed ones."""
         removed: list[Served] = []
         if (budget := self._options.memory_budget) is None:
             return removed
@@ -178,7 +185,7 @@ class ModelPool:
         needed = taken + size - budget
         while needed > 0 and (len(removed) < len(self.loaded) or self._loading):
             if not idle:
-                raise BusyError("The models that are answering take all the memory; try again later.")
+                raise BusyError("Every model in memory is in use; try again later.")
             removed.append(idle.pop(0))
             needed -= removed[-1].bytes
         for served in removed:
@@ -199,7 +206,7 @@ def estimated_bytes(manifest: Manifest, rows: int, context: int) -> int:
 
 
 def artifacts_in(folder: Path) -> list[Path]:
-    """The artifacts among the folders in `folder`, by name. ArtifactError: there is no such folder."""
+    """Artifacts directly inside `folder`, sorted by name. Raises ArtifactError if the folder does not exist."""
     if not folder.is_dir():
-        raise ArtifactError(f"There is no folder {folder}; give one that holds artifacts.")
+        raise ArtifactError(f"No such folder: {folder}; pass one that contains artifacts.")
     return sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))

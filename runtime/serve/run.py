@@ -1,4 +1,4 @@
-"""An application, served until it is interrupted."""
+"""Runs the application until it is interrupted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gemma3n_onnx.runtime.errors import OptionError
 
 
 def run_app(app: FastAPI, host: str, port: int) -> None:
-    """Raises OptionError where nothing can listen there."""
+    """Raises OptionError if the address cannot be used."""
     sockets = [_listen(host, port)]
     uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=5)).run(sockets)
 
@@ -24,6 +24,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
     except OSError as error:
-        reason = "another program listens there" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
-        raise OptionError(f"Nothing can be served at {host}:{port}: {reason}; choose others.") from error
+        reason = "another program uses the port" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+        raise OptionError(f"Cannot listen on {host}:{port} ({reason}); choose another host or port.") from error
     return listening

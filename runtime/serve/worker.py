@@ -21,12 +21,12 @@ class BusyError(Gemma3nError, RuntimeError):
 
 
 class ModelWorker:
-    """`rows` requests at once, each with its prompt within `context` tokens; `queue` more may wait."""
+    """Generates `rows` sequences at once, each of up to `context` tokens with its prompt; `queue` more may wait."""
 
     def __init__(self, model: OnnxGemma3n, rows: int, context: int, queue: int, prefixes: int) -> None:
         self.context, self._rows, self._queue_limit = context, rows, queue
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="encoders")
-        # While CUDA captures a step, no other thread may allocate memory of the device.
+        # While CUDA captures a step, no other thread may allocate device memory.
         beside_steps = None if model.engine.provider.captures_steps else self._encoders
         self._scheduler = Scheduler(
             model.engine,
@@ -56,22 +56,22 @@ class ModelWorker:
         return self._scheduler.counts
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """All of them or none.
+        """Submits all of the requests or none.
 
         Raises:
-            BusyError: too many wait. ContextLengthError: one does not fit into a row.
+            BusyError: the queue is full. ContextLengthError: a request does not fit into a row.
         """
         for request in requests:
             check_context(self.context, len(request.prompt), request.options.max_new_tokens)
         with self._changed:
             free = self._rows - self.running
             if self._closed or self.waiting + len(requests) > free + self._queue_limit:
-                raise BusyError("Too many requests wait for this model; try again later.")
+                raise BusyError("The queue of this model is full; try again later.")
             self._submitted.extend(requests)
             self._changed.notify()
 
     def close(self) -> None:
-        """Ends the thread; requests that run or wait fail."""
+        """Stops the thread; running and waiting requests fail."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -104,8 +104,8 @@ class ModelWorker:
 
 
 def to_gemma3n_error(error: Exception) -> Gemma3nError:
-    """An error that a client may read; others are logged."""
+    """The error to show to the client; unexpected errors are logged and hidden."""
     if isinstance(error, Gemma3nError):
         return error
     log.error("a request failed", exc_info=error)
-    return ProviderError("The server failed in this request; its log says why.")
+    return ProviderError("The server failed on this request; see its log.")

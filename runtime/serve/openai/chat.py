@@ -98,14 +98,16 @@ def _grammar(request: ChatRequest, may_call: Sequence[Tool], served: Served) -> 
     wanted = request.response_format
     if may_call and request.tool_choice != "auto":
         if wanted is not None and wanted.type != "text":
-            raise OptionError("A call is JSON of its own; leave response_format out, or set tool_choice to 'none'.")
+            raise OptionError(
+                "response_format cannot be combined with a forced tool call; remove it, or set tool_choice to 'none'."
+            )
         return served.grammars.json_of(tools.schema_of(may_call))
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
         return served.grammars.json_of(ANY_OBJECT)
     if wanted.json_schema is None:
-        raise OptionError("response_format is json_schema and holds no json_schema; give one.")
+        raise OptionError("response_format of type json_schema needs the field json_schema; add it.")
     return served.grammars.json_of(wanted.json_schema.schema_)
 
 

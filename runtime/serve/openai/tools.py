@@ -50,14 +50,14 @@ def described(tools: Sequence[Tool]) -> str:
 
 
 def select_tools(tools: Sequence[Tool], choice: str | NamedTool) -> list[Tool]:
-    """Tools that the model may call. PromptError: the choice names none of them."""
+    """Tools that the model may call. Raises PromptError if the choice names an unknown tool."""
     if isinstance(choice, NamedTool):
         named = [tool for tool in tools if tool.function.name == choice.function.name]
         if not named:
-            raise PromptError(f"tool_choice names {choice.function.name!r}, which is not among the tools; add it.")
+            raise PromptError(f"tool_choice names {choice.function.name!r}, which tools does not define; add it.")
         return named
     if choice == "required" and not tools:
-        raise PromptError("tool_choice is 'required' and there are no tools; give some.")
+        raise PromptError("tool_choice is 'required', but tools is empty; add a tool.")
     return [] if choice == "none" else list(tools)
 
 
@@ -110,10 +110,10 @@ def _is_call(call: Any, names: set[str]) -> bool:
 
 
 def to_plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Messages without tool fields: tools are described in the system prompt, calls and results become text.
+    """Moves tools into the system prompt, and turns calls and results into text.
 
     Raises:
-        PromptError: a call or a result that is not of OpenAI's form.
+        PromptError: a call or a result does not have OpenAI's form.
     """
     made: list[dict[str, Any]] = []
     names: dict[str, str] = {}
@@ -126,7 +126,9 @@ def to_plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Too
         elif role == "tool":
             name = names.get(str(message.get("tool_call_id")))
             if name is None:
-                raise PromptError(f"Message {index} is the result of a call that no message before it makes; add it.")
+                raise PromptError(
+                    f"Message {index} is a tool result, but no earlier message makes this call; add that message."
+                )
             _add(made, "user", RESULT.format(name=name, content=_text_of(content, index)))
         elif role == "user" and isinstance(content, str) and index and messages[index - 1].get("role") == "tool":
             _add(made, "user", content)
@@ -149,7 +151,7 @@ def _call_of(call: Any, index: int) -> str:
         return json.dumps({"name": function["name"], "arguments": json.loads(function["arguments"])})
     except (TypeError, KeyError, ValueError) as error:
         raise PromptError(
-            f"A tool call of message {index} has no function with a name and arguments in JSON; give both."
+            f"A tool call in message {index} needs a function with a name and arguments as JSON; add them."
         ) from error
 
 
@@ -158,7 +160,7 @@ def _text_of(content: Any, index: int) -> str:
         return content
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return "".join(part["text"] for part in content)
-    raise PromptError(f"Message {index} is a tool's result that is not text; give its content as text.")
+    raise PromptError(f"The tool result in message {index} is not text; send its content as text.")
 
 
 def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
