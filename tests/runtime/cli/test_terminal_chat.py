@@ -13,7 +13,7 @@ from gemma3n_onnx.runtime import OnnxGemma3n
 from gemma3n_onnx.runtime.cli.terminal_chat import HELP, TerminalChat, line_history
 from support import run_command
 
-DEMO = Path(__file__).parents[2] / "demo"
+DEMO = Path(__file__).parents[3] / "demo"
 SUM, PLUS = "What is 3 plus 4?", "3 plus 4 is 7.\n"
 
 

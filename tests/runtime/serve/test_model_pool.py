@@ -1,0 +1,58 @@
+"""Several models within a memory budget."""
+
+from __future__ import annotations
+
+import weakref
+
+import openai
+import pytest
+
+from gemma3n_onnx.runtime import ArtifactError, OptionError
+from gemma3n_onnx.runtime.artifact import load_manifest
+from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in, estimated_bytes
+from gemma3n_onnx.runtime.serve.run import run_app
+from serving import E2B, HALF, LONG_ANSWER, SUM, chat, message, serving
+
+
+def test_a_request_chooses_its_slice(server):
+    for name in (E2B, HALF, E2B):
+        answer = chat(server, message(SUM), model=name)
+        assert (answer.model, answer.choices[0].message.content) == (name, "3 plus 4 is 7.")
+    assert {*server.pool.loaded} == {E2B, HALF}
+    listed = {model.id: model for model in server.client.models.list()}
+    assert {*listed} == {E2B, HALF} and listed[HALF].slice == "half"
+    assert server.client.models.retrieve(E2B).id == E2B
+
+
+def test_models_that_rest_make_room(demo_artifact):
+    folders = [demo_artifact(name) for name in ("E2B", "half")]
+    sizes = [estimated_bytes(load_manifest(folder), 1, 512) for folder in folders]
+    options = ServeOptions(rows=1, context=512, memory_budget=max(sizes))
+    engines: list[weakref.ref] = []
+    with serving(folders, options) as running:
+        for name in (E2B, HALF, E2B):
+            assert chat(running, message(SUM), model=name).choices[0].message.content == "3 plus 4 is 7."
+            assert [*running.pool.loaded] == [name]
+            engines.append(weakref.ref(running.pool.loaded[name].model.engine))
+        assert [engine() is None for engine in engines] == [True, True, False], "unloaded models stay in memory"
+        endless = {"logit_bias": {"106": -100, "1": -100}, "max_tokens": 400}
+        stream = chat(running, message(LONG_ANSWER), stream=True, **endless)
+        next(stream)
+        with pytest.raises(openai.RateLimitError, match="Every model in memory is in use"):
+            chat(running, message(SUM), model=HALF)
+        stream.close()
+
+
+def test_what_cannot_be_served(demo_artifact, tmp_path):
+    with pytest.raises(ArtifactError, match="No artifact to serve"):
+        ModelPool([], ServeOptions(), {})
+    with pytest.raises(ArtifactError, match="No such folder"):
+        artifacts_in(tmp_path / "none")
+    folder = demo_artifact("E2B")
+    with pytest.raises(ArtifactError, match="same name"):
+        ModelPool([folder, folder], ServeOptions(), {})
+    assert folder in artifacts_in(folder.parent)
+    with pytest.raises(OptionError, match="--rows is 0"):
+        ServeOptions(rows=0)
+    with pytest.raises(OptionError, match="Cannot listen on"):
+        run_app(None, "192.0.2.1", 80)
