@@ -1,4 +1,4 @@
-"""Gemma 3n on ONNX Runtime. Stands alone on a device: imports nothing of the exporter, and no torch."""
+"""Gemma 3n on ONNX Runtime. Self-contained: imports neither the exporter nor torch."""
 
 from .errors import (
     ArtifactError,

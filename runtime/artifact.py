@@ -1,7 +1,7 @@
-"""The artifact: a folder of graphs, tables and a `manifest.json` that says what they are.
+"""The artifact format: a folder of graphs and tables, described by `manifest.json`.
 
-Owned by the runtime, because the reader decides what it can read; the exporter fills in the same
-dataclasses. Everything the runtime needs to know about a model is here, and nothing is recomputed.
+The runtime owns these dataclasses and the exporter fills them in. They hold everything that the runtime needs to know
+about a model; it recomputes nothing.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ MANIFEST = "manifest.json"
 
 INPUTS_EMBEDS, PER_LAYER_INPUTS = "inputs_embeds", "per_layer_inputs"
 POSITION_IDS, ATTENTION_MASK = "position_ids", "attention_mask"
-"""Inputs of a decoder beside its KV caches, whose names are in the manifest."""
+"""Decoder inputs, without the KV caches, whose names are in the manifest."""
 LOGITS = "logits"
 NEXT_TOKEN, NEXT_LOGIT = "next_token", "next_logit"
-"""Outputs [B, 1, 1] of a decoder that chooses the likeliest token itself: its id, and its logit."""
+"""Outputs [B, 1, 1] of a decoder with a built-in argmax: the most likely token's id and logit."""
 
 _NO_PACKING = "session.disable_prepacking"
 _CPU_SESSION_CONFIG = {
-    # Float weights stay in the mapped file; packing would copy each of them into private memory.
+    # Float weights stay memory-mapped; prepacking would copy each of them into private memory.
     _NO_PACKING: "1",
-    # Narrow weights are widened once, at load. The default limit leaves a large head to every step.
+    # Constant folding widens fp16 and bf16 weights at load. Above the default limit, a head is widened at every step.
     "optimization.constant_folding_max_output_size_in_bytes": str(1 << 40),
 }
 
 
 def cpu_session_config(quantized: bool) -> dict[str, str]:
-    """Session configuration of an artifact's graphs on the CPU; quantized weights are fast in packed form only."""
+    """CPU session configuration of an artifact's graphs; quantized weights are prepacked (slow otherwise)."""
     return {key: value for key, value in _CPU_SESSION_CONFIG.items() if key != _NO_PACKING or not quantized}
 
 
@@ -69,8 +69,8 @@ class GraphInfo:
 class CacheInfo:
     """One KV cache: two buffers [batch, kv_heads, capacity, head_dim], each bound as past and as present.
 
-    `window` positions are kept where it is set (see `kv_window`), all of them where it is None. Attention sees the last
-    `attention_window`, or all.
+    The cache keeps `window` positions (see `kv_window`), or all if None. Attention covers the last `attention_window`
+    positions, or all if None.
     """
 
     layer: int
@@ -87,10 +87,10 @@ class CacheInfo:
 
 @dataclass(frozen=True)
 class TableInfo:
-    """A raw row-major file of `rows` x `width` values. A row read is multiplied by `scale`.
+    """A raw row-major file of `rows` x `width` values; rows are multiplied by `scale` when read.
 
-    Of `int4` and `int8` the file holds codes from 0 on, the first of two in the low bits, and from `scales_offset`
-    bytes on a scale in fp16 for every `block` values of a row; a value is its scale times code minus 8 or 128.
+    With `int4` or `int8`, the file has unsigned codes (int4: two a byte, the first in the low bits), then, at byte
+    `scales_offset`, an fp16 scale for every `block` values of a row. A value is scale * (code - 8), or - 128 for int8.
     """
 
     file: str
@@ -114,8 +114,8 @@ class TableInfo:
 
 @dataclass(frozen=True)
 class QuantizationInfo:
-    """How a matrix is quantized: `block` values of a row, or all of them where it is None, share a scale, and a zero
-    point in some methods."""
+    """How a matrix is quantized: each `block` values of a row (None: the whole row) share a scale and, in some
+    methods, a zero point."""
 
     bits: int
     block: int | None
@@ -124,7 +124,7 @@ class QuantizationInfo:
 
 @dataclass(frozen=True)
 class SoftTokens:
-    """How one image or clip stands in a prompt's text: `prefix`, `count` times `token`, `suffix`."""
+    """The prompt text of one image or clip: `prefix`, `count` times `token`, `suffix`."""
 
     token: str
     token_id: int
@@ -135,10 +135,10 @@ class SoftTokens:
 
 @dataclass(frozen=True)
 class VisionInfo:
-    """The vision encoder and how an image becomes its input: a square of `image_sizes`, values times `rescale`.
+    """The vision encoder and its preprocessing: images are resized to a square, one of `image_sizes`, and multiplied
+    by `rescale`.
 
-    `compute_dtype` is that of its products, between which it computes in fp32; weights are stored in it too unless it
-    is fp32."""
+    Matrix products run in `compute_dtype`, everything else in fp32. Weights are stored in it too, unless it is fp32."""
 
     graph: GraphInfo
     soft_tokens: SoftTokens
@@ -150,7 +150,7 @@ class VisionInfo:
 
 @dataclass(frozen=True)
 class LogMelInfo:
-    """The front end of the audio encoder; lengths in samples."""
+    """The audio encoder's log-mel front end; lengths are in samples."""
 
     sample_rate_hz: int
     frame_length: int
@@ -167,7 +167,7 @@ class LogMelInfo:
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """The audio encoder and its front end; `compute_dtype` as of `VisionInfo`."""
+    """The audio encoder and its front end; `compute_dtype` as in `VisionInfo`."""
 
     graph: GraphInfo
     soft_tokens: SoftTokens
@@ -183,7 +183,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """`text` is the decoder with its tables, `effective` leaves the two embedding tables out; 0 for no encoder."""
+    """`text` counts the decoder with its tables, `effective` excludes both embedding tables; no encoder counts 0."""
 
     text: int
     effective: int
@@ -195,12 +195,12 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`token_embeddings` has `vocab_size` rows, then those of the ids from `first_hard_token_id` on, if any.
+    """`token_embeddings` has `vocab_size` rows, then the hard rows of the ids from `first_hard_token_id` on, if any.
 
-    `quantization` names the matrices of decoder and tables that are quantized; the others are stored as `storage`.
-    `prefill`: a decoder without logits that is faster with prompts, its matrices in int8. `candidates`: the graph that
-    takes the likeliest of logits on a device. `step_bytes`: of weights that
-    a decode step reads, as they are in memory. `mmlu`: the published figure of the slice, in percent.
+    `quantization` lists the quantized matrices; all others are stored as `storage`. `prefill`: a decoder without
+    logits and with int8 matrices, faster on prompts. `candidates`: the graph that selects the top logits on the
+    device. `step_bytes`: bytes in memory of the weights that a decode step reads. `mmlu`: the slice's published MMLU,
+    in percent.
     """
 
     format: str
@@ -258,7 +258,7 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactNotFoundError(
-            f"{folder} holds no {MANIFEST}, so it is not an exported artifact; export one with gemma3n-export."
+            f"{folder} has no {MANIFEST}, so it is not an exported artifact; export one with gemma3n-export."
         )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -271,7 +271,7 @@ def load_manifest(folder: Path) -> Manifest:
     version = str(data.get("format_version"))
     if version.split(".", maxsplit=1)[0] != FORMAT_VERSION.split(".", maxsplit=1)[0]:
         raise ArtifactError(
-            f"{path} has format version {version} and this runtime reads {FORMAT_VERSION}; "
+            f"{path} has format version {version}, but this runtime reads {FORMAT_VERSION}; "
             "install the matching gemma3n-onnx or export the artifact again."
         )
     manifest = _parse(Manifest, data, str(path))
@@ -285,7 +285,7 @@ def load_manifest(folder: Path) -> Manifest:
             raise ArtifactError(f"{folder} lacks the file {name}; copy it again or export the artifact again.")
         if (found := file.stat().st_size) != info.bytes:
             raise ArtifactError(
-                f"{file} has {found:,} bytes and its manifest says {info.bytes:,}; "
+                f"{file} has {found:,} bytes, but the manifest says {info.bytes:,}; "
                 "copy it again or export the artifact again."
             )
     _check_consistency(manifest, path)
@@ -298,10 +298,10 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def verify_checksums(folder: Path, manifest: Manifest, progress: Callable[[str, int], None] | None = None) -> None:
-    """Reads every file and compares its SHA-256; `progress(file, bytes)` is called as it reads.
+    """Verifies the SHA-256 of every file; calls `progress(file, bytes)` while it reads.
 
     Raises:
-        ArtifactError: names the first file whose content is not what was exported.
+        ArtifactError: a file differs from what was exported; the message names the first.
     """
     for name, info in manifest.files.items():
         digest = hashlib.sha256()
@@ -329,9 +329,9 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
             raise ArtifactError(f"{path}: {complaint}; export the artifact again.")
 
     for name in ("num_layers", "vocab_size", "max_context"):
-        require(getattr(manifest, name) > 0, f"{name} is {getattr(manifest, name)}, and must be positive")
+        require(getattr(manifest, name) > 0, f"{name} is {getattr(manifest, name)}, but must be positive")
     for token_id in (manifest.bos_token_id, manifest.pad_token_id, *manifest.eos_token_ids):
-        require(0 <= token_id < manifest.vocab_size, f"token id {token_id} is not within the vocabulary")
+        require(0 <= token_id < manifest.vocab_size, f"token id {token_id} is outside the vocabulary")
     for graph in filter(None, (manifest.decoder, manifest.embedding, manifest.prefill)):
         require(graph.file in manifest.files, f"the graph {graph.file!r} is not among the files")
     for table in (manifest.token_embeddings, manifest.per_layer_embeddings):
@@ -348,25 +348,25 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
             needed += table.rows * table.scale_row_bytes
         require(
             needed == found,
-            f"the table {table.file} of {table.rows} x {table.width} {table.dtype} values takes {needed:,} bytes "
-            f"and the file has {found:,}",
+            f"the table {table.file} of {table.rows} x {table.width} {table.dtype} values takes {needed:,} bytes, "
+            f"but the file has {found:,}",
         )
     rows = 2 * manifest.vocab_size - manifest.first_hard_token_id
     require(
         rows == manifest.token_embeddings.rows,
-        f"vocab_size is {manifest.vocab_size}, the hard tokens begin at {manifest.first_hard_token_id}, and the token "
-        f"table has {manifest.token_embeddings.rows} rows",
+        f"the token table has {manifest.token_embeddings.rows} rows, which does not match vocab_size "
+        f"{manifest.vocab_size} and first_hard_token_id {manifest.first_hard_token_id}",
     )
     for name in ("vision", "audio"):
         require(
             (name in manifest.encoders) == (name in manifest.modalities),
-            f"the modalities are {manifest.modalities}, which does not fit {name}",
+            f"the modalities {manifest.modalities} do not match the {name} encoder",
         )
     for name, encoder in manifest.encoders.items():
         require(encoder.graph.file in manifest.files, f"the graph {encoder.graph.file!r} is not among the files")
         soft = encoder.soft_tokens
-        require(0 <= soft.token_id < manifest.vocab_size, f"the soft token {soft.token_id} is not a token")
-        require(soft.count > 0 and bool(soft.token), f"there are {soft.count} {name} soft tokens")
+        require(0 <= soft.token_id < manifest.vocab_size, f"soft token {soft.token_id} is outside the vocabulary")
+        require(soft.count > 0 and bool(soft.token), f"{name} has {soft.count} soft tokens {soft.token!r}")
     for cache in manifest.caches:
         require(cache.dtype in FLOAT_DTYPES, f"the cache of layer {cache.layer} has the unknown dtype {cache.dtype!r}")
         sizes = (cache.kv_heads, cache.head_dim, 1 if cache.window is None else cache.window)
@@ -374,7 +374,7 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
-    """`value`, decoded from JSON, as the type `kind`; every mismatch is an ArtifactError that says where."""
+    """`value`, decoded from JSON, as the type `kind`; a mismatch raises ArtifactError with its place."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
@@ -404,4 +404,4 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
 
 
 def _mismatch(where: str, wanted: str, value: Any) -> ArtifactError:
-    return ArtifactError(f"{where} is {value!r} and should be {wanted}; export the artifact again.")
+    return ArtifactError(f"{where} is {value!r} but must be {wanted}; export the artifact again.")

@@ -1,4 +1,4 @@
-"""A conversation that keeps its KV cache: each turn prefills only the tokens that the cache does not hold yet."""
+"""A conversation that keeps its KV cache: each turn prefills only tokens that are not in it yet."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .tokens import PromptTokens
 
 
 class Chat:
-    """Made by `OnnxGemma3n.chat`. `messages` is the conversation so far, its media as they were read.
+    """Created by `OnnxGemma3n.chat`. `messages` is the conversation so far, with its media decoded.
 
-    The model's own tokens stay in the cache as they were generated; text is tokenized once.
+    Later turns reuse the generated token ids if these decode to the reply; all other text is tokenized.
     """
 
     def __init__(self, engine: Engine, prompts: PromptEncoder, system: str | None) -> None:
@@ -30,7 +30,7 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the conversation but the system prompt."""
+        """Drops the conversation, except the system prompt."""
         self.messages: list[dict[str, Any]] = []
         if self._system is not None:
             self.messages.append({"role": "system", "content": self._system})
@@ -46,9 +46,9 @@ class Chat:
         return turn.result
 
     def stream(self, content: str | Sequence[Mapping[str, Any]], **options: Any) -> Turn:
-        """The same as pieces of text; a turn that is not iterated to its end is forgotten.
+        """Like `send`, but streams pieces of text; a turn that is not iterated to its end is dropped.
 
-        PromptError: while iterating, when the turn has ended, by itself or by the next one.
+        Iterating raises PromptError once the turn has ended or a later one has started.
         """
         chosen, media = read_options(options)
         messages = self._prompts.read([*self.messages, {"role": "user", "content": content}], media)
@@ -62,7 +62,7 @@ class Chat:
         return self._current
 
     def _encode(self, rendered: str) -> list[int]:
-        """Ids of the whole conversation; the model's turns by the ids that it generated."""
+        """Token ids of the whole conversation, with the model's turns as generated."""
         tokenizer = self._prompts.tokenizer
         if self._transcript is not None:
             text, ids = self._transcript
@@ -71,19 +71,19 @@ class Chat:
         return tokenizer.encode(rendered, add_bos=True)
 
     def _ready_scheduler(self) -> Scheduler:
-        """One row, which keeps the tokens of the conversation from turn to turn."""
+        """A scheduler with one row, which keeps the conversation's tokens between turns."""
         if self._scheduler is None:
             context = self._engine.manifest.max_context
             self._scheduler = Scheduler(self._engine, self._prompts.tokenizer, rows=1, capacity=context)
         return self._scheduler
 
     def _require_current(self, turn: Turn) -> None:
-        """One row serves one turn at a time."""
+        """Raises PromptError if `turn` is not the current one: the row serves one turn at a time."""
         if self._current is not turn:
-            raise PromptError("This turn has ended, by itself or by the next one; send its message again.")
+            raise PromptError("This turn has ended or a later one has started; send its message again.")
 
     def _record(self, turn: Turn) -> None:
-        """A turn has ended: keeps its messages and token ids."""
+        """Stores the messages and token ids of a finished turn."""
         result = turn.result
         reply = result.text.strip()
         ids = list(result.token_ids)

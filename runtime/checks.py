@@ -13,7 +13,7 @@ from .errors import OptionError
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is a whole number, of Python or numpy, and no bool."""
+    """Whether it is a Python or numpy integer, but not a bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -25,7 +25,7 @@ def require_integer(name: str, value: Any, low: int, high: float = math.inf) -> 
 
 
 def require_real(name: str, value: Any, accepts: Callable[[float], bool], limits: str) -> None:
-    """Raises OptionError unless `value` is a finite number that `accepts` takes; `limits` says which those are."""
+    """Raises OptionError unless `value` is a finite number that `accepts` takes; `limits` describes the range."""
     is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not (is_number and accepts(float(value))):
         raise OptionError(f"{name} must be a number {limits}, not {value!r}.")

@@ -2,7 +2,7 @@
 
 
 class Gemma3nError(Exception):
-    """Base of every error of this project; its message is one sentence that says what to do."""
+    """Base class of this project's errors; each message is one sentence that says what to do."""
 
 
 class ArtifactError(Gemma3nError, ValueError):
@@ -42,7 +42,7 @@ class MediaNotFoundError(MediaError, FileNotFoundError):
 
 
 class UrlRefusedError(MediaError, PermissionError):
-    """The URL's scheme or address is not one that may be fetched."""
+    """The fetch policy does not allow this URL or file."""
 
 
 class AudioTooLongError(MediaError):
@@ -55,6 +55,6 @@ class PackageMissingError(Gemma3nError, ImportError):
 
 def no_token(largest: float) -> ProviderError:
     return ProviderError(
-        f"The model's logits hold {largest} as their maximum, so no token can be chosen; "
+        f"The largest logit is {largest}, so no token can be chosen; "
         "try another execution provider or another precision."
     )

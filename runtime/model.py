@@ -59,7 +59,7 @@ class OnnxGemma3n:
     >>> chat.send("Who wrote Hamlet?").text
     >>> chat.send("When?", max_new_tokens=32).text
 
-    A `GenerationResult` also has token ids, log-probabilities where asked for, the finish reason and timings. Every
+    A `GenerationResult` also has token ids, log-probabilities if requested, the finish reason and timings. Every
     error that a caller can cause is a `Gemma3nError` whose message says what to do.
     """
 
@@ -97,14 +97,14 @@ class OnnxGemma3n:
         """Loads an exported folder.
 
         Args:
-            provider: "cpu", "cuda", or "auto": CUDA for an artifact made for it where it is installed.
-            threads: of ONNX Runtime; None for one for each physical core.
+            provider: "cpu", "cuda", or "auto": CUDA if the artifact targets it and it is installed, else the CPU.
+            threads: of ONNX Runtime; None for one per physical core.
             prefill_chunk: prompt tokens prefilled at once; smaller chunks use less memory.
             memory_budget: bytes for the decoder's weights. The prefill graph, which doubles them, is loaded at the
                 first long prompt if it fits; by default, if twice its size is free.
             fetch: which files and URLs media may come from, and their size limits.
             prefix_cache_size: prompts whose KV caches are kept for prefix reuse, on the CPU only; `release` frees them.
-            device_id: of the GPU, from 0.
+            device_id: index of the GPU, from 0.
             gpu_memory_limit: bytes of GPU memory for each graph; None is no limit.
             cuda_graphs: capture the decode step as a CUDA graph and replay it.
 
@@ -119,8 +119,8 @@ class OnnxGemma3n:
         tokenizer = Tokenizer.from_folder(folder)
         if (tokens := tokenizer.vocab_size) > manifest.vocab_size:
             raise ArtifactError(
-                f"The tokenizer in {folder} has {tokens:,} tokens and the model {manifest.vocab_size:,}, so they "
-                "do not belong together; export the artifact again."
+                f"The tokenizer in {folder} has {tokens:,} tokens, but the model's vocabulary has "
+                f"{manifest.vocab_size:,}; export the artifact again."
             )
         template = _load_template(folder)
         engine = Engine(
@@ -142,10 +142,10 @@ class OnnxGemma3n:
     @overload
     def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[GenerationResult]: ...
     def generate(self, prompt: Any, **options: Any) -> GenerationResult | list[GenerationResult]:
-        """The answer to a prompt, or a list of them to a batch of prompts of any lengths.
+        """Answers a prompt, or a batch of prompts of any lengths.
 
         Args:
-            prompt: text, a list of messages `{"role", "content"}`, or token ids; or a list of such. Content is
+            prompt: text, a list of messages `{"role", "content"}`, or token ids; or a list of these. Content is
                 text, or parts of type text, image, audio and video, see `MessageReader`.
             options: the fields of `GenerationOptions`, greedy by default, and those of `MediaOptions`.
 
@@ -155,7 +155,7 @@ class OnnxGemma3n:
         Raises:
             PromptError: a prompt that cannot be encoded. MediaError: an image, a clip or a video that cannot be
             read. ContextLengthError: a prompt that is too long. OptionError: an option out of range. All are
-            raised before any graph is run.
+            raised before any graph runs.
         """
         chosen, media = read_options(options)
         batched = _is_batch(prompt)
@@ -204,12 +204,12 @@ class OnnxGemma3n:
         return self.prompts.encode(prompt, media)
 
     def read(self, messages: Sequence[Mapping[str, Any]], media: MediaOptions) -> list[dict[str, Any]]:
-        """Messages as the chat template takes them, their media read."""
+        """Validates messages, reads their media, and returns them in the chat template's form."""
         return self.prompts.read(messages, media)
 
 
 def _is_batch(prompt: Any) -> bool:
-    """A list of prompts, as opposed to one prompt that is a list of messages or of token ids."""
+    """Whether this is a list of prompts rather than one prompt that is a list of messages or token ids."""
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
 
 

@@ -11,10 +11,10 @@ from .media.reader import MediaOptions
 
 
 def read_options(options: Mapping[str, Any]) -> tuple[GenerationOptions, MediaOptions]:
-    """Raises OptionError for an unknown option, as for a bad value."""
+    """Raises OptionError for an unknown option or a bad value."""
     kinds = (GenerationOptions, MediaOptions)
     known = [name for kind in kinds for name in kind.__dataclass_fields__]
     if unknown := sorted(options.keys() - set(known)):
-        raise OptionError(f"Unknown option {unknown[0]!r}; known are {', '.join(known)}.")
+        raise OptionError(f"Unknown option {unknown[0]!r}; use one of {', '.join(known)}.")
     generation, media = ({k: v for k, v in options.items() if k in kind.__dataclass_fields__} for kind in kinds)
     return GenerationOptions(**generation), MediaOptions(**media)

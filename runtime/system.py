@@ -1,6 +1,6 @@
-"""What the operating system tells of memory and mapped files; None, or nothing, where it does not tell.
+"""Memory statistics and mapped files, from the operating system; None or empty if unavailable.
 
-A process is given by its id, and is this one by default. All but the peak are Linux's.
+`process` is a process id, None for this process. All but the peak need Linux.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from pathlib import Path
 
 
 def available_memory_bytes() -> int | None:
-    """Memory of the machine that programs may still take."""
+    """Available memory of the machine."""
     return _sizes("meminfo").get("MemAvailable")
 
 
 def resident_memory_bytes(process: int | None = None) -> int | None:
-    """What of a process is in memory, mapped files included."""
+    """Resident memory of a process, mapped files included."""
     return _sizes(_of(process, "status")).get("VmRSS")
 
 
 def private_memory_bytes(process: int | None = None) -> int | None:
-    """What of a process is in memory and no part of a file."""
+    """Resident memory of a process that is not backed by a file."""
     return _sizes(_of(process, "status")).get("RssAnon")
 
 
 def mapped_memory_bytes(process: int | None = None) -> int | None:
-    """What of the files that a process has mapped is in memory; the system may drop it."""
+    """Resident memory of a process that is backed by mapped files; the kernel may reclaim it."""
     return _sizes(_of(process, "status")).get("RssFile")
 
 
 def peak_memory_bytes() -> int | None:
-    """The largest resident size of this process so far, mapped files included."""
-    # The count that `resource` has begins with what the parent held when it started this process.
+    """Peak resident memory of this process, mapped files included."""
+    # `ru_maxrss` starts from the resident size of the parent when it started this process.
     if peak := _sizes(_of(None, "status")).get("VmHWM"):
         return peak
     try:
@@ -43,7 +43,7 @@ def peak_memory_bytes() -> int | None:
 
 
 def mapped_files() -> list[str]:
-    """The paths of the files that this process has mapped, libraries included; a file may come more than once."""
+    """Paths of the files that this process has mapped, libraries included; may have duplicates."""
     rows = (line.split(maxsplit=5) for line in _lines(_of(None, "maps")))
     return [row[5] for row in rows if len(row) == 6 and row[5].startswith("/")]
 
@@ -53,7 +53,7 @@ def _of(process: int | None, file: str) -> str:
 
 
 def _sizes(file: str) -> dict[str, int]:
-    """The lines `name: number kB` of a file of /proc, in bytes."""
+    """The lines `name: number kB` of a /proc file, in bytes."""
     rows = (line.split() for line in _lines(file))
     return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if row[-1:] == ["kB"]}
 

@@ -13,8 +13,7 @@ import numpy as np
 class SoftTokenSpan:
     """`count` soft tokens from position `start` on: one image or clip.
 
-    `features()` gives their embeddings [count, H] fp32, running the encoder. Spans of equal `key` have equal
-    features.
+    `features()` runs the encoder and returns embeddings [count, H] fp32. Spans with equal `key` have equal features.
     """
 
     start: int
@@ -52,7 +51,7 @@ class PromptTokens:
         return PromptTokens(self.ids, tuple(span.encoded() for span in self.spans))
 
     def after(self, count: int) -> PromptTokens:
-        """The prompt without its first `count` tokens; a span that they cut begins before the rest."""
+        """The prompt without its first `count` tokens; a span that is cut starts at a negative position."""
         rest = (replace(span, start=span.start - count) for span in self.spans)
         return PromptTokens(self.ids[count:], tuple(span for span in rest if span.stop > 0))
 
@@ -62,7 +61,7 @@ class PromptTokens:
         return max((span.stop for span in self.spans), default=0)
 
     def split(self, positions: Iterable[int]) -> list[PromptTokens]:
-        """The prompt split at those of `positions` that lie within it."""
+        """Splits the prompt at the `positions` that lie within it."""
         borders = [0, *sorted({position for position in positions if 0 < position < len(self)}), len(self)]
         return [self.after(start)._first(stop - start) for start, stop in pairwise(borders)]
 
@@ -71,7 +70,7 @@ class PromptTokens:
 
 
 def shared_prefix(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> int:
-    """How many of the first keys are equal."""
+    """Length of the longest common prefix."""
     differing = (i for i, (our, their) in enumerate(zip(ours, theirs)) if our != their)
     return next(differing, min(len(ours), len(theirs)))
 
@@ -79,9 +78,9 @@ def shared_prefix(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> int:
 def fill(
     rows: np.ndarray, first: int, spans: Sequence[SoftTokenSpan], features: Callable[[SoftTokenSpan], np.ndarray]
 ) -> None:
-    """Overwrites rows [S, H], which begin at position `first` of a prompt, with the features of spans.
+    """Overwrites rows [S, H], the prompt's positions from `first` on, with the features of spans.
 
-    `features(span)` gives a span's [count, H] in the dtype of `rows`.
+    `features(span)` returns a span's [count, H] in the dtype of `rows`.
     """
     for span in spans:
         start, stop = max(span.start, first), min(span.stop, first + len(rows))

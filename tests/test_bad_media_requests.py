@@ -147,7 +147,7 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "silence": ("--audio", lambda f: write_wav(f / "a.wav", 0 * tone(1)), "silent"),
     "31 s": ("--audio", lambda f: write_wav(f / "a.wav", tone(31)), 'long_audio="split"'),
     "image as audio": ("--audio", lambda f: file(f, "a.wav", jpeg()), "neither WAV"),
-    "sound as video": ("--video", lambda f: file(f, "a.mp4", sound(tone(1), RATE_HZ, "WAV")), "only sound"),
+    "sound as video": ("--video", lambda f: file(f, "a.mp4", sound(tone(1), RATE_HZ, "WAV")), "only audio"),
 }
 
 

@@ -17,11 +17,11 @@ from .options import load_options
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--prompt-tokens", default=1024, show_default=True)
 @click.option("--new-tokens", default=256, show_default=True)
-@click.option("--context", default=4096, show_default=True, help="Tokens that the KV caches have room for.")
-@click.option("--runs", default=3, show_default=True, help="Medians are taken of so many.")
+@click.option("--context", default=4096, show_default=True, help="KV cache capacity, in tokens.")
+@click.option("--runs", default=3, show_default=True, help="Report medians of this many runs.")
 @load_options
 @click.option("--json", "as_json", is_flag=True)
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="A PNG of speed, memory and MMLU to write.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Plot speed, memory and MMLU to this PNG.")
 def bench(
     artifacts: tuple[Path, ...],
     prompt_tokens: int,
@@ -32,7 +32,7 @@ def bench(
     as_json: bool,
     plot_file: Path | None,
 ) -> None:
-    """Measure speed and memory of the folders ARTIFACTS, each in a process of its own."""
+    """Measure speed and memory of the folders ARTIFACTS, each in its own process."""
     from .measure import Sizes, measure_apart, plot, table
 
     sizes = Sizes(prompt_tokens, new_tokens, context)

@@ -22,11 +22,11 @@ from .terminal_chat import TerminalChat, line_history
 @answer_options
 @load_options
 def chat(artifact: Path, system: str | None, allow_private_urls: bool, load: dict[str, Any], **options: Any) -> None:
-    """Talk with the model in the folder ARTIFACT. /help lists what can be typed beside messages."""
-    read_options(options)  # a bad option is told before a model is loaded
+    """Chat with the model in the folder ARTIFACT. /help lists the commands."""
+    read_options(options)  # reject bad options before loading a model
     model = OnnxGemma3n.from_pretrained(artifact, fetch=FetchPolicy(allow_private=allow_private_urls), **load)
     typed = sys.stdin.isatty()
     if typed:
-        click.echo("/help lists what can be typed beside messages.", err=True)
+        click.echo("/help lists the commands.", err=True)
     with line_history(Path(click.get_app_dir("gemma3n")) / "history") if typed else contextlib.nullcontext():
         TerminalChat(model, system, options).run()

@@ -1,4 +1,4 @@
-"""How a command line ends: an error becomes one sentence and an exit code."""
+"""Turns the errors of a command line into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SERVING = ("fastapi", "llguidance", "prometheus_client", "pydantic", "python_mu
 
 
 def exit_with_message(command: Callable[[], Any]) -> None:
-    """Runs a command line, given as click's `main` with standalone_mode=False, and exits.
+    """Runs `command`, click's `main` with standalone_mode=False, and exits.
 
-    A user's error becomes one sentence on stderr and exit code 1, a wrong usage 2, Ctrl-C 130.
+    Exit codes: 1 for a user error, with one sentence on stderr; 2 for wrong usage; 130 for Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character ends no answer
+            stream.reconfigure(errors="replace")  # a character that the terminal cannot show is no error
     try:
         code = command()
     except Gemma3nError as error:
@@ -35,7 +35,7 @@ def exit_with_message(command: Callable[[], Any]) -> None:
     except ModuleNotFoundError as error:
         code = _complain(missing_package(error))
     except MemoryError:
-        code = _complain("The memory of this machine is used up; use a smaller batch, prompt or model.")
+        code = _complain("Out of memory; use a smaller batch, prompt or model.")
     except OSError as error:
         reason = error.strerror or str(error)
         code = _complain(f"{reason}{f': {error.filename}' if error.filename else ''}.")
@@ -48,6 +48,6 @@ def _complain(sentence: str) -> int:
 
 
 def missing_package(error: ImportError) -> str:
-    """The sentence about a command whose package is not installed."""
+    """The message for a command whose package is not installed."""
     extra = "serve" if error.name in _SERVING else "export"
     return f'This command needs {error.name or error}; install it with: pip install "gemma3n-onnx[{extra}]".'

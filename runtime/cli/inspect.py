@@ -16,17 +16,17 @@ from .options import artifact_argument
 
 @click.command()
 @artifact_argument
-@click.option("--verify", is_flag=True, help="Read every file and compare its checksum.")
+@click.option("--verify", is_flag=True, help="Verify the checksum of every file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
-    """Show what the folder ARTIFACT holds."""
+    """Show the contents of the folder ARTIFACT."""
     manifest = load_manifest(artifact)
     click.echo(json.dumps(asdict(manifest), indent=2) if as_json else describe_manifest(manifest))
     if verify:
         total = sum(info.bytes for info in manifest.files.values())
         with click.progressbar(length=total, label="Checking", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
             verify_checksums(artifact, manifest, lambda _, count: bar.update(count))
-        click.echo(f"All {len(manifest.files)} checksums are right.", err=as_json)
+        click.echo(f"All {len(manifest.files)} checksums match.", err=as_json)
 
 
 def describe_manifest(manifest: Manifest) -> str:
@@ -51,5 +51,5 @@ def describe_manifest(manifest: Manifest) -> str:
                 lines.append(f"  {kind:<3} {hidden} tensors of the KV caches")
     lines.append("")
     lines += [f"{info.bytes:>15,}  {name}" for name, info in manifest.files.items()]
-    lines.append(f"{sum(info.bytes for info in manifest.files.values()):>15,}  bytes in all")
+    lines.append(f"{sum(info.bytes for info in manifest.files.values()):>15,}  bytes in total")
     return "\n".join(lines)

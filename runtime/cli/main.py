@@ -1,4 +1,4 @@
-"""The `gemma3n` command. Subcommands of other rooms join through entry points and load when called."""
+"""The `gemma3n` command. Other packages add subcommands through entry points, which load when called."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMANDS_GROUP = "gemma3n_onnx.commands"
 
 
 class CommandGroup(click.Group):
-    """The runtime's commands and those that the installation adds, such as the exporter's."""
+    """The runtime's commands and installed entry points, such as the exporter's."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *(e.name for e in entry_points(group=COMMANDS_GROUP))})
@@ -34,7 +34,7 @@ class CommandGroup(click.Group):
         return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """As click's own, without loading the other rooms' commands for their help."""
+        """Like click's own, but does not load entry points for their help."""
         rows = []
         for name in self.list_commands(ctx):
             own = self.commands.get(name)

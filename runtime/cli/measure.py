@@ -1,7 +1,7 @@
-"""Speed and memory of an artifact, beside the limit that the machine's memory sets.
+"""Measures speed and memory of an artifact, and the decode limit that memory bandwidth sets.
 
-The columns are those of the LiteRT community's model cards. A decode step reads every weight of the decoder and what
-attention sees of the KV caches; no step can take less time than reading that.
+The columns are those of the LiteRT community's model cards. A decode step reads every weight of the decoder and the
+attended part of the KV caches, so reading them is a lower bound on its time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WARM_UP_TOKENS = 256
 
 @dataclass(frozen=True)
 class Sizes:
-    """`context`: tokens that the KV caches have room for."""
+    """`context`: capacity of the KV caches, in tokens."""
 
     prompt_tokens: int
     new_tokens: int
@@ -41,8 +41,8 @@ class Sizes:
 class Figures:
     """Medians of the runs. `private_bytes` excludes mapped files; `gpu_bytes` counts all processes, None on the CPU.
 
-    `read_bytes` are those of weights and KV caches that a decode step reads, at the middle of the answer; `bandwidth`
-    is the machine's, in bytes a second, read by as many threads, or that of the GPU's memory.
+    `read_bytes`: bytes of weights and KV caches that a decode step reads, halfway through the answer. `bandwidth`:
+    memory bandwidth in bytes per second, of the CPU with `threads` threads or of the GPU.
     """
 
     slice: str
@@ -66,12 +66,12 @@ class Figures:
 
     @property
     def decode_limit(self) -> float:
-        """Tokens a second that the memory's bandwidth allows."""
+        """Tokens per second that memory bandwidth allows."""
         return self.bandwidth / self.read_bytes
 
 
 def measure(folder: Path, sizes: Sizes, runs: int, load: Mapping[str, Any]) -> Figures:
-    """Loads the artifact, warms it up with the beginning of the prompt and takes `runs` others. `load`: arguments of
+    """Loads the artifact, warms it up with the start of the prompt, and measures `runs` runs. `load`: arguments of
     `OnnxGemma3n.from_pretrained`.
 
     Raises:
@@ -124,7 +124,7 @@ def measure(folder: Path, sizes: Sizes, runs: int, load: Mapping[str, Any]) -> F
 
 
 def measure_apart(folder: Path, sizes: Sizes, runs: int, load: Mapping[str, Any]) -> Figures:
-    """`measure` in a process of its own, so that its memory is the artifact's alone."""
+    """`measure` in a subprocess, whose memory is the artifact's alone."""
     _check(load_manifest(folder), sizes, runs)
     arguments = json.dumps([str(folder), asdict(sizes), runs, dict(load)])
     code = f"from {__name__} import _child; _child()"
@@ -162,7 +162,7 @@ def read_bytes(manifest: Manifest, tokens: int) -> int:
 
 
 def table(figures: Sequence[Figures]) -> str:
-    """Aligned columns, a line for each."""
+    """Aligned columns, one line for each artifact."""
     head = (
         "slice", "precision", "threads", "in", "out", "prefill tok/s", "decode tok/s", "limit tok/s", "of limit",
         "first token s", "load s", "model MB", "peak MB", "private MB", "GPU MB",
@@ -196,7 +196,7 @@ def _row(figures: Figures) -> tuple[str, ...]:
 
 
 def plot(figures: Sequence[Figures], path: Path) -> None:
-    """A PNG of speed, memory and published MMLU over the slices.
+    """Writes a PNG of speed, memory and published MMLU by slice.
 
     Raises:
         OptionError: matplotlib is not installed, or the file cannot be written.

@@ -14,24 +14,24 @@ from gemma3n_onnx.runtime.engine.providers.select import choices
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
 _LOAD_OPTIONS = (
     click.option("--provider", default="auto", show_default=True, help=f"{choices()}."),
-    click.option("--threads", type=int, help="Threads of ONNX Runtime."),
+    click.option("--threads", type=int, help="ONNX Runtime threads."),
     click.option(
         "--memory-budget",
         type=click.FloatRange(min=0),
-        help="GB that the decoder's weights may take; with more, long prompts run faster. [default: what is free]",
+        help="Memory for the decoder's weights in GB; more speeds up long prompts. [default: free memory]",
     ),
-    click.option("--device-id", default=0, show_default=True, help="Which GPU."),
+    click.option("--device-id", default=0, show_default=True, help="Index of the GPU."),
     click.option(
         "--gpu-memory-limit",
         type=click.FloatRange(min=0, min_open=True),
-        help="GB of the GPU that each graph may take. [default: all]",
+        help="GPU memory for each graph, in GB. [default: all]",
     ),
-    click.option("--cuda-graphs/--no-cuda-graphs", default=True, help="Replay decode steps from a recording."),
+    click.option("--cuda-graphs/--no-cuda-graphs", default=True, help="Run decode steps as CUDA graphs."),
 )
 
 
 def load_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options of how an artifact is loaded; `command` gets them as `load`, arguments of `from_pretrained`."""
+    """Adds the load options; `command` gets them as `load`, arguments of `from_pretrained`."""
 
     @functools.wraps(command)
     def loading(
@@ -60,27 +60,27 @@ def load_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _ANSWER_OPTIONS = (
-    click.option("--system", help="A system prompt."),
-    click.option("--image-size", type=int, help="Pixels that an image is resized to: 256, 512 or 768."),
-    click.option("--long-audio", default="error", show_default=True, help="error, or split clips over 30 s."),
-    click.option("--video-fps", default=1.0, show_default=True, help="Frames taken of each second of a video."),
-    click.option("--max-frames", default=16, show_default=True, help="Frames of one video at most."),
-    click.option("--allow-private-urls", is_flag=True, help="Also fetch from loopback and private addresses."),
+    click.option("--system", help="System prompt."),
+    click.option("--image-size", type=int, help="Image side in pixels: 256, 512 or 768."),
+    click.option("--long-audio", default="error", show_default=True, help="For audio over 30 s: error, or split it."),
+    click.option("--video-fps", default=1.0, show_default=True, help="Frames sampled per second of video."),
+    click.option("--max-frames", default=16, show_default=True, help="Maximum frames of one video."),
+    click.option("--allow-private-urls", is_flag=True, help="Also fetch URLs at loopback and private addresses."),
     click.option("--max-new-tokens", default=256, show_default=True),
-    click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token."),
+    click.option("--temperature", default=0.0, show_default=True, help="0 is greedy decoding."),
     click.option("--top-k", type=int),
     click.option("--top-p", type=float),
     click.option("--min-p", type=float),
     click.option("--repetition-penalty", default=1.0, show_default=True),
     click.option("--presence-penalty", default=0.0, show_default=True),
     click.option("--frequency-penalty", default=0.0, show_default=True),
-    click.option("--stop", multiple=True, help="Stop before this text; may be given several times."),
+    click.option("--stop", multiple=True, help="Stop before this text; repeatable."),
     click.option("--seed", type=int),
 )
 
 
 def answer_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options of how media are read and answers made; `command` gets most of them as they are."""
+    """Adds the media and generation options, which `command` gets as keyword arguments."""
     for option in reversed(_ANSWER_OPTIONS):
         command = option(command)
     return command

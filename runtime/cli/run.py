@@ -19,10 +19,10 @@ from .terminal_chat import describe_timings
 @click.command()
 @artifact_argument
 @click.argument("prompt")
-@click.option("--image", "images", multiple=True, help="An image, path or URL; may be given several times.")
-@click.option("--audio", "clips", multiple=True, help="A clip, path or URL; may be given several times.")
-@click.option("--video", "videos", multiple=True, help="A video, path or URL; may be given several times.")
-@click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
+@click.option("--image", "images", multiple=True, help="Path or URL of an image; repeatable.")
+@click.option("--audio", "clips", multiple=True, help="Path or URL of an audio clip; repeatable.")
+@click.option("--video", "videos", multiple=True, help="Path or URL of a video; repeatable.")
+@click.option("--raw", is_flag=True, help="Do not apply the chat template.")
 @answer_options
 @load_options
 @click.option("--stats", is_flag=True, help="Print speed and memory to stderr.")
@@ -39,12 +39,12 @@ def run(
     stats: bool,
     **options: Any,
 ) -> None:
-    """Answer PROMPT, after images, clips and videos if any, with the model in the folder ARTIFACT."""
+    """Answer PROMPT, preceded by any images, clips and videos, with the model in the folder ARTIFACT."""
     if raw and (system is not None or images or clips or videos):
-        raise click.UsageError("--system, --image, --audio and --video need the chat template, which --raw leaves out.")
+        raise click.UsageError("--system, --image, --audio and --video need the chat template, which --raw skips.")
     if not prompt:
-        raise PromptError("The prompt is empty; give some text to answer.")
-    read_options(options)  # a bad option is told before a model is loaded
+        raise PromptError("The prompt is empty; give some text.")
+    read_options(options)  # reject bad options before loading a model
     fetch = FetchPolicy(allow_private=allow_private_urls)
     model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, **load)
     media = [(kind, s) for kind, sources in (("image", images), ("audio", clips), ("video", videos)) for s in sources]

@@ -14,25 +14,31 @@ from .options import gigabytes_to_bytes, load_options
 
 @click.command()
 @click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--slice-dir", type=click.Path(path_type=Path), help="Offer also every artifact in this folder.")
+@click.option("--slice-dir", type=click.Path(path_type=Path), help="Also serve every artifact in this folder.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
-@click.option("--api-key", envvar="GEMMA3N_API_KEY", help="What clients must send; also from GEMMA3N_API_KEY.")
-@click.option("--rows", default=4, show_default=True, help="Answers of a model at once.")
-@click.option("--context", default=4096, show_default=True, help="Tokens of one prompt with its answer.")
-@click.option("--queue", default=64, show_default=True, help="Requests of a model that may wait.")
+@click.option("--api-key", envvar="GEMMA3N_API_KEY", help="Key that clients must send; also from GEMMA3N_API_KEY.")
+@click.option("--rows", default=4, show_default=True, help="Concurrent answers per model.")
+@click.option("--context", default=4096, show_default=True, help="Maximum tokens of a prompt and its answer.")
+@click.option("--queue", default=64, show_default=True, help="Maximum waiting requests per model.")
 @click.option(
-    "--prefix-cache-size", default=2, show_default=True, help="Prompts of a model whose KV caches are kept for reuse."
+    "--prefix-cache-size", default=2, show_default=True, help="Prompts per model whose KV caches are kept for reuse."
 )
 @click.option(
     "--models-memory",
     type=click.FloatRange(min=0, min_open=True),
-    help="GB that all models together may take; those not in use are unloaded for others. [default: no limit]",
+    help="Memory for all models in GB; idle models are unloaded to make room. [default: no limit]",
 )
-@click.option("--media-folder", type=click.Path(path_type=Path), help="Where requests may name files. [default: none]")
-@click.option("--allow-private-urls", is_flag=True, help="Also fetch from loopback and private addresses.")
-@click.option("--max-body", default=64.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="MB.")
-@click.option("--timeout", default=600.0, show_default=True, help="Seconds that one request may take.")
+@click.option("--media-folder", type=click.Path(path_type=Path), help="Files that requests may read. [default: none]")
+@click.option("--allow-private-urls", is_flag=True, help="Also fetch URLs at loopback and private addresses.")
+@click.option(
+    "--max-body",
+    default=64.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Maximum request body in MB.",
+)
+@click.option("--timeout", default=600.0, show_default=True, help="Time limit of a request, in seconds.")
 @load_options
 def serve(
     artifacts: tuple[Path, ...],
@@ -48,9 +54,9 @@ def serve(
     load: dict[str, Any],
     **options: int,
 ) -> None:
-    """Offer the folders ARTIFACTS over OpenAI's HTTP API, and a page to chat in at /.
+    """Serve the folders ARTIFACTS over OpenAI's HTTP API, with a chat page at /.
 
-    A request's "model" is the name of a folder; it is loaded when first asked for.
+    A request's "model" is the name of a folder; the model is loaded at its first request.
     """
     from gemma3n_onnx.runtime.serve.app import create_app
     from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in

@@ -15,20 +15,20 @@ from gemma3n_onnx.runtime.generation.result import Timings
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 HELP = """\
-/image SOURCE    attach an image, path or URL, to the next message; also /audio and /video
-/system TEXT     begin anew with a system prompt, without TEXT with none
-/reset           begin anew
-/stats           speed and memory of the last answer
-/help            these lines
-/exit            leave; Ctrl-D does too
-A line that ends with \\ goes on in the next one. Ctrl-C stops an answer."""
+/image SOURCE    attach an image (path or URL) to the next message; also /audio and /video
+/system TEXT     start over with a system prompt; without TEXT, with none
+/reset           start over
+/stats           show speed and memory of the last answer
+/help            show this help
+/exit            quit; also Ctrl-D
+A line that ends with \\ continues on the next line. Ctrl-C stops an answer."""
 MEDIA = ("image", "audio", "video")
 PROMPT, CONTINUATION = "> ", "  "
 HISTORY_LINES = 1000
 
 
 class TerminalChat:
-    """Lines in, answers out. `options` are those of `OnnxGemma3n.generate`."""
+    """Reads lines and prints answers. `options` are those of `OnnxGemma3n.generate`."""
 
     def __init__(self, model: OnnxGemma3n, system: str | None, options: dict[str, Any]) -> None:
         self._model, self._options = model, options
@@ -37,7 +37,7 @@ class TerminalChat:
         self._timings: Timings | None = None
 
     def run(self) -> None:
-        """Until the input ends or /exit."""
+        """Runs until end of input or /exit."""
         with contextlib.suppress(EOFError):
             while True:
                 try:
@@ -71,7 +71,7 @@ class TerminalChat:
             case "/image" | "/audio" | "/video":
                 self._attach(command[1:], rest)
             case _ if message.startswith("/") and command[1:].isalpha():
-                click.echo(f"There is no command {command}; /help lists them.", err=True)
+                click.echo(f"Unknown command {command}; /help lists the commands.", err=True)
             case _:
                 self._answer(message)
 
@@ -94,12 +94,12 @@ class TerminalChat:
                     click.echo(piece, nl=False)
             self._timings = turn.result.timings
         except KeyboardInterrupt:
-            click.echo(" (stopped; message and answer are forgotten)", nl=False)
+            click.echo(" (stopped; message and answer were dropped)", nl=False)
         click.echo()
 
 
 def _read_message() -> str:
-    """One line, or several joined by trailing backslashes. EOFError: the input has ended."""
+    """One line, or several joined by trailing backslashes. EOFError: end of input."""
     lines = [_read_line(PROMPT)]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]

@@ -1,4 +1,4 @@
-"""Top candidates, selected on the device: sampling with top-k copies only them to the host, not all logits."""
+"""Selects the top logits on the device, so that top-k sampling copies only these to the host."""
 
 from __future__ import annotations
 

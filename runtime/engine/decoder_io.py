@@ -16,7 +16,7 @@ from .ort import Session
 
 
 def check_decoder(session: Session, manifest: Manifest, file: str, *, logits: bool) -> None:
-    """Raises ArtifactError if the inputs and outputs of the decoder in `file` are not those that the runtime binds."""
+    """Raises ArtifactError if the inputs and outputs of the decoder in `file` do not match the manifest."""
     compute = manifest.compute_dtype
     inputs = {
         INPUTS_EMBEDS: (compute, manifest.token_embeddings.width),

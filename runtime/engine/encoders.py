@@ -18,7 +18,7 @@ NAMES = ("vision", "audio")
 
 
 class Encoders:
-    """`features` runs an encoder on one image or clip; its session stays until `release`."""
+    """Runs encoders on one image or clip; sessions stay loaded until `release`."""
 
     def __init__(
         self, folder: Path, manifest: Manifest, provider: ExecutionProvider, threads: int | None = None
@@ -39,26 +39,26 @@ class Encoders:
 
         Raises:
             ArtifactError: the encoder's files are damaged.
-            ProviderError: it runs out of memory, or the provider lacks its arithmetic.
+            ProviderError: out of memory, or the provider does not support the compute dtype.
         """
         info = self._infos[modality]
         outputs = self._session(modality, info).run(inputs)
         features = outputs[info.graph.outputs[0].name]
         if features.shape != (wanted := (info.soft_tokens.count, self._width)):
             raise ArtifactError(
-                f"{info.graph.file} gives features of shape {list(features.shape)} instead of {list(wanted)}; "
+                f"{info.graph.file} returns features of shape {list(features.shape)} instead of {list(wanted)}; "
                 "export the artifact again."
             )
         return features
 
     def release(self, modality: str | None = None) -> None:
-        """Frees an encoder's memory, or that of all; the next request that needs it loads it again.
+        """Unloads one encoder, or all; the next request that needs one loads it again.
 
         Raises:
             OptionError: an unknown name.
         """
         if modality is not None and modality not in NAMES:
-            raise OptionError(f"There is no encoder {modality!r}; release {' or '.join(NAMES)}.")
+            raise OptionError(f"Unknown encoder {modality!r}; release {' or '.join(NAMES)}.")
         with self._lock:
             for name in NAMES if modality is None else (modality,):
                 self._sessions.pop(name, None)
@@ -83,6 +83,6 @@ def _check_signature(session: Session, info: VisionInfo | AudioInfo) -> None:
         names = [[(tensor.name, tensor.dtype) for tensor in tensors] for tensors in (wanted, found)]
         if names[0] != names[1]:
             raise ArtifactError(
-                f"{info.graph.file} has the {kind} {names[1]} and the manifest says {names[0]}; "
+                f"{info.graph.file} has the {kind} {names[1]}, but the manifest says {names[0]}; "
                 "export the artifact again."
             )

@@ -1,4 +1,4 @@
-"""Prefill and decode steps: token ids and embeddings in, logits or token ids out. Knows nothing of text.
+"""Prefill and decode steps: token ids and embeddings in, logits or token ids out. No text processing.
 
 Shape legend: B rows of the batch, S tokens of one run, V vocabulary.
 """
@@ -111,7 +111,7 @@ class Engine:
         return np.concatenate(parts, axis=1)[0]
 
     def step_runner(self, cache: KVCache, rows: int | None = None) -> StepRunner:
-        """Steps of the first `rows` of a cache, or of all."""
+        """Decode steps over the first `rows` of a cache, or all."""
         return StepRunner(self, cache, cache.rows if rows is None else rows)
 
     def _require_logits(self, wanted: str) -> None:
@@ -126,7 +126,7 @@ class Engine:
     ) -> Iterator[tuple[range, np.ndarray]]:
         """Ranges of up to `prefill_chunk` positions, none across `border`, with their embeddings [1, S, H]."""
 
-        @functools.lru_cache(maxsize=1)  # a span may lie in several chunks, one after another
+        @functools.lru_cache(maxsize=1)  # a span may extend over consecutive chunks
         def features(span: SoftTokenSpan) -> np.ndarray:
             return to_compute_dtype(span.features(), self.manifest.compute_dtype)
 
@@ -138,7 +138,7 @@ class Engine:
                 yield chunk, embeds[None]
 
     def _embed(self, ids: np.ndarray) -> np.ndarray:
-        """ids [n] int64 -> [n, H]; hard multimodal tokens have their rows after those of the whole vocabulary."""
+        """ids [n] int64 -> [n, H]; the rows of hard multimodal tokens follow the vocabulary's."""
         first = self.manifest.first_hard_token_id
         return self._tokens.rows(np.where(ids < first, ids, ids + (self.manifest.vocab_size - first)))
 
@@ -160,7 +160,7 @@ class Engine:
         self, binding: Binding, ids: np.ndarray, embeds: np.ndarray, lengths: np.ndarray, mask_length: int | None = None
     ) -> None:
         """Runs ids [B, S] with their embeddings [B, S, H] after `lengths` [B] tokens and adds S to the lengths.
-        The mask has `mask_length` columns, by default no more than are needed."""
+        The mask has `mask_length` columns, by default as few as needed."""
         rows, new = ids.shape
         flat = ids.reshape(-1)
         dtype = self.manifest.compute_dtype
@@ -172,11 +172,11 @@ class Engine:
         try:
             binding.run()
         finally:
-            lengths += new  # also after Ctrl-C, which is raised when the graph has run
+            lengths += new  # also after Ctrl-C, which is raised after the graph has run
 
 
 class StepRunner:
-    """Decode steps over the first `rows` of a cache, B in all. IO bindings are made once for each B."""
+    """Decode steps over the first B = `rows` rows of a cache. IO bindings are made once for each B."""
 
     def __init__(self, engine: Engine, cache: KVCache, rows: int) -> None:
         self._engine, self._cache, self._rows = engine, cache, rows
@@ -192,17 +192,17 @@ class StepRunner:
     def step(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
         """tokens [B] int64, running [B] bool -> logits [B, V] fp32, valid until the next step.
 
-        Idle rows are computed too, their lengths do not grow, and they must be prefilled anew: their windowed caches
-        may have dropped positions.
+        Idle rows are computed too; their results are ignored. Their lengths do not grow, but their windowed caches
+        may drop positions, so they must be prefilled again.
         """
         self._advance(tokens, running)
         return self._bound.logits()
 
     def step_greedy(self, tokens: np.ndarray, running: np.ndarray) -> np.ndarray:
-        """As `step`, but returns the argmax [B] int64 of each row, taken on the device.
+        """Like `step`, but returns the argmax [B] int64, computed on the device.
 
         Raises:
-            ProviderError: no token of a running row has a finite logit as the largest.
+            ProviderError: the largest logit of a running row is not finite.
         """
         self._advance(tokens, running)
         tokens, largest = self._bound.greedy()
@@ -210,11 +210,11 @@ class StepRunner:
         return tokens
 
     def step_candidates(self, tokens: np.ndarray, running: np.ndarray, count: int) -> list[Chosen]:
-        """As `step`, but returns for each row ids, ascending, and logits that include the `count` largest and their
-        ties.
+        """Like `step`, but returns for each row ascending ids and their logits, among them the `count` largest and
+        their ties.
 
         Raises:
-            ProviderError: no token of a running row has a finite logit as the largest.
+            ProviderError: the largest logit of a running row is not finite.
         """
         self._advance(tokens, running)
         self._check_finite(self._bound.greedy()[1], running)
@@ -235,5 +235,5 @@ class StepRunner:
 
 
 def _mask(lengths: np.ndarray, columns: int | None) -> np.ndarray:
-    """A mask whose row sums are `lengths`, with no more columns than needed where None."""
+    """A mask whose row sums are `lengths`; `columns` None: as few as needed."""
     return (np.arange(lengths.max() if columns is None else columns) < lengths[:, None]).astype(np.int64)

@@ -1,8 +1,8 @@
 """KV caches of a batch, laid out from the manifest.
 
 Each cache is two buffers [rows, kv_heads, capacity, head_dim] on the device. A full-attention layer's
-capacity is the context asked for, a sliding layer's is its window and a little more. The graph updates
-the buffers in place: past and present are the same memory.
+capacity is the requested context, a sliding layer's is its window plus the provider's slack. The graph
+updates the buffers in place: past and present are the same memory.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CacheMemory:
 
 
 class KVCache:
-    """`lengths[row]` tokens have been processed in each row; at most `capacity` may be."""
+    """`lengths[row]` is the number of tokens processed in a row, at most `capacity`."""
 
     def __init__(self, memory: CacheMemory) -> None:
         self.memory, self.rows, self.capacity, self.layers = memory, memory.rows, memory.capacity, memory.layers
@@ -105,8 +105,8 @@ class KVCache:
         return bool(self._windowed)
 
     def truncate(self, row: int, length: int) -> bool:
-        """Forgets the tokens of `row` after the first `length`; False (and no change) where windowed
-        caches have already dropped positions that the shorter sequence needs."""
+        """Truncates `row` to its first `length` tokens; False (and no change) if windowed caches have
+        already dropped positions that the shorter sequence needs."""
         now = int(self.lengths[row])
         exact = length == 0 or all(
             can_truncate(now, now - length, layer.capacity, layer.info.window)
@@ -120,8 +120,8 @@ class KVCache:
 
 @dataclass
 class MemoryPool:
-    """Reuses the memory of caches that were dropped, so that steps captured over it stay valid. Capacities are rounded
-    up, so that requests of similar lengths share it."""
+    """Reuses the memory of freed caches, so that steps captured over it stay valid. Capacities are rounded up, so that
+    requests of similar lengths share memory."""
 
     allocate: Callable[[int, int], CacheMemory]
     max_capacity: int
@@ -147,5 +147,5 @@ class MemoryPool:
 
 
 def cache_capacity(info: CacheInfo, provider: ExecutionProvider | type[ExecutionProvider], context: int) -> int:
-    """Tokens that one cache has room for in a context of `context` tokens."""
+    """Capacity in tokens of one cache, for a context of `context` tokens."""
     return context if info.window is None else provider.window_capacity(info.window)

@@ -1,9 +1,8 @@
 """How many tokens a windowed KV cache holds.
 
-A sliding-window layer reads the last `window` tokens. Its cache has room for `capacity` of them and is
-appended to until it is full; the token that finds no room first drops the oldest ones, down to the window
-that it attends. The drop is always of the same size, so the length depends on the number of tokens
-processed and on nothing else.
+A sliding-window layer reads the last `window` tokens. Its cache holds up to `capacity` tokens and is
+appended to until it is full; the next token then drops the oldest ones, down to the window that it
+attends to. Each drop has the same size, so the length depends only on the number of tokens processed.
 """
 
 
@@ -24,8 +23,8 @@ def resident_length(tokens: int, capacity: int, window: int) -> int:
 def can_truncate(tokens: int, count: int, capacity: int, window: int) -> bool:
     """Whether truncating a cache of `tokens` by `count` gives the cache of `tokens - count`.
 
-    False if positions were dropped within those tokens: the shorter sequence still needs them. ValueError: `count`
-    outside [0, tokens], or what `resident_length` refuses.
+    False if positions were dropped within these tokens: the shorter sequence still needs them. ValueError: `count` is
+    outside [0, tokens], or as `resident_length`.
     """
     if not 0 <= count <= tokens:
         raise ValueError(f"cannot cut {count} of {tokens} tokens")

@@ -17,9 +17,9 @@ from gemma3n_onnx.runtime.checks import require_integer
 from gemma3n_onnx.runtime.errors import ArtifactError, ProviderError, RuntimeMissingError
 
 MINIMUM_VERSION = (1, 31)
-SILENT = 4  # log severity "fatal": what is less comes as an exception, and is told once
+SILENT = 4  # log severity "fatal": other errors are raised as exceptions, and need not be logged too
 
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that comes as bytes
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph loaded from bytes
 _CAPTURE = "gpu_graph_id"
 _NO_CAPTURE = "-1"
 
@@ -27,7 +27,7 @@ _ONNX_TYPES = {"fp32": 1, "int64": 7, "fp16": 10, "bf16": 16}
 
 
 class Device(Protocol):
-    """Where graphs run and buffers lie, as `providers.base.ExecutionProvider` says it."""
+    """The part of `providers.base.ExecutionProvider` that sessions and buffers use."""
 
     ort_name: ClassVar[str]
     device: ClassVar[str]
@@ -51,14 +51,14 @@ class Buffer:
             self._value = ort.OrtValue.ortvalue_from_shape_and_type(
                 list(shape), _element_type(dtype), provider.device, provider.device_id
             )
-        except Exception as error:  # the library has no type of its own for this
+        except Exception as error:  # onnxruntime has no specific type for this
             raise ProviderError(
                 f"{provider.ort_name} cannot allocate {self.nbytes / 1e9:.2f} GB for a KV cache "
                 f"({_first_line(error)}); use a smaller batch, a shorter prompt or fewer max_new_tokens."
             ) from error
 
     def array(self) -> np.ndarray:
-        """The memory itself, of a buffer on the CPU; bf16 as uint16."""
+        """A view of a buffer on the CPU; fp16 and bf16 as uint16."""
         types: dict[str, Any] = {"fp32": ctypes.c_float, "int64": ctypes.c_int64}
         memory = types.get(self.dtype, ctypes.c_uint16)
         count = math.prod(self.shape)
@@ -69,17 +69,17 @@ class Buffer:
         return self._value.data_ptr() + row * (self.nbytes // self.shape[0])
 
     def fill(self, array: np.ndarray) -> None:
-        """Copies a host array of its shape to it; bf16 comes as uint16 bits."""
+        """Copies a host array of the same shape into the buffer; bf16 as uint16 bits."""
         assert array.shape == self.shape, f"{array.shape} instead of {self.shape}"
         self._value.update_inplace(np.ascontiguousarray(array))
 
     def to_host(self) -> np.ndarray:
-        """A copy of what it holds, fp32 or int64."""
+        """A copy of the contents, fp32 or int64."""
         return self._value.numpy()
 
 
 class Session:
-    """One graph, loaded."""
+    """A loaded graph."""
 
     def __init__(
         self,
@@ -90,8 +90,7 @@ class Session:
         quantized: bool = False,
         captures: bool = False,
     ) -> None:
-        """`quantized`: the graph multiplies by quantized weights. `captures`: bindings may capture a run and replay
-        it."""
+        """`quantized`: the graph has quantized weights. `captures`: bindings may capture a run and replay it."""
         ort = onnxruntime_module()
         options = ort.SessionOptions()
         options.log_severity_level = SILENT
@@ -115,7 +114,7 @@ class Session:
         if (active := self._session.get_providers())[0] != provider.ort_name:
             raise ProviderError(
                 f"{provider.ort_name} did not start and ONNX Runtime fell back to {active[0]}; "
-                "check that cuDNN 9 is there and that other programs leave some of the GPU's memory."
+                "check that cuDNN 9 is installed and GPU memory is free."
             )
         self.provider, self._captures = provider, captures
         self._capture_ids = itertools.count(1)
@@ -145,12 +144,12 @@ class Binding:
         self._options = _run_options(_NO_CAPTURE if session._captures else None)
 
     def capture(self) -> None:
-        """Captures the next run and replays it afterwards. By then everything must be bound to memory of the device,
-        and stay there."""
+        """Captures the next run and replays it afterwards. All inputs and outputs must be bound to device memory by
+        then, and never move."""
         self._options = _run_options(str(next(self._session._capture_ids)))
 
     def fix_input(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
-        """Makes `input` copy its arrays to a fixed device buffer."""
+        """Makes `input` copy arrays to a fixed device buffer."""
         buffer = Buffer(self._session.provider, shape, dtype)
         self._binding.bind_ortvalue_input(name, buffer._value)
         self._fixed[name] = buffer
@@ -160,7 +159,7 @@ class Binding:
         self._kept[name] = buffer
 
     def input(self, name: str, array: np.ndarray, dtype: str) -> None:
-        """A host array for the next runs; bf16 comes as uint16 bits."""
+        """Binds a host array as an input; bf16 as uint16 bits."""
         if (fixed := self._fixed.get(name)) is not None:
             fixed.fill(array)
             return
@@ -169,7 +168,7 @@ class Binding:
         self._kept[name] = (array, value)
 
     def device_buffer(self, past: str, present: str, buffer: Buffer, first_row: int, rows: int) -> None:
-        """Rows of `buffer` as an input and as an output: the graph updates them in place."""
+        """Binds rows of `buffer` as an input and an output: the graph updates them in place."""
         provider = self._session.provider
         shape = [rows, *buffer.shape[1:]]
         place = (provider.device, provider.device_id, _element_type(buffer.dtype), shape, buffer.address(first_row))
@@ -178,19 +177,19 @@ class Binding:
         self._kept[past] = buffer
 
     def device_output(self, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
-        """Memory on the device that the next runs write to."""
+        """Binds an output to a new device buffer, and returns it."""
         buffer = Buffer(self._session.provider, shape, dtype)
         self._binding.bind_ortvalue_output(name, buffer._value)
         self._kept[name] = buffer
         return buffer
 
     def output(self, name: str, array: np.ndarray) -> None:
-        """A host array that the next runs write to."""
+        """Binds an output to a host array."""
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._kept[name] = array
 
     def run(self) -> None:
-        """ProviderError: the graph fails, for instance for want of memory."""
+        """ProviderError: the graph fails, for example out of memory."""
         try:
             self._session._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:
@@ -235,7 +234,7 @@ def onnxruntime_module() -> Any:
         raise RuntimeMissingError(
             f"ONNX Runtime is installed but cannot be loaded ({_first_line(error)}); install it again."
         ) from error
-    found = str(getattr(onnxruntime, "__version__", ""))  # none: a folder that an uninstallation left behind
+    found = str(getattr(onnxruntime, "__version__", ""))  # missing in a folder that an uninstall left behind
     parts = re.match(r"(\d+)\.(\d+)", found)
     if parts is None or tuple(map(int, parts.groups())) < MINIMUM_VERSION:
         wanted = ".".join(map(str, MINIMUM_VERSION))

@@ -1,7 +1,7 @@
 """The prefill graph: a decoder without logits whose products are in int8, for all of a prompt but its last token.
 
-Its weights are packed in memory of their own, which takes about a second. It is loaded when a prompt is long enough to
-gain from it and enough memory is free.
+Its weights are packed into separate memory, which takes about a second. It is loaded once a prompt is long enough to
+benefit and enough memory is free.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class PrefillGraph:
             require_integer("memory_budget", memory_budget, 0)
         self._folder, self._manifest, self._provider, self._threads = folder, manifest, provider, threads
         self.budget = memory_budget
-        """Bytes that these and the decoder's weights may take; None: what is free decides."""
+        """Bytes for the weights of this graph and the decoder; None: free memory decides."""
         self._session: Session | None = None
 
     def session(self, tokens: int) -> Session | None:
-        """The graph, if `tokens` of a prompt gain from it and the memory is there."""
+        """The graph, if `tokens` of a prompt benefit from it and it fits into memory."""
         info = self._manifest.prefill
         if info is None or tokens < (WORTH_LOADING if self._session is None else WORTH_RUNNING):
             return None

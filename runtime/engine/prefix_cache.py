@@ -1,8 +1,8 @@
-"""Prefix cache: a prefix shared with an earlier prompt is reused, not recomputed.
+"""Prefix cache: reuses the KV cache of a prefix shared with an earlier prompt.
 
 Any prefix of a full-attention cache is the cache of a shorter prompt. Windowed caches drop old positions, so they are
-copied at the ends of some prefill chunks, spaced wider away from both ends of the prompt. Where a prompt parts from an
-earlier one, a chunk ends, so that a third prompt finds a copy there.
+copied at the ends of some prefill chunks, more sparsely away from both ends of the prompt. A chunk also ends where a
+prompt diverges from an earlier one, so that a third prompt finds a copy there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .engine import Engine
 from .kv_cache import KVCache
 
 WORTH_SHARING = 32
-"""Shared tokens that repay a prefill chunk of their own, or joining a row that another conversation may continue."""
+"""Minimum shared tokens for a separate prefill chunk, or for joining a row that another conversation may continue."""
 
 
 @dataclass
@@ -29,17 +29,17 @@ class PrefixEntry:
     cache: KVCache
     windows: dict[int, list[np.ndarray]] = field(default_factory=dict)
     shared: int = 0
-    """Length of the prefix that it shares with an earlier prompt: others are likely to part from it there."""
+    """Length of the prefix shared with an earlier prompt: others are likely to diverge there."""
 
     def remember(self, tokens: int) -> None:
-        """To be called when the first `tokens` are in the cache, in rising order."""
+        """Call when the first `tokens` are in the cache, in ascending order."""
         self.windows[tokens] = self.cache.copy_windows()
         for position in _superfluous(sorted(self.windows)):
             if position != self.shared:
                 del self.windows[position]
 
     def usable(self, keys: Sequence[Hashable]) -> int:
-        """The largest remembered position up to which `keys` are the same."""
+        """The largest remembered position up to which `keys` match."""
         shared = shared_prefix(self.keys, keys)
         return max((position for position in self.windows if position <= shared), default=0)
 
@@ -53,7 +53,7 @@ class PrefixCache:
 
     def begin(self, keys: list[Hashable], cache: KVCache) -> PrefixEntry:
         """Copies the longest cached prefix of a prompt into `cache`, of one row, and returns the prompt's entry. At
-        least one token remains to be prefilled."""
+        least one token is left to prefill."""
         shared = max((shared_prefix(kept.keys, keys[:-1]) for kept in self._kept), default=0)
         best = max(self._kept, key=lambda kept: kept.usable(keys[:-1]), default=None)
         tokens = 0 if best is None else best.usable(keys[:-1])
@@ -70,7 +70,7 @@ class PrefixCache:
         """Prefills the `rest` of a prompt and keeps its entry; returns the logits [V] after the last token.
 
         A chunk ends after the last image or clip, because the question that follows is likely to change. `after_chunk`
-        as of `Engine.prefill`.
+        as in `Engine.prefill`.
         """
 
         def remember(tokens: int) -> None:
@@ -101,8 +101,8 @@ class PrefixCache:
 
 
 def _superfluous(positions: Sequence[int]) -> list[int]:
-    """Positions, given in rising order, that can be dropped. The others are dense near the end, where a conversation
-    goes on, and near the start, which other prompts may share: distances at least double away from both."""
+    """The ascending positions that can be dropped. The others are dense near the end, where a conversation continues,
+    and near the start, which other prompts may share: distances at least double away from both."""
     last, from_end, from_start = positions[-1], 0, 0
     needed = {last}
     for position in reversed(positions[:-1]):

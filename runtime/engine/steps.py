@@ -1,4 +1,4 @@
-"""What a decode step gives, and where: logits on the host, or logits and an argmax on the device.
+"""Outputs of a decode step: logits on the host, or logits and an argmax on the device.
 
 Shape legend: B rows of the batch, V vocabulary.
 """
@@ -43,7 +43,7 @@ class Steps(ABC):
 
 
 class HostSteps(Steps):
-    """Logits go to an array of the host."""
+    """Logits are written to a host array."""
 
     def __init__(self, binding: Binding, manifest: Manifest, rows: int) -> None:
         super().__init__(binding)
@@ -61,7 +61,7 @@ class _Argmax:
 
 
 class DeviceSteps(Steps):
-    """Logits stay on the device; the argmax and the candidates are taken there, from graphs that have them."""
+    """Logits stay on the device; argmax and candidates are computed there if the graphs have them."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Rows of the embedding tables, read from files that stay on disk: a table takes no memory of the process."""
+"""Reads rows of the embedding tables from disk; the tables take no process memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STORED = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 
 class EmbeddingTable:
     """A row-major table on disk. Rows are read, not mapped: a mapping costs resident memory in whole pages
-    (with large folios in megabytes) around every row, and a truncated file would end the process."""
+    (with large folios in megabytes) around every row, and a truncated file would crash the process."""
 
     def __init__(self, folder: Path, info: TableInfo, compute_dtype: str) -> None:
         self.info = info
@@ -30,7 +30,7 @@ class EmbeddingTable:
         """ids [n] int64 -> rows [n, width], scaled, in the compute dtype (bf16 as uint16 bits).
 
         Raises:
-            ArtifactError: the file has become shorter than its manifest says.
+            ArtifactError: the file is shorter than its manifest says.
         """
         info = self.info
         values = self._read(ids, 0, info.row_bytes)

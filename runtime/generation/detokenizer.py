@@ -1,4 +1,4 @@
-"""Generated token ids to text, as they arrive."""
+"""Incremental detokenization of generated tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class TokenDecoder(Protocol):
-    """The part of `prompt.tokenizer.Tokenizer` that detokenization needs."""
+    """The part of `prompt.tokenizer.Tokenizer` that generation uses."""
 
     @property
     def special_ids(self) -> Set[int]: ...
@@ -17,10 +17,10 @@ class TokenDecoder(Protocol):
 
 
 class IncrementalDetokenizer:
-    """Text of token ids as they arrive; the pieces concatenate to `TokenDecoder.decode` of all the ids.
+    """Decodes token ids as they arrive; the pieces concatenate to `TokenDecoder.decode` of all ids.
 
     Only byte tokens depend on their neighbours: a run of them decodes as a whole or, if it is not valid
-    UTF-8, as one U+FFFD a byte. So a run is held until another token ends it, and every token is decoded
+    UTF-8, as one U+FFFD per byte. So a run is held until another token ends it, and every token is decoded
     once.
     """
 
@@ -39,7 +39,7 @@ class IncrementalDetokenizer:
         return self._take([token_id])
 
     def flush(self) -> str:
-        """The text still held, when no token follows."""
+        """The text still held; call it when no more tokens follow."""
         return self._take([])
 
     def _take(self, ids: list[int]) -> str:

@@ -1,6 +1,6 @@
-"""Changes to the logits of one row, and the tokens that filters keep.
+"""Logits processors and sampling filters for one row.
 
-Legend: V = vocabulary, n = candidates still in play; logits are float32 [V] or [n] and are never modified.
+Legend: V = vocabulary, n = remaining candidates; logits are float32 [V] or [n] and are never modified.
 The definitions are those of transformers' logits processors (`generation/logits_process.py`); presence and frequency
 penalties are those of the OpenAI API.
 """
@@ -15,12 +15,12 @@ import numpy as np
 
 from gemma3n_onnx.runtime.errors import OptionError
 
-GROUP_SIZE = 128  # values that share one partial maximum or sum; V / 128 groups are cheap to search
-LOWEST = np.finfo(np.float32).min  # the least logit that is not -inf
+GROUP_SIZE = 128  # values per partial maximum or sum; V / 128 groups are cheap to search
+LOWEST = np.finfo(np.float32).min  # the lowest finite logit
 
 
 class LogitsProcessor(Protocol):
-    """Restricts the next token of one sequence, for instance to continuations that are JSON of a schema."""
+    """Restricts the next token of one sequence, for example to JSON that matches a schema."""
 
     def process(self, logits: np.ndarray) -> np.ndarray:
         """A copy of logits [V], -inf for tokens that may not come next."""
@@ -32,7 +32,7 @@ class LogitsProcessor(Protocol):
 
 
 class TokenCounts:
-    """The distinct tokens of one row, and how often each was generated; adding one visits no other."""
+    """The distinct tokens of one row, and how often each was generated; adding one is amortized O(1)."""
 
     def __init__(self, prompt: Sequence[int] | np.ndarray) -> None:
         distinct = np.unique(np.asarray(prompt, dtype=np.int64))
@@ -64,7 +64,7 @@ class TokenCounts:
 def penalize(
     logits: np.ndarray, counts: TokenCounts, repetition: float, presence: float, frequency: float
 ) -> np.ndarray:
-    """Logits [V] with the tokens already seen made less likely (more likely, for a penalty that says so).
+    """Logits [V] with penalties applied to the tokens already seen.
 
     Repetition (Keskar et al. 2019, arXiv 1909.05858) divides a positive logit and multiplies a negative
     one.
@@ -78,18 +78,18 @@ def penalize(
 
 
 def apply_bias(logits: np.ndarray, bias: Mapping[int, float]) -> np.ndarray:
-    """Logits [V] plus `bias`, by token id; an id beyond the vocabulary is an OptionError."""
+    """Logits [V] plus `bias`, by token id. OptionError: an id is beyond the vocabulary."""
     if (largest := max(bias)) >= len(logits):
-        raise OptionError(f"logit_bias names the token {largest}; the largest id is {len(logits) - 1}.")
+        raise OptionError(f"logit_bias has the token id {largest}; the largest id is {len(logits) - 1}.")
     biased = logits.copy()
     biased[list(bias)] += np.fromiter(bias.values(), np.float32, len(bias))
     return biased
 
 
 def apply_temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """(logits - max) / temperature, [n]: taking the maximum off first keeps any temperature finite."""
+    """(logits - max) / temperature, [n]: subtracting the maximum first prevents overflow."""
     scaled = logits - logits.max()
-    with np.errstate(over="ignore"):  # a low temperature sends the unlikely to -inf, as it should
+    with np.errstate(over="ignore"):  # a low temperature sends unlikely tokens to -inf, as intended
         scaled /= np.clip(temperature, np.finfo(np.float32).tiny, np.finfo(np.float32).max).astype(np.float32)
     return scaled
 
@@ -101,7 +101,7 @@ def relative_weights(logits: np.ndarray) -> np.ndarray:
 
 
 def _kth_largest(values: np.ndarray, k: int) -> np.float32:
-    """The k-th largest of values [n], 1 <= k <= n, without ordering the rest."""
+    """The k-th largest of values [n], 1 <= k <= n, without a full sort."""
     groups = len(values) // GROUP_SIZE
     if k <= groups // 4:
         # At least k values reach the k-th largest group maximum, and few others do.
@@ -111,17 +111,17 @@ def _kth_largest(values: np.ndarray, k: int) -> np.float32:
 
 
 def top_k_positions(logits: np.ndarray, k: int) -> np.ndarray:
-    """Positions, ascending, of the k largest of logits [n] and all equal to the k-th; none is -inf."""
+    """Positions, ascending, of the k largest of logits [n] and all ties of the k-th; none is -inf."""
     return np.flatnonzero(logits >= max(_kth_largest(logits, min(k, len(logits))), LOWEST))
 
 
 def top_p_positions(logits: np.ndarray, p: float) -> np.ndarray:
-    """Positions, ascending, of the fewest largest of logits [n] that hold p, and all equal to the least.
+    """Positions, ascending, of the fewest largest of logits [n] with total probability p, and all ties of the last.
 
     Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751).
     """
     wanted = p * relative_weights(logits).sum(dtype=np.float64)
-    for count in (256, 4096, len(logits)):  # mostly the nucleus is small: sort no more than it needs
+    for count in (256, 4096, len(logits)):  # the nucleus is usually small: sort no more than it needs
         head = logits if count >= len(logits) else logits[logits >= _kth_largest(logits, count)]
         head = np.sort(head)[::-1]
         mass = np.cumsum(relative_weights(head), dtype=np.float64)
@@ -132,5 +132,5 @@ def top_p_positions(logits: np.ndarray, p: float) -> np.ndarray:
 
 
 def min_p_positions(logits: np.ndarray, p: float) -> np.ndarray:
-    """Positions, ascending, of logits [n] at least p times as likely as the likeliest (arXiv 2407.01082)."""
+    """Positions, ascending, of logits [n] at least p times as likely as the most likely (arXiv 2407.01082)."""
     return np.flatnonzero(logits >= max(logits.max() + math.log(p), LOWEST))

@@ -12,7 +12,7 @@ from .logits_processors import relative_weights, top_k_positions
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural-log probability of a chosen token, and of the likeliest tokens, most likely first."""
+    """Natural-log probabilities of the chosen token and of the top tokens, most likely first."""
 
     token_id: int
     logprob: float
@@ -20,11 +20,10 @@ class TokenLogprob:
 
 
 def log_probabilities(logits: np.ndarray, chosen: int, top: int) -> TokenLogprob:
-    """Log-probabilities under softmax(logits), logits float32 [V] as the model gave them.
+    """Log-probabilities under softmax(logits), for the model's raw logits float32 [V].
 
-    That is before penalties, temperature and filters: what the model thinks, not what the sampler was told
-    to do. `top` is how many of the likeliest tokens to list, the chosen one among them if it is that
-    likely; equals come in the order of their ids, and tokens of probability 0 are not listed.
+    Penalties, temperature and filters are not applied. `top` is the number of top tokens to list, which may
+    include the chosen one; ties are ordered by id, and tokens of probability 0 are omitted.
     """
     log_total = float(logits.max()) + math.log(relative_weights(logits).sum(dtype=np.float64))
     likeliest = top_k_positions(logits, top) if top else np.empty(0, np.int64)

@@ -1,4 +1,4 @@
-"""How tokens are chosen and when to stop."""
+"""Sampling and stopping options."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .logits_processors import LogitsProcessor
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How tokens are chosen and when to stop; a value out of range is an OptionError that names it.
+    """Sampling and stopping options; OptionError names a value that is out of range.
 
-    temperature: 0 takes the most likely token, and top_k, top_p, min_p and seed then change nothing.
+    temperature: 0 is greedy decoding, which ignores top_k, top_p, min_p and seed.
     top_k, top_p, min_p: None keeps every token.
-    repetition_penalty: over prompt and generated tokens; 1 is none.
+    repetition_penalty: over prompt and generated tokens; 1 disables it.
     presence_penalty, frequency_penalty: over generated tokens only, once per token and once per
-        occurrence; 0 is none.
-    stop: the text ends before the first of these strings; one string may be given bare.
-    seed: None draws differently each time.
+        occurrence; 0 disables them.
+    stop: the text ends before the first of these strings; a single string is accepted.
+    seed: None is a new random seed each time.
     logprobs: None reports none, 0 the chosen token's log-probability, N also those of the N most likely
         tokens.
     logit_bias: added to the logits of these tokens before anything else.
@@ -65,5 +65,5 @@ class GenerationOptions:
             raise OptionError(f"logits_processor must be callable, not {self.logits_processor!r}.")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
-            raise OptionError(f"stop must be a string or several, none of them empty, not {self.stop!r}.")
+            raise OptionError(f"stop must be a non-empty string or a list of them, not {self.stop!r}.")
         object.__setattr__(self, "stop", tuple(stop))

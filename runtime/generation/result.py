@@ -1,4 +1,4 @@
-"""What a generation gives back."""
+"""Results and timings of a generation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .logprobs import TokenLogprob
 class Timings:
     """Seconds and tokens of one generation; the prompts of a batch share them. Rates count the tokens of all rows.
 
-    `encoder_seconds` are those of images and clips; the first use of an encoder loads it. `cached_tokens` of the prompt
-    were reused from an earlier one. `time_to_first_token` is the first row's.
+    `encoder_seconds`: time in the image and audio encoders, loading at first use included. `cached_tokens`: prompt
+    tokens reused from an earlier prompt. `time_to_first_token` is the first row's.
     """
 
     encoder_seconds: float
@@ -36,7 +36,7 @@ class Timings:
 
 @dataclass
 class RowTimings:
-    """Timings of one row while it runs; seconds of a decode step count for every row in it."""
+    """Timings of one running row; the seconds of a decode step count for every row in it."""
 
     encoder_seconds: float = 0.0
     cached_tokens: int = 0
@@ -66,7 +66,7 @@ def batch_timings(rows: Sequence[RowTimings], peak_memory_bytes: int | None) -> 
 class GenerationResult:
     """One answer.
 
-    `text` leaves out special tokens and everything from a stop string on; `token_ids` are all that were generated.
+    `text` excludes special tokens and everything from a stop string on; `token_ids` has all generated tokens.
     `finish_reason` is "stop" (an end token or a stop string) or "length" (`max_new_tokens`).
     """
 

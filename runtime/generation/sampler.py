@@ -1,7 +1,7 @@
-"""From the logits of one row to one token id: penalties, temperature, top-k, top-p, min-p, and a draw, in the order of
+"""Samples a token from the logits of one row: penalties, temperature, top-k, top-p, min-p and a draw, in the order of
 transformers.
 
-Legend: V = vocabulary, n = candidates still in play; logits are float32 [V] or [n] and are never modified.
+Legend: V = vocabulary, n = remaining candidates; logits are float32 [V] or [n] and are never modified.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _draw_weighted(weights: np.ndarray, rng: np.random.Generator) -> int:
 
 
 def draw(logits: np.ndarray, rng: np.random.Generator) -> int:
-    """Position i of logits [n] with probability softmax(logits)[i]: first its group, then itself."""
+    """Position i of logits [n] with probability softmax(logits)[i]: draws its group, then the position."""
     weights = relative_weights(logits)
     starts = np.arange(0, len(weights), GROUP_SIZE)
     start = int(starts[_draw_weighted(np.add.reduceat(weights, starts, dtype=np.float64), rng)])
@@ -71,7 +71,7 @@ class Sampler:
         return (o.repetition_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0)
 
     def sample(self, logits: np.ndarray, counts: TokenCounts, rng: np.random.Generator) -> int:
-        """The next token's id from logits float32 [V], the row's tokens so far and its random stream.
+        """The next token's id from logits float32 [V], the row's token counts and random stream.
 
         -inf excludes a token. ProviderError: a logit is NaN or +inf, or every token is excluded.
         """
@@ -80,7 +80,7 @@ class Sampler:
             logits = apply_bias(logits, o.logit_bias)
         if self._penalizes:
             logits = penalize(logits, counts, o.repetition_penalty, o.presence_penalty, o.frequency_penalty)
-        likeliest = int(logits.argmax())  # the first NaN, where there is one
+        likeliest = int(logits.argmax())  # the first NaN, if any
         if not np.isfinite(logits[likeliest]):
             raise no_token(float(logits[likeliest]))
         if o.temperature == 0:
@@ -88,12 +88,12 @@ class Sampler:
         return self._draw(logits, None, rng)
 
     def sample_candidates(self, ids: np.ndarray, logits: np.ndarray, rng: np.random.Generator) -> int:
-        """As `sample`, from at least `candidates` ids [n], ascending, and their logits [n], the largest of them
+        """Like `sample`, from at least `candidates` ids [n], ascending, and their logits [n], the largest of them
         finite."""
         return self._draw(logits, ids, rng)
 
     def _draw(self, logits: np.ndarray, ids: np.ndarray | None, rng: np.random.Generator) -> int:
-        """`ids` None stands for every id."""
+        """`ids` None: all ids."""
         logits = apply_temperature(logits, self.options.temperature)
         for positions_to_keep in self._filters():
             kept = positions_to_keep(logits)
@@ -115,8 +115,8 @@ class Sampler:
 
 
 class SamplerState:
-    """A row's sampler with what its choices depend on beside the logits: the tokens so far, a random stream and a
-    logits processor. `sample` tells apart several continuations of one prompt."""
+    """A row's sampler with its state: token counts, a random stream and a logits processor. `sample` numbers the
+    continuations of one prompt."""
 
     def __init__(self, options: GenerationOptions, prompt: Sequence[int], sample: int = 0) -> None:
         self.options, self._sampler = options, Sampler(options)
@@ -126,23 +126,23 @@ class SamplerState:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the argmax of the logits is all that it needs."""
+        """Whether the argmax of the logits suffices."""
         return self._sampler.is_greedy and self.options.logprobs is None
 
     @property
     def candidates(self) -> int | None:
-        """As of `Sampler`; None also where log-probabilities are reported, which need all logits."""
+        """As in `Sampler`; also None if log-probabilities are requested, which need all logits."""
         return None if self.options.logprobs is not None else self._sampler.candidates
 
     def sample(self, logits: np.ndarray) -> tuple[int, TokenLogprob | None]:
-        """Samples and accepts a token from logits float32 [V]; errors as of `Sampler.sample`."""
+        """Samples and accepts a token from logits float32 [V]; errors as in `Sampler.sample`."""
         processed = logits if self._processor is None else self._processor.process(logits)
         token = self.accept(self._sampler.sample(processed, self._counts, self._random))
         count = self.options.logprobs
         return token, None if count is None else log_probabilities(logits, token, count)
 
     def sample_candidates(self, ids: np.ndarray, logits: np.ndarray) -> int:
-        """As `Sampler.sample_candidates`, where `candidates` is a number; accepts the token."""
+        """Like `Sampler.sample_candidates`, if `candidates` is a number; accepts the token."""
         return self.accept(self._sampler.sample_candidates(ids, logits, self._random))
 
     def accept(self, token: int) -> int:
@@ -154,10 +154,10 @@ class SamplerState:
 
 
 def rng_for(seed: int | None, sample: int = 0) -> np.random.Generator:
-    """A row's own random stream.
+    """The random stream of one row.
 
-    The row's place in a batch is no part of it: with a seed, each prompt of a batch draws what it draws
-    alone. `sample` tells apart several continuations of one prompt, whose streams are independent. Without
-    a seed every stream is new.
+    It does not depend on the row's index: with a seed, a prompt draws the same numbers in a batch as alone.
+    `sample` numbers the continuations of one prompt, whose streams are independent. Without a seed every
+    stream is new.
     """
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(sample,))))

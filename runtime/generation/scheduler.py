@@ -32,12 +32,12 @@ log = logging.getLogger(__name__)
 
 
 class DeadlineError(Gemma3nError, TimeoutError):
-    """A request took longer than it may."""
+    """A request exceeded its deadline."""
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One token: the text that it completes, which may be empty, and its log-probability where asked for."""
+    """One token: the text that it completes, which may be empty, and its log-probability if requested."""
 
     token_id: int
     text: str
@@ -46,7 +46,7 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class FinishEvent:
-    """`reason` is "stop" or "length"; `cached_tokens` of the prompt were reused from an earlier one."""
+    """`reason` is "stop" or "length"; `cached_tokens` of the prompt were reused from an earlier prompt."""
 
     reason: str
     prompt_tokens: int
@@ -66,8 +66,8 @@ Event = TokenEvent | FinishEvent | FailureEvent
 class Request:
     """One sequence to generate.
 
-    The scheduler calls `on_event` for each token, and last with a FinishEvent or a FailureEvent; never again after
-    `cancel`. `sample` tells apart several continuations of one prompt. `deadline` is a time of `time.monotonic`.
+    The scheduler calls `on_event` for each token, then with a FinishEvent or a FailureEvent; never after `cancel`.
+    `sample` numbers the continuations of one prompt. `deadline` is a time of `time.monotonic`.
     """
 
     prompt: PromptTokens
@@ -80,7 +80,7 @@ class Request:
     cancelled: bool = False
 
     def cancel(self) -> None:
-        """From any thread; the row is free after the scheduler's next step."""
+        """May be called from any thread; the row is free after the scheduler's next step."""
         self.cancelled = True
 
 
@@ -99,7 +99,7 @@ class Counts:
 
 @dataclass
 class _Row:
-    """A request that runs: its sampler, its text, and the tokens generated so far."""
+    """A running request: its sampler, its text, and the tokens generated so far."""
 
     request: Request
     sampler: SamplerState
@@ -116,16 +116,16 @@ class _CancelledError(Exception):
 
 
 class Scheduler:
-    """Runs `rows` requests at once, each of `capacity` tokens with its answer. Not thread-safe, except for
-    `Request.cancel`.
+    """Runs up to `rows` requests at once, each of at most `capacity` tokens, answer included. Not thread-safe, except
+    for `Request.cancel`.
 
-    A prompt reuses the prefix that it shares with a `prefix_cache` entry, or where prompts are prefilled in place and
-    there is no such cache, with the row that it joins.
+    A prompt reuses the prefix that it shares with a `prefix_cache` entry. Without that cache, if prompts are prefilled
+    in place, it reuses the prefix that it shares with the row that it joins.
 
-    With `interleave`, the other rows take a decode step between two chunks of a prompt, and while `executor` runs an
-    image or audio encoder. A decode step also computes the idle rows below the last running one, and that moves their
-    windowed caches: on host memory the prompt is therefore prefilled into a cache of its own, and on device memory
-    the other rows wait if there are windowed caches.
+    With `interleave`, the other rows run a decode step between two chunks of a prompt, and while `executor` runs an
+    image or audio encoder. A decode step also computes the idle rows below the last running one, which moves their
+    windowed caches. In host memory, the prompt is therefore prefilled into a separate cache; in device memory, the
+    other rows wait if there are windowed caches.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Scheduler:
         self._prefix_cache = prefix_cache if copies else None
         self._reuses_rows = not self._stages and self._prefix_cache is None
         self._cache_is_entry = False
-        """Whether the prefix cache keeps `_cache` itself, which no other prompt may then overwrite."""
+        """Whether the prefix cache holds `_cache` itself, which other prompts must then not overwrite."""
         self._held: list[list[Hashable]] = [[] for _ in range(rows)]
         """Keys of the tokens that the row of each finished request still holds."""
         self._running: dict[int, _Row] = {}
@@ -165,7 +165,7 @@ class Scheduler:
         return len(self._running)
 
     def submit(self, request: Request) -> None:
-        """Raises ContextLengthError where prompt and new tokens do not fit into a row."""
+        """Raises ContextLengthError if prompt and new tokens do not fit into a row."""
         check_context(self.capacity, len(request.prompt), request.options.max_new_tokens)
         self._waiting.append(request)
 
@@ -178,7 +178,7 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     def abort(self, error: Exception) -> None:
-        """Fails every request that runs or waits."""
+        """Fails every running and waiting request."""
         requests = [*(row.request for row in self._running.values()), *self._waiting]
         self._running.clear()
         self._waiting.clear()
@@ -213,7 +213,7 @@ class Scheduler:
             self._prefilling = None
 
     def _free_row(self, keys: list[Hashable]) -> int:
-        """The free row that holds a prefix worth reusing; else the first, empty ones before those that hold tokens.
+        """The free row with a prefix worth reusing; else the first empty row, else the first free one.
 
         Low rows first, because a step computes all rows up to the last running one.
         """
@@ -225,7 +225,7 @@ class Scheduler:
         return best if shared[best] >= WORTH_SHARING else min(free, key=lambda row: (bool(self._held[row]), row))
 
     def _prepare(self, row: int, keys: list[Hashable]) -> None:
-        """Cuts a row to the tokens that it shares with a prompt, short of the prompt's last one, or empties it."""
+        """Cuts a row to the prefix that it shares with a prompt, except the prompt's last token, or empties it."""
         shared = shared_prefix(self._held[row], keys[:-1]) if self._reuses_rows else 0
         self._held[row] = keys[:shared]
         if not self._cache.truncate(row, shared):
@@ -263,8 +263,8 @@ class Scheduler:
         return logits
 
     def _prompt_cache(self, tokens: int) -> KVCache:
-        """The cache that a prompt of `tokens` is prefilled into: one of its own, to be copied into a row, or that of
-        the rows."""
+        """The cache to prefill a prompt of `tokens` into: a separate one, to be copied into a row, or the rows'
+        own."""
         if self._stages:
             return self._engine.new_cache(1, tokens)
         if self._prefix_cache is not None:
@@ -274,7 +274,7 @@ class Scheduler:
         return self._cache
 
     def _encode(self, prompt: PromptTokens, request: Request) -> PromptTokens:
-        """Runs the encoders of a prompt's images and clips; meanwhile the other rows go on."""
+        """Runs the encoders of a prompt's images and clips, while the other rows continue."""
         if self._executor is None or not self._overlaps or not prompt.spans:
             return prompt.encoded()
         encoding = self._executor.submit(prompt.encoded)
@@ -287,7 +287,7 @@ class Scheduler:
             encoding.cancel()
 
     def _step(self) -> None:
-        """One more token for every row."""
+        """Generates one more token for every running row."""
         for row, state in [*self._running.items()]:
             try:
                 self._require_wanted(state.request)
@@ -325,8 +325,8 @@ class Scheduler:
                 self._fail(state.request, error)
 
     def _run_step(self, tokens: np.ndarray, active: np.ndarray) -> Callable[[int], tuple[int, TokenLogprob | None]]:
-        """Runs tokens [B] of the active rows [B]; returns the function that chooses the next token of a row. The
-        samplers need the argmax, a few candidates, or all logits: no more is copied to the host than they need."""
+        """Runs tokens [B] of the active rows [B]; returns the function that samples the next token of a row. Copies
+        only what the samplers need to the host: the argmax, a few candidates, or all logits."""
         runner = self._engine.step_runner(self._cache, len(tokens))
         samplers = {row: state.sampler for row, state in self._running.items()}
         if all(sampler.is_greedy for sampler in samplers.values()):
@@ -365,13 +365,13 @@ class Scheduler:
             self.counts.cancelled += 1
             raise _CancelledError
         if time.monotonic() > request.deadline:
-            raise DeadlineError("The request took longer than this server allows; ask for fewer tokens.")
+            raise DeadlineError("The request took longer than this server allows; request fewer tokens.")
 
     def _fail(self, request: Request, error: Exception) -> None:
         _emit(request, FailureEvent(error))
 
     def _leave(self, row: int, keys: list[Hashable]) -> None:
-        """Frees a row, which goes on holding its tokens of these `keys` until a step computes it while it is idle."""
+        """Frees a row, which keeps its tokens of these `keys` until a step computes it while it is idle."""
         self._running.pop(row, None)
         self._held[row] = keys[: int(self._cache.lengths[row])]
 
@@ -394,7 +394,7 @@ def _emit(request: Request, event: Event) -> None:
 
 
 def check_context(capacity: int, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raises ContextLengthError where prompt and answer together may exceed `capacity` tokens."""
+    """Raises ContextLengthError if prompt and answer together may exceed `capacity` tokens."""
     if prompt_tokens + max_new_tokens > capacity:
         raise ContextLengthError(
             f"The prompt has {prompt_tokens:,} tokens and max_new_tokens is {max_new_tokens:,}, which is more "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 class StopMatcher:
-    """Passes text on up to the first stop string to be completed, however the text is cut into pieces.
+    """Passes text through up to the first completed stop string, however the text is split into pieces.
 
-    What could be the beginning of a stop string is held back. Where two are completed by the same
-    character, the text ends before the longer one. `matched` is the stop string that was met, or None.
+    A possible start of a stop string is held back. If the same character completes two stop strings, the
+    text ends before the longer one. `matched` is the stop string found, or None.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -16,7 +16,7 @@ class StopMatcher:
         self.matched: str | None = None
 
     def push(self, piece: str) -> str:
-        """Text that certainly precedes any stop string; empty after a match."""
+        """Text that precedes any stop string for certain; empty after a match."""
         if self.matched is not None:
             return ""
         text = self._held + piece
@@ -37,6 +37,6 @@ class StopMatcher:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that begins stop without being all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(stop[:length])), 0)

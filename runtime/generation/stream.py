@@ -1,4 +1,4 @@
-"""Generation of one batch of prompts, piece by piece."""
+"""Streaming generation of one batch of prompts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class GenerationStream:
     """Iterate for pieces of text; `results()` and `result` hold what has been generated so far."""
 
     def __init__(self, scheduler: Scheduler, prompts: Sequence[PromptTokens], options: GenerationOptions) -> None:
-        """Raises ContextLengthError, as `Scheduler.submit`."""
+        """Raises ContextLengthError as `Scheduler.submit` does."""
         self._scheduler, self._options = scheduler, options
         self._sequences = [_Sequence() for _ in prompts]
         self._pieces: list[str] = []
-        # The callback holds lists and not this stream: a reference cycle would keep the KV cache until it is collected.
+        # The callback holds lists, not this stream: a reference cycle would keep the KV cache until garbage collection.
         self._requests = [
             Request(prompt, options, partial(_take, sequence, self._pieces))
             for prompt, sequence in zip(prompts, self._sequences)
@@ -39,8 +39,8 @@ class GenerationStream:
         return next(self._running)
 
     def close(self) -> None:
-        """Ends the generation early."""
-        self._cancel()  # also where the iteration has not begun
+        """Ends generation early."""
+        self._cancel()  # even if iteration has not begun
         self._running.close()
 
     def _run(self) -> Generator[str, None, None]:
@@ -58,7 +58,7 @@ class GenerationStream:
             request.cancel()
 
     def _new_pieces(self) -> list[str]:
-        """Raises the first failure."""
+        """The pieces since the last call. Raises the first failure."""
         for sequence in self._sequences:
             if sequence.error is not None:
                 raise sequence.error

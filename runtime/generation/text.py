@@ -1,4 +1,4 @@
-"""The text of one sequence while its tokens arrive."""
+"""The text of one sequence as its tokens arrive."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from .stop_strings import StopMatcher
 
 
 class TextAssembler:
-    """Detokenizes, and ends the text before a stop string."""
+    """Detokenizes tokens, and ends the text before a stop string."""
 
     def __init__(self, tokenizer: TokenDecoder, stop: tuple[str, ...]) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._matcher = StopMatcher(stop)
 
     def push(self, token_id: int, finish_reason: str | None) -> tuple[str, str | None]:
-        """The text that the token completes, and why the sequence ends: `finish_reason`, or "stop" at a stop
+        """The text that the token completes, and the finish reason: `finish_reason`, or "stop" at a stop
         string."""
         piece = self._matcher.push(self._detokenizer.push(token_id))
         if finish_reason and self._matcher.matched is None:

@@ -1,4 +1,4 @@
-"""Audio sources to mono samples, and to the log-mel features of the audio encoder."""
+"""Decodes audio to mono samples and computes the audio encoder's log-mel features."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ LONG_AUDIO = get_args(LongAudio)
 MAX_SECONDS = 3600.0
 RATES_HZ = (1_000, 768_000)
 MAX_CHANNELS = 64
-# Full scale is 1. Loud lossy files decode to a little above it; integers stored as floats far above.
+# Full scale is 1. Loud lossy files decode slightly above it; integers cast to float without scaling, far above.
 LARGEST_FLOAT = 8.0
-# Samples that stay within this span are silence: three steps of 16 bits, as dithering leaves.
+# A peak-to-peak range up to this is silence: three 16-bit steps, the residue of dithering.
 SILENT_SPAN = 1e-4
 BLOCK_FRAMES = 1 << 16
-# A file that yields less than this of what its header declares is cut off.
+# A file that decodes to less than this fraction of its declared length is truncated.
 COMPLETE = 0.95
 BY_SOUNDFILE = "WAV, FLAC, MP3 or Ogg"
 BY_AV = "M4A, AAC or WebM"
 UNKNOWN_LENGTH = 1 << 60
 
-# Where `fit` looks for a pause: in the last part of a window, by the energy of spans of 100 ms in steps of 10 ms.
+# `fit` searches the last sixth of a window for the 100 ms span of least energy, in steps of 10 ms.
 SEARCHED_PART = 6
 PAUSE_STEPS = 10
 STEPS_PER_SECOND = 100
@@ -48,34 +48,34 @@ def load_audio(
 ) -> np.ndarray:
     """Samples [n] fp32 at `sample_rate_hz`, channels averaged, full scale from -1 to 1.
 
-    Source: what `open_media` takes (WAV, FLAC, MP3, Ogg by libsndfile; M4A, AAC, WebM and video files by PyAV), or
-    an array [n] or [n, channels] with its `rate` in Hz, or the pair (array, rate). Arrays of int16, int32 and uint8
-    are scaled to full scale; floats are taken as they are, up to `LARGEST_FLOAT`.
+    Source: any `open_media` source (libsndfile decodes WAV, FLAC, MP3 and Ogg; PyAV decodes M4A, AAC, WebM and
+    video files), an array [n] or [n, channels] with its `rate` in Hz, or the pair (array, rate). int16, int32 and
+    uint8 arrays are scaled to full scale; floats are used unscaled, up to `LARGEST_FLOAT`.
 
     Raises:
-        AudioTooLongError: more than `max_seconds`.
-        MediaError: not audio, damaged, empty, silent, or an array of another kind.
+        AudioTooLongError: longer than `max_seconds`.
+        MediaError: not audio, damaged, empty, silent, or an unsupported array.
         MediaNotFoundError, UrlRefusedError: as `open_media` raises them.
         PackageMissingError: soundfile or soxr is needed and not installed.
     """
     if isinstance(source, tuple):
         if len(source) != 2 or rate is not None:
-            raise MediaError("A clip given as a pair is (samples, rate); give it so, and no other rate.")
+            raise MediaError("A pair must be (samples, rate); give no other rate.")
         source, rate = source
     if isinstance(source, np.ndarray):
         if rate is None:
-            raise MediaError("An audio array needs its sampling rate; pass rate, in Hz.")
+            raise MediaError("An audio array needs its sampling rate; pass rate in Hz.")
         hz = _check_rate(rate)
         mono = _checked(source)
         _check_seconds(len(mono) / hz, max_seconds)
         samples = _Resampler(hz, sample_rate_hz).all_of(iter([mono]))
     elif rate is not None:
-        raise MediaError("A rate goes with an array of samples; a file holds its own, so leave it out.")
+        raise MediaError("rate is for arrays only, because a file declares its own; leave it out.")
     else:
         with open_media(source, policy) as file:
             samples = _decode(file, sample_rate_hz, max_seconds)
     if not samples.size:
-        raise MediaError("The audio holds no samples; check the recording.")
+        raise MediaError("The audio has no samples; check the recording.")
     if np.ptp(samples) <= SILENT_SPAN:
         raise MediaError("The audio is silent from beginning to end; check the microphone or the file.")
     return samples
@@ -96,7 +96,7 @@ class LogMel:
         T covers the samples padded with zeros to a multiple of `pad_multiple`.
 
         Raises:
-            AudioTooLongError: more than `max_samples`; `fit` cuts a clip.
+            AudioTooLongError: more than `max_samples`; split the clip with `fit`.
             MediaError: fewer samples than one frame needs.
         """
         info, count = self.info, len(samples)
@@ -105,12 +105,12 @@ class LogMel:
         if count <= info.frame_length:
             needed = (info.frame_length + 1) / info.sample_rate_hz
             raise MediaError(
-                f"The audio lasts {count / info.sample_rate_hz:.3f} s and the model needs {needed:.3f} s at least; "
+                f"The audio lasts {count / info.sample_rate_hz:.3f} s, but the model needs at least {needed:.3f} s; "
                 "give a longer clip."
             )
         padded = np.zeros(-(-count // info.pad_multiple) * info.pad_multiple, np.float32)
         padded[:count] = samples
-        # Windows [T, frame_length + 1]: the reference takes one sample more than it then uses.
+        # Windows [T, frame_length + 1]: the reference takes one more sample than it uses.
         windows = np.lib.stride_tricks.sliding_window_view(padded, info.frame_length + 1)[:: info.hop_length]
         frames = np.empty((len(windows), info.frame_length), np.float32)
         frames[:, 0] = windows[:, 0] * (1 - info.preemphasis)
@@ -121,7 +121,7 @@ class LogMel:
 
 
 def mel_filters(info: LogMelInfo) -> np.ndarray:
-    """Triangles [fft_length / 2 + 1, mel_bins] fp64 of height 1, evenly spaced on the HTK mel scale."""
+    """Triangular filters [fft_length / 2 + 1, mel_bins] fp64 with peak 1, evenly spaced on the HTK mel scale."""
     bins_hz = np.arange(info.fft_length // 2 + 1) * (info.sample_rate_hz / info.fft_length)
     lowest, highest = (2595 * math.log10(1 + hz / 700) for hz in (info.min_frequency_hz, info.max_frequency_hz))
     edges_hz = 700 * (10 ** (np.linspace(lowest, highest, info.mel_bins + 2) / 2595) - 1)
@@ -131,10 +131,9 @@ def mel_filters(info: LogMelInfo) -> np.ndarray:
 
 
 def fit(samples: np.ndarray, info: LogMelInfo, long_audio: LongAudio = "error") -> list[np.ndarray]:
-    """samples [n] -> clips of at most `max_samples` that together are the samples, each once and in order.
+    """Splits samples [n] into consecutive clips of at most `max_samples`.
 
-    A longer clip is cut where the last part of a window is quietest, and never so that the rest is too short for
-    a frame.
+    Each cut is at the quietest point in the last sixth of a window, and leaves enough samples for a frame.
 
     Raises:
         AudioTooLongError: more than `max_samples`, and `long_audio` is "error".
@@ -155,7 +154,7 @@ def fit(samples: np.ndarray, info: LogMelInfo, long_audio: LongAudio = "error") 
 
 
 def _quietest(samples: np.ndarray, step: int) -> int:
-    """The middle of the quietest `PAUSE_STEPS` steps, of equal ones the last; the end where they do not fit."""
+    """The middle of the quietest `PAUSE_STEPS` steps, the last on a tie; the end if there are fewer steps."""
     if len(samples) < PAUSE_STEPS * step:
         return len(samples)
     energies = np.square(samples[: len(samples) // step * step].reshape(-1, step), dtype=np.float64).sum(axis=1)
@@ -166,8 +165,8 @@ def _quietest(samples: np.ndarray, step: int) -> int:
 def _too_long(count: int, info: LogMelInfo) -> AudioTooLongError:
     seconds, most = count / info.sample_rate_hz, info.max_samples / info.sample_rate_hz
     return AudioTooLongError(
-        f"The audio lasts {seconds:.2f} s and the model hears {most:g} s at a time; "
-        'shorten it, or pass long_audio="split" to have it cut at pauses.'
+        f"The audio lasts {seconds:.2f} s, but the model takes at most {most:g} s; "
+        'shorten it, or pass long_audio="split" to split it at pauses.'
     )
 
 
@@ -176,7 +175,7 @@ def _checked(values: np.ndarray) -> np.ndarray:
     if values.ndim not in (1, 2) or (values.ndim == 2 and not 0 < values.shape[1] <= MAX_CHANNELS):
         shape = " x ".join(map(str, values.shape)) or "a scalar"
         raise MediaError(
-            f"An audio array is samples, or samples x channels (at most {MAX_CHANNELS}), not {shape}; reshape it."
+            f"An audio array must be samples or samples x channels (at most {MAX_CHANNELS}), not {shape}; reshape it."
         )
     if values.dtype == np.uint8:
         scaled = (values.astype(np.float32) - 128) / 128
@@ -186,15 +185,15 @@ def _checked(values: np.ndarray) -> np.ndarray:
         scaled = values.astype(np.float32, copy=False)
         _check_floats(scaled)
     else:
-        raise MediaError(f"An audio array is float, int16, int32 or uint8, not {values.dtype}; convert it.")
+        raise MediaError(f"An audio array must be float, int16, int32 or uint8, not {values.dtype}; convert it.")
     return _mono(scaled)
 
 
 def _check_floats(values: np.ndarray) -> None:
     if not np.isfinite(values).all():
-        raise MediaError("The audio holds NaN or infinite samples; give finite ones from -1 to 1.")
+        raise MediaError("The audio has NaN or infinite samples; give finite samples from -1 to 1.")
     if values.size and (peak := float(np.abs(values).max())) > LARGEST_FLOAT:
-        raise MediaError(f"The audio's samples reach {peak:g}, where full scale is 1; scale them to -1 to 1.")
+        raise MediaError(f"The audio's samples reach {peak:g}, but full scale is 1; scale them to -1 to 1.")
 
 
 def _mono(values: np.ndarray) -> np.ndarray:
@@ -205,18 +204,19 @@ def _check_rate(rate: Any) -> int:
     whole = isinstance(rate, (int, float, np.integer, np.floating)) and not isinstance(rate, bool) and rate % 1 == 0
     if not whole or not RATES_HZ[0] <= rate <= RATES_HZ[1]:
         raise MediaError(
-            f"A sampling rate of {rate} Hz is not usable; it is a whole number from {RATES_HZ[0]:,} to {RATES_HZ[1]:,}."
+            f"A sampling rate of {rate} Hz is not supported; give a whole number from {RATES_HZ[0]:,} to "
+            f"{RATES_HZ[1]:,}."
         )
     return int(rate)
 
 
 def _check_seconds(seconds: float, most: float) -> None:
     if seconds > most:
-        raise AudioTooLongError(f"The audio lasts more than the {most:g} s that are read; cut it into shorter files.")
+        raise AudioTooLongError(f"The audio lasts more than the {most:g} s allowed; split it into shorter files.")
 
 
 class _Resampler:
-    """Mono blocks at one rate to samples at another: to the bit what librosa's default, soxr at HQ, returns."""
+    """Resamples mono blocks with soxr HQ, bit-identical to librosa's default."""
 
     def __init__(self, from_hz: int, to_hz: int) -> None:
         self._ratio = to_hz / from_hz
@@ -225,7 +225,7 @@ class _Resampler:
             try:
                 import soxr
             except ImportError as error:
-                raise _missing("soxr", f"Audio at {from_hz} Hz, where the model hears {to_hz},") from error
+                raise _missing("soxr", f"Resampling audio from {from_hz} to {to_hz} Hz") from error
             self._stream = soxr.ResampleStream(from_hz, to_hz, 1, dtype="float32", quality="HQ")
 
     def all_of(self, blocks: Iterator[np.ndarray]) -> np.ndarray:
@@ -246,7 +246,7 @@ class _Resampler:
 def _decode(file: BinaryIO, sample_rate_hz: int, max_seconds: float) -> np.ndarray:
     try:
         import soundfile
-    except (ImportError, OSError) as error:  # OSError: the package without its library
+    except (ImportError, OSError) as error:  # OSError: libsndfile is missing
         raise _missing("soundfile", "Reading an audio file") from error
     if not file.read(1):
         raise MediaError("The file is empty; record or download it again.")
@@ -276,7 +276,7 @@ def _sound_blocks(sound: Any, rate: int, declared: int, max_seconds: float) -> I
         yield _mono(block)
     if count < COMPLETE * declared:
         raise MediaError(
-            f"The audio file is cut off: it declares {declared / rate:.2f} s and holds {count / rate:.2f} s; "
+            f"The audio file is cut off: it declares {declared / rate:.2f} s but has {count / rate:.2f} s; "
             "save or download it again."
         )
 
@@ -293,7 +293,7 @@ def _decode_with_av(file: BinaryIO, sample_rate_hz: int, max_seconds: float) -> 
         ) from error
     with open_container(file, f"This is neither {BY_SOUNDFILE} nor {BY_AV} audio") as container:
         if not container.streams.audio:
-            raise MediaError("The file has no sound; give one that has.")
+            raise MediaError("The file has no audio stream; give a file with audio.")
         stream = container.streams.audio[0]
         check_codec(stream)
         rate = _check_rate(stream.codec_context.sample_rate)
@@ -303,7 +303,7 @@ def _decode_with_av(file: BinaryIO, sample_rate_hz: int, max_seconds: float) -> 
 def _av_blocks(container: Any, stream: Any, rate: int, max_seconds: float) -> Iterator[np.ndarray]:
     import av
 
-    # Packed: PyAV reads beyond the pointers of a planar frame of more than 8 channels.
+    # Packed: on planar frames of more than 8 channels, PyAV reads past the plane pointers.
     to_float = av.AudioResampler(format="flt", rate=rate)
     count = 0
     for frame in container.decode(stream):

@@ -1,8 +1,8 @@
-"""Media sources, from the local disk to the network, as open binary files.
+"""Opens media sources (files, URLs, data URLs, base64, bytes) as binary files.
 
-A URL's host is resolved once; every address it has is checked, and the connection goes to an address that was
-checked, so a name that changes its mind between check and use reaches nothing. Redirects are followed here, one
-check each. Proxies set in the environment are not used: through one, the address could not be checked.
+Against SSRF, a URL's host is resolved once, all its addresses are checked, and the connection goes to a checked
+address, so DNS rebinding has no effect. Each redirect is checked too. Proxies set in the environment are ignored,
+because the address behind a proxy cannot be checked.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 PORTS = {"http": 80, "https": 443}
-# Shorter texts of the base64 alphabet are paths: no image or clip is so small.
+# Shorter strings of base64 characters are paths: no image or clip is that small.
 SHORTEST_BASE64 = 64
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 BLOCK_BYTES = 1 << 16
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-# Prefixes that carry an IPv4 address, and the bit where it begins, counted from the right.
+# IPv6 prefixes that embed an IPv4 address, and the right shift that extracts it.
 CARRIERS_OF_IPV4 = (
     (ipaddress.IPv6Network("::ffff:0:0/96"), 0),  # IPv4-mapped
     (ipaddress.IPv6Network("64:ff9b::/96"), 0),  # NAT64
@@ -50,11 +50,11 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 @dataclass(frozen=True)
 class FetchPolicy:
-    """What may be read, and how much of it.
+    """Which sources may be read, and their limits.
 
-    `max_bytes` limits what is held in memory (URLs, data URLs, base64), not local files, which are read in
-    place. `timeout_seconds` is for a whole fetch: name, connection, redirects and body. `files_under`: the folder that
-    local files must be in, which relative paths begin at; None for any.
+    `max_bytes` limits sources that are held in memory (URLs, data URLs, base64), not local files, which are read in
+    place. `timeout_seconds` covers a whole fetch: DNS, connection, redirects and body. `files_under`: the folder that
+    must contain local files, and the base of relative paths; None allows any file.
     """
 
     max_bytes: int = 64 << 20
@@ -65,7 +65,7 @@ class FetchPolicy:
 
 
 def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
-    """`source` as an open, seekable binary file, which the caller closes.
+    """Opens `source` as a seekable binary file, which the caller closes.
 
     A str is an http(s) URL, a data URL, a path, or base64 of the file itself.
 
@@ -91,14 +91,14 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
     if scheme == "data" and colon:
         return io.BytesIO(decode_data_url(source.strip(), policy))
     if rest.startswith("//") and scheme.isalnum():
-        raise UrlRefusedError(f"{shorten(source)!r} is neither an http nor an https URL; use one, or a local path.")
+        raise UrlRefusedError(f"{shorten(source)!r} is neither an http nor an https URL; give one, or a local path.")
     if policy.allow_files and (path := _allowed_path(source, policy)) is not None and _exists(path):
         return _open_file(path, policy)
     if len(source) >= SHORTEST_BASE64 and BASE64.fullmatch(source):
         return io.BytesIO(decode_base64(source, policy))
     if not policy.allow_files:
         raise UrlRefusedError(
-            f"{shorten(source)!r} is neither a URL, a data URL nor base64 text, and local files are not read here; "
+            f"{shorten(source)!r} is neither a URL, a data URL nor base64 text, and local files are not allowed; "
             "send the content itself."
         )
     raise MediaNotFoundError(
@@ -107,7 +107,7 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
 
 
 def shorten(text: str, length: int = 80) -> str:
-    """`text` shortened for a message: a data URL can have megabytes."""
+    """Shortens `text` for a message: a data URL can be megabytes long."""
     end = length // 2
     return text if len(text) <= length else f"{text[: length - end]}…{text[-end:]}"
 
@@ -119,11 +119,9 @@ def decode_base64(text: str, policy: FetchPolicy) -> bytes:
     try:
         data = base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MediaError(
-            f"{shorten(text, 40)!r} is not valid base64; send the bytes of the file in base64, complete."
-        ) from error
+        raise MediaError(f"{shorten(text, 40)!r} is not valid base64; send the complete file in base64.") from error
     if not data:
-        raise MediaError("The base64 text is empty; send the bytes of the file in base64.")
+        raise MediaError("The base64 text is empty; send the file in base64.")
     return data
 
 
@@ -145,8 +143,7 @@ def fetch_url(url: str, policy: FetchPolicy) -> bytes:
     """The body at an http or https URL.
 
     Raises:
-        UrlRefusedError: the URL, or one that it redirects to, has another scheme, holds credentials, or leads to
-            an address that is not public.
+        UrlRefusedError: the URL or a redirect has another scheme, credentials, or an address that is not public.
         MediaNotFoundError: 404 or 410.
         MediaError: any other failure, more than `max_bytes`, or more than `timeout_seconds`.
     """
@@ -176,7 +173,7 @@ def fetch_url(url: str, policy: FetchPolicy) -> bytes:
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether an address is one of the open internet's unicast addresses, also where it carries another."""
+    """Whether an address is public unicast; an embedded IPv4 address is checked instead."""
     if isinstance(address, ipaddress.IPv4Address):
         return address.is_global and not (address.is_multicast or address.is_reserved)
     for network, shift in CARRIERS_OF_IPV4:
@@ -186,7 +183,7 @@ def is_public(address: IPAddress) -> bool:
 
 
 def _allowed_path(path: str, policy: FetchPolicy) -> str | None:
-    """Where `path` leads; None where that is not in the folder of the policy."""
+    """`path`, resolved if `files_under` is set; None if it is outside that folder."""
     if policy.files_under is None:
         return path
     folder = policy.files_under.resolve()
@@ -207,7 +204,7 @@ def _exists(path: str) -> bool:
 
 def _open_file(path: str, policy: FetchPolicy) -> BinaryIO:
     if not policy.allow_files:
-        raise UrlRefusedError(f"The local file {shorten(path)!r} is not read here; send its content instead.")
+        raise UrlRefusedError(f"The local file {shorten(path)!r} is not allowed; send its content instead.")
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
@@ -237,16 +234,16 @@ def _check_url(url: str) -> SplitResult:
     except ValueError as error:  # UnicodeError too
         raise MediaError(f"{shorten(url)!r} is not a valid URL; check its host and port.") from error
     if parts.scheme not in PORTS:
-        raise UrlRefusedError(f"{shorten(url)!r} is neither an http nor an https URL; use one of these.")
+        raise UrlRefusedError(f"{shorten(url)!r} is neither an http nor an https URL; give an http(s) URL.")
     if parts.username is not None or parts.password is not None:
-        raise UrlRefusedError("A URL with a user name or a password is not fetched; give one without.")
+        raise UrlRefusedError("A URL with a user name or password is not fetched; give one without credentials.")
     if not host or port == 0:
         raise MediaError(f"{shorten(url)!r} is not a valid URL; check its host and port.")
     return parts
 
 
 def _get(parts: SplitResult, policy: FetchPolicy, deadline: float) -> tuple[bytes, str | None]:
-    """The body, or where a redirect leads. Speaks to one server."""
+    """One request: the body, or the location of a redirect."""
     host = (parts.hostname or "").encode("idna").decode("ascii")
     port = parts.port or PORTS[parts.scheme]
     connection = http.client.HTTPConnection(host, port)
@@ -286,11 +283,11 @@ def _headers(parts: SplitResult, host: str) -> dict[str, str]:
 def _body(response: http.client.HTTPResponse, parts: SplitResult, policy: FetchPolicy) -> bytes:
     url = shorten(parts.geturl())
     if response.status in (404, 410):
-        raise MediaNotFoundError(f"There is nothing at {url!r} (HTTP {response.status}); check the URL.")
+        raise MediaNotFoundError(f"{url!r} does not exist (HTTP {response.status}); check the URL.")
     if response.status != 200:
-        raise MediaError(f"{url!r} answers with HTTP {response.status}; give a URL that serves the file itself.")
+        raise MediaError(f"{url!r} answered with HTTP {response.status}; give a URL that serves the file itself.")
     if (coding := response.getheader("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
-        raise MediaError(f"{url!r} sends {shorten(coding)!r} content, unasked; give a URL that serves the file itself.")
+        raise MediaError(f"{url!r} sent {shorten(coding)!r} encoded content; give a URL that serves the file itself.")
     declared = response.length
     _check_size(declared or 0, policy, repr(url))
     blocks: list[bytes] = []
@@ -307,13 +304,13 @@ def _body(response: http.client.HTTPResponse, parts: SplitResult, policy: FetchP
 
 
 def _connect(host: str, port: int, policy: FetchPolicy, deadline: float) -> socket.socket:
-    """A connection to the first of the host's addresses that answers, once all of them are found allowed."""
+    """Checks all addresses of the host, then connects to the first that answers."""
     found = _resolve(host, port, deadline)
     if not policy.allow_private:
         for *_, address in found:
             if not is_public(ipaddress.ip_address(address[0])):
                 raise UrlRefusedError(
-                    f"{shorten(host)!r} leads to {address[0]}, which is not a public address; "
+                    f"{shorten(host)!r} resolves to {address[0]}, which is not a public address; "
                     "give a public URL, or send the content itself."
                 )
     failure: OSError = OSError(f"{host} has no address")
@@ -330,7 +327,7 @@ def _connect(host: str, port: int, policy: FetchPolicy, deadline: float) -> sock
 
 
 def _resolve(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
-    """`getaddrinfo`, which knows no time limit, in a thread that is left behind when the time is over."""
+    """Runs `getaddrinfo`, which has no timeout, in a thread that is abandoned at the deadline."""
     answer: list[Any] = []
 
     def ask() -> None:
@@ -345,19 +342,19 @@ def _resolve(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
     if not answer:
         raise TimeoutError
     if isinstance(answer[0], Exception):
-        raise MediaNotFoundError(f"The host {shorten(host)!r} is not known; check the URL.") from answer[0]
+        raise MediaNotFoundError(f"The host {shorten(host)!r} could not be resolved; check the URL.") from answer[0]
     return answer[0]
 
 
 def _left(deadline: float) -> float:
-    """Seconds until the deadline. TimeoutError: none."""
+    """Seconds until the deadline. TimeoutError: it has passed."""
     if (left := deadline - time.monotonic()) <= 0:
         raise TimeoutError
     return left
 
 
 class _TimedSocket:
-    """What `http.client` uses of a socket, every send and receive within one deadline."""
+    """The socket methods that `http.client` uses, with one deadline for all sends and receives."""
 
     def __init__(self, raw: socket.socket, deadline: float) -> None:
         self._raw = raw
@@ -371,7 +368,7 @@ class _TimedSocket:
         return io.BufferedReader(_TimedReader(self._raw, self._deadline))
 
     def close(self) -> None:
-        """The socket outlives the connection object, which closes early; `_get` closes it."""
+        """Does nothing: `http.client` closes early; `_get` closes the socket."""
 
 
 class _TimedReader(io.RawIOBase):

@@ -1,4 +1,4 @@
-"""Image sources to RGB, and to the vision encoder's input."""
+"""Decodes images to RGB and converts them to the vision encoder's input."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 100_000_000
-# A JPEG's largest; resizing an image of one column takes `size` times its height.
+# The maximum of JPEG; resizing a one-column image allocates `size` times its height.
 MAX_SIDE = 65_535
 ORIENTATION = 0x0112  # EXIF tag
 
-# Pillow warns of bombs through the process-wide filters, which one thread at a time may change.
+# Pillow warns of decompression bombs through process-wide warning filters, which are not thread-safe.
 _filters = threading.Lock()
 
 
 def load_image(source: ImageSource, policy: FetchPolicy) -> Image:
-    """An image in mode RGB, turned upright where its EXIF data says so; of an animation the first frame.
+    """Loads an image in mode RGB, EXIF orientation applied; of an animation, the first frame.
 
-    Source: what `open_media` takes, a PIL image, or an array [height, width] or [height, width, 1, 3 or 4] of
-    uint8, uint16, or float from 0 to 1. What is transparent becomes white, as transformers' image processors have
-    it; values of 16 bits and floats are scaled to 8 bits.
+    Source: any `open_media` source, a PIL image, or an array [height, width] or [height, width, 1, 3 or 4] of
+    uint8, uint16, or float from 0 to 1. Transparency becomes white, as in transformers' image processors; 16-bit
+    and float values are scaled to 8 bits.
 
     Raises:
-        MediaError: not an image, damaged, of a format not read, or larger than `MAX_PIXELS` or `MAX_SIDE`.
+        MediaError: not an image, damaged, in an unsupported format, or larger than `MAX_PIXELS` or `MAX_SIDE`.
         MediaNotFoundError, UrlRefusedError: as `open_media` raises them.
     """
     from PIL import Image
@@ -73,9 +73,9 @@ def _open(file: BinaryIO) -> Image:
         raise _too_large(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}") from error
     except UnidentifiedImageError as error:
         empty = not file.seek(0) and not file.read(1)
-        what = "The file is empty" if empty else "This is not an image that can be read"
+        what = "The file is empty" if empty else "This is not an image in a supported format"
         raise MediaError(f"{what}; give one of {', '.join(FORMATS)}.") from error
-    except Exception as error:  # plugins raise whatever a damaged header leads them to
+    except Exception as error:  # plugins raise anything on a damaged header
         raise _damaged(error) from error
 
 
@@ -95,17 +95,17 @@ def _to_rgb(image: Image) -> Image:
         return image.convert("RGB")
     except MediaError:
         raise
-    except Exception as error:  # decoders raise whatever damaged data leads them to
+    except Exception as error:  # decoders raise anything on damaged data
         raise _damaged(error) from error
 
 
 def _unsigned(image: Image) -> np.ndarray:
-    """Grey of 16 or 32 bits -> uint16, which Pillow holds in mode I too, or float as it is."""
+    """16- or 32-bit grey -> uint16 (Pillow may hold it in mode I) or unchanged floats."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         return values
     if values.size and not 0 <= values.min() <= values.max() <= 65535:
-        raise MediaError("This image has grey values beyond 16 bits; save it with 8 or 16 bits a channel.")
+        raise MediaError("This image has grey values beyond 16 bits; save it with 8 or 16 bits per channel.")
     return values.astype(np.uint16)
 
 
@@ -114,27 +114,26 @@ def _from_array(values: np.ndarray) -> Image:
 
     shape = " x ".join(map(str, values.shape))
     if values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (1, 3, 4):
-        raise MediaError(
-            f"An image array of {shape} has its channels first; transpose it to height x width x channels."
-        )
+        raise MediaError(f"The image array {shape} has its channels first; transpose it to height x width x channels.")
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)) or not values.size:
         raise MediaError(
-            f"An image array is height x width or height x width x (1, 3 or 4), not {shape or 'a scalar'}; reshape it."
+            "An image array must be height x width or height x width x (1, 3 or 4), not "
+            f"{shape or 'a scalar'}; reshape it."
         )
     _check_size(values.shape[1], values.shape[0])
     if values.dtype == np.uint16:
         values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     elif values.dtype.kind == "f":
         if not np.isfinite(values).all():
-            raise MediaError("The image array holds NaN or infinite values; give finite ones from 0 to 1.")
+            raise MediaError("The image array has NaN or infinite values; give finite values from 0 to 1.")
         if values.min() < 0 or values.max() > 1:
             raise MediaError(
-                f"The image array holds values from {values.min():g} to {values.max():g}; "
+                f"The image array has values from {values.min():g} to {values.max():g}; "
                 "scale floats to 0 to 1, or give uint8."
             )
         values = np.rint(values * 255).astype(np.uint8)
     elif values.dtype != np.uint8:
-        raise MediaError(f"An image array is uint8, uint16 or float, not {values.dtype}; convert it.")
+        raise MediaError(f"An image array must be uint8, uint16 or float, not {values.dtype}; convert it.")
     grey = values.ndim == 3 and values.shape[2] == 1
     return _to_rgb(Image.fromarray(np.ascontiguousarray(values[..., 0] if grey else values)))
 

@@ -1,4 +1,4 @@
-"""Images, clips and videos of a prompt to encoder inputs."""
+"""Converts the images, clips and videos of a prompt to encoder inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .fetch import FetchPolicy
 from .image import load_image, resize, to_pixels
 from .video import sample_frames
 
-# OpenAI's `detail` of an image, as the largest and the smallest of the artifact's sizes.
+# OpenAI's image `detail`: picks the smallest or the largest of the artifact's image sizes.
 DETAILS = {"low": min, "high": max}
 
 
@@ -26,10 +26,10 @@ class MediaOptions:
     """How media are read.
 
     Attributes:
-        image_size: side of the square in pixels that an image becomes; None for the artifact's own.
-        long_audio: "error", or "split" to make consecutive clips of audio that is too long for one.
-        video_fps: frames taken of each second of a video.
-        max_frames: of one video; with more, the frames are spread over its length.
+        image_size: side in pixels of the square that images are resized to; None for the artifact's default.
+        long_audio: "error", or "split" to split long audio into consecutive clips.
+        video_fps: frames sampled per second of video.
+        max_frames: maximum frames of one video; a longer video is sampled at equal intervals.
 
     Raises:
         OptionError: a value is out of range.
@@ -53,7 +53,7 @@ class MediaOptions:
 
 @dataclass(frozen=True)
 class Item:
-    """One image or one clip. Equal keys, equal contents; `inputs()` are the encoder's, for a batch of one."""
+    """One image or clip. Equal keys mean equal contents; `inputs()` makes the encoder's inputs, for a batch of one."""
 
     modality: str
     key: bytes
@@ -61,30 +61,30 @@ class Item:
 
 
 class MediaReader:
-    """Reads media by the front ends that an artifact's manifest describes."""
+    """Reads media with the preprocessing that an artifact's manifest describes."""
 
     def __init__(self, manifest: Manifest, policy: FetchPolicy) -> None:
         self._modalities = manifest.modalities
         self._vision, self._audio, self._policy = manifest.vision, manifest.audio, policy
 
     def image(self, source: Any, options: MediaOptions, detail: str | None = None) -> list[Item]:
-        """One item. Raises MediaError: it cannot be read. OptionError: a size that the encoder does not take."""
+        """One item. MediaError: the image cannot be read. OptionError: the encoder does not support the size."""
         vision = self._need_vision("an image")
         size = _image_size(vision, options, detail)
         return [self._image_item(vision, load_image(source, self._policy), size)]
 
     def video(self, source: Any, options: MediaOptions) -> list[Item]:
-        """An item for each frame that is taken. Errors as for `image`."""
+        """One item for each sampled frame. Raises as `image`."""
         vision = self._need_vision("a video")
         size = _image_size(vision, options, None)
         frames = sample_frames(source, self._policy, options.video_fps, options.max_frames, size)
         return [self._image_item(vision, frame.image, size) for frame in frames]
 
     def clips(self, source: Any, options: MediaOptions, rate: int | None = None) -> list[Item]:
-        """One item, or several of a long one that may be split.
+        """One item, or several if long audio is split.
 
         Raises:
-            MediaError: it cannot be read. AudioTooLongError: it does not fit and may not be split.
+            MediaError: the audio cannot be read. AudioTooLongError: it is too long and may not be split.
         """
         if self._audio is None:
             raise self._lacks("audio", "audio")
@@ -115,7 +115,7 @@ class MediaReader:
 
     def _lacks(self, modality: str, what: str) -> MediaError:
         return MediaError(
-            f"The prompt holds {what}, and this artifact has no {modality} encoder (it reads "
+            f"The prompt contains {what}, but this artifact has no {modality} encoder (it takes "
             f"{', '.join(self._modalities)}); export it again with --modalities "
             f"{','.join(self._modalities)},{modality}."
         )

@@ -1,4 +1,4 @@
-"""Frames of a video at even times, as images."""
+"""Samples frames of a video at equal intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_FRAMES = 32
-# Containers that hold all they play. Others (playlists, concatenations) name further files and URLs to open.
+# Self-contained formats. Others (playlists, concatenations) make FFmpeg open further files and URLs.
 DEMUXERS = "aac,asf,avi,flac,flv,gif,h264,hevc,ivf,matroska,mov,mp3,mpeg,mpegts,ogg,wav"
 USUAL_FPS = 25
 TOLERANCE_SECONDS = 1e-6
@@ -38,8 +38,8 @@ def sample_frames(
 ) -> list[Frame]:
     """The frames shown at 0, 1/fps, 2/fps, … seconds, in mode RGB, upright.
 
-    Where these are more than `max_frames`, that many, at even distances from 0 on. With `size` each is at once
-    stretched to that square, so that large frames take little memory.
+    If there are more than `max_frames`, that many are sampled at equal intervals from 0 on. With `size`, each frame
+    is resized to that square as soon as it is decoded, to save memory.
 
     Raises:
         OptionError: `fps` or `max_frames` is not positive.
@@ -62,10 +62,10 @@ def sample_frames(
 
 @contextmanager
 def open_container(file: BinaryIO, complaint: str) -> Iterator[Any]:
-    """PyAV's container over an open file, from its beginning. FFmpeg's errors within become MediaErrors.
+    """Opens a PyAV container at the start of `file`. In this context FFmpeg errors become MediaErrors.
 
     Raises:
-        MediaError: the file is no container that is read, or is damaged; `complaint` begins the message.
+        MediaError: the format is not supported (the message starts with `complaint`), or the file is damaged.
         PackageMissingError: PyAV is not installed.
     """
     try:
@@ -92,16 +92,16 @@ def open_container(file: BinaryIO, complaint: str) -> Iterator[Any]:
 
 
 def check_codec(stream: Any) -> None:
-    """MediaError: FFmpeg does not know how the stream is encoded."""
+    """Raises MediaError if FFmpeg does not know the codec."""
     if stream.codec_context is None:
         raise MediaError("The file's codec is not known; convert it to a common one.")
 
 
 @dataclass(frozen=True)
 class _Timeline:
-    """A video stream's beginning, end and key frames, in seconds on its own clock.
+    """Start, end and key frames of a video stream, in seconds of its own timestamps.
 
-    `frame_seconds` is set where the stream has no clock (raw ones): its frames are counted.
+    `frame_seconds` is set for raw streams, which have no timestamps: their frames are counted.
     """
 
     start: float
@@ -115,7 +115,7 @@ class _Timeline:
 
 
 def _scan(file: BinaryIO) -> _Timeline:
-    """Reads all packets and decodes none: a header's duration and index may be missing or wrong."""
+    """Demuxes all packets without decoding: the header's duration and index may be missing or wrong."""
     begins, ends, key_frames, count = [], [], [], 0
     with _open_stream(file) as (container, stream):
         usual = 1 / float(stream.average_rate or USUAL_FPS)
@@ -135,7 +135,7 @@ def _scan(file: BinaryIO) -> _Timeline:
 
 
 def _shown_at(file: BinaryIO, timeline: _Timeline, times: list[float]) -> Iterator[Any]:
-    """For each of the rising times, in seconds from the start, the last frame that begins by then, or the first."""
+    """For each of the ascending times, in seconds from the start, the last frame that starts by then, or the first."""
     key_frames = timeline.key_frames
     frames = _decoded(file, timeline)
     shown, coming = None, next(frames, None)
@@ -146,7 +146,7 @@ def _shown_at(file: BinaryIO, timeline: _Timeline, times: list[float]) -> Iterat
             frames.close()
             frames = _decoded(file, timeline, key_frames[place])
             shown, coming = None, next(frames, None)
-            if coming is None or coming[0] > due:  # this container cannot be entered in the middle
+            if coming is None or coming[0] > due:  # seeking does not work in this container
                 key_frames = []
                 frames = _decoded(file, timeline)
                 coming = next(frames, None)
@@ -161,7 +161,7 @@ def _shown_at(file: BinaryIO, timeline: _Timeline, times: list[float]) -> Iterat
 def _decoded(
     file: BinaryIO, timeline: _Timeline, key_frame: float | None = None
 ) -> Generator[tuple[float, Any], None, None]:
-    """(time, frame) in the order shown, from the beginning or from the key frame at a time on."""
+    """(time, frame) in display order, from the start or from the key frame at `key_frame` seconds."""
     with _open_stream(file) as (container, stream):
         if key_frame is not None:
             container.seek(round(key_frame / stream.time_base), stream=stream)
@@ -177,19 +177,19 @@ def _decoded(
 
 @contextmanager
 def _open_stream(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
-    """A fresh container and its first video stream that is not a cover picture."""
-    with open_container(file, "This is not a video that can be read") as container:
+    """Opens the container, and its first video stream that is not cover art."""
+    with open_container(file, "This is not a video in a supported format") as container:
         from av.stream import Disposition
 
         streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
         if not streams:
-            raise MediaError("The file has no pictures, only sound; give a video, or pass it as audio.")
+            raise MediaError("The file has no video stream, only audio; give a video, or pass it as audio.")
         stream = streams[0]
         check_codec(stream)
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > MAX_PIXELS:
-            raise MediaError(f"The video's frames have {width:,} x {height:,} pixels; scale them down.")
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # where the size changes on the way
+            raise MediaError(f"The video's frames are too large ({width:,} x {height:,} pixels); scale them down.")
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # if the size changes mid-stream
         stream.thread_type = "AUTO"
         yield container, stream
 

@@ -1,4 +1,4 @@
-"""Messages to prompt text, by a checkpoint's chat template."""
+"""Renders messages to prompt text with a checkpoint's chat template."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tokenizer import BOS_TOKEN, EOS_TOKEN
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}` marks what a model is trained on; for a prompt it is its body."""
+    """`{% generation %}` marks the text to train on; in a prompt, only its body is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -33,15 +33,15 @@ def _raise_exception(message: str) -> None:
 
 
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
-    """JSON as text: jinja2's own filter escapes it for HTML."""
+    """JSON without the HTML escaping of jinja2's own filter."""
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, in the dialect of Hugging Face: jinja2, sandboxed."""
+    """A checkpoint's chat template: sandboxed jinja2 with Hugging Face's extensions."""
 
     def __init__(self, source: str) -> None:
-        """ArtifactError: the template is no valid jinja2."""
+        """ArtifactError: the template is not valid jinja2."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
         )
@@ -54,9 +54,9 @@ class ChatTemplate:
             raise ArtifactError(f"The chat template cannot be read ({error}); export the model again.") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Prompt text of messages as `MessageReader.read` gives them; by default up to the model's turn.
+        """Prompt text of messages from `MessageReader.read`; by default ends where the model's turn starts.
 
-        PromptError: the template refuses them, for instance because roles do not alternate.
+        PromptError: the template rejects them, for example because roles do not alternate.
         """
         try:
             return self._template.render(
@@ -67,6 +67,6 @@ class ChatTemplate:
                 bos_token=BOS_TOKEN,
                 eos_token=EOS_TOKEN,
             )
-        except Exception as error:  # a template can raise whatever its expressions can
+        except Exception as error:  # template expressions can raise anything
             reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
-            raise PromptError(f"The chat template refuses these messages: {reason}.") from error
+            raise PromptError(f"The chat template rejects these messages: {reason}.") from error

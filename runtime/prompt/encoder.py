@@ -1,4 +1,4 @@
-"""Prompts in any form to token ids and soft-token spans."""
+"""Encodes prompts in any form to token ids and soft-token spans."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FeatureEncoders(Protocol):
 
 
 class PromptEncoder:
-    """`encoders` run when a prompt is prefilled, not here."""
+    """Encodes prompts; `encoders` only run at prefill."""
 
     def __init__(
         self,
@@ -53,20 +53,20 @@ class PromptEncoder:
         return self.locate(self.tokenizer.encode(self.render(messages), add_bos=True), messages)
 
     def read(self, messages: Sequence[Mapping[str, Any]], media: MediaOptions) -> list[dict[str, Any]]:
-        """Messages as the chat template takes them, their media read."""
+        """Validates messages, reads their media, and returns them in the chat template's form."""
         return self._messages.read(messages, media)
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of messages that `read` gave, soft tokens written out."""
+        """The prompt text of messages from `read`, soft tokens included."""
         if self.template is None:
             raise PromptError("This artifact has no chat template, so the prompt must be text or token ids.")
         return self._placeholders.expand(self.template.render(messages), items_of(messages))
 
     def locate(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> PromptTokens:
-        """The ids of rendered messages with the spans of their images and clips."""
+        """The token ids of rendered messages, with the spans of their images and clips."""
         return PromptTokens(ids, self._placeholders.find(ids, items_of(messages), self.encoders.features))
 
 
 def is_messages(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages, and not text or token ids."""
+    """Whether a prompt is a list of messages rather than text or token ids."""
     return isinstance(prompt, list | tuple) and bool(prompt) and not isinstance(prompt[0], int | np.integer)

@@ -1,4 +1,4 @@
-"""Messages as callers write them, to what a chat template reads and the media they hold."""
+"""Validates messages, reads their media, and converts them to the form that chat templates take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.media.reader import DETAILS, Item, MediaOptions, MediaReader
 
-# Roles that callers may write, and their names in chat templates.
+# Accepted roles, and their names in chat templates.
 TEMPLATE_ROLES = {
     "system": "system",
     "developer": "system",
@@ -16,7 +16,7 @@ TEMPLATE_ROLES = {
     "assistant": "assistant",
     "model": "assistant",
 }
-# Keys that may hold a part's source, by type; OpenAI's hold it in an object.
+# Keys of a part's source, by part type; OpenAI's types nest it in an object.
 SOURCE_KEYS = {
     "image": ("image", "url", "path", "base64"),
     "image_url": ("image_url",),
@@ -31,40 +31,40 @@ TEMPLATE_TYPES = {"vision": "image", "audio": "audio"}
 
 
 class MessageReader:
-    """Checks messages {"role", "content"} and reads the media in them.
+    """Validates messages {"role", "content"} and reads their media.
 
     Content is text or a list of parts: {"type": "text", "text": ...}, {"type": "image" | "audio" | "video",
-    <the same word>: source}, or OpenAI's image_url, audio_url, input_audio and video_url. `placeholders` are
-    tokens that text may not hold, because a template puts them in the place of media.
+    <type>: source}, or OpenAI's image_url, audio_url, input_audio and video_url. `placeholders` are tokens that
+    text may not contain, because templates write them in place of media.
     """
 
     def __init__(self, media: MediaReader, placeholders: Sequence[str]) -> None:
         self._media, self._placeholders = media, tuple(placeholders)
 
     def read(self, messages: Sequence[Mapping[str, Any]], options: MediaOptions) -> list[dict[str, Any]]:
-        """Messages as a template expects them: user, assistant, and a first system one.
+        """Messages in the template's form, with the roles user and assistant, and system for the first only.
 
-        Media become parts {"type": "image" | "audio", <the same word>: Item}: a video one for each frame, a long
-        clip one for each piece. Reading again what was read changes nothing. The parts of a system message become
-        one, because Gemma's template reads no other.
+        Media become parts {"type": "image" | "audio", <type>: Item}, one for each video frame and each piece of a
+        long clip. `read` is idempotent. The parts of a system message are joined, because Gemma's template reads
+        only one.
 
         Raises:
-            PromptError: a message of another form, or none of the user. MediaError: what it holds cannot be read.
+            PromptError: a malformed message, or no user message. MediaError: media that cannot be read.
         """
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
             raise PromptError(f"Messages must be a list, not {type(messages).__name__}.")
         read = [self._message(message, index, options) for index, message in enumerate(messages)]
         if not any(message["role"] == "user" for message in read):
-            raise PromptError("The messages must hold at least one of the user.")
+            raise PromptError("The messages must include at least one user message.")
         return read
 
     def _message(self, message: Any, index: int, options: MediaOptions) -> dict[str, Any]:
         if not isinstance(message, Mapping):
-            raise PromptError(f"Message {index} must be a mapping of role and content, not {_shown(message)}.")
+            raise PromptError(f"Message {index} must be a mapping with role and content, not {_shown(message)}.")
         written = message.get("role")
         role = TEMPLATE_ROLES.get(written) if isinstance(written, str) else None
         if role is None:
-            raise PromptError(f"Message {index} has role {written!r}; known are {', '.join(TEMPLATE_ROLES)}.")
+            raise PromptError(f"Message {index} has role {written!r}; use one of {', '.join(TEMPLATE_ROLES)}.")
         if role == "system" and index > 0:
             raise PromptError(f"Message {index} is a {written} message, which can only come first.")
         content = message.get("content")
@@ -78,7 +78,7 @@ class MessageReader:
             if kind == "text":
                 parts.append({"type": "text", "text": self._text(part.get("text"), index)})
             elif role != "user":
-                raise PromptError(f"Message {index} of role {written} holds {kind}; only the user can send media.")
+                raise PromptError(f"Message {index} of role {written} has {kind}; only user messages may have media.")
             else:
                 parts += [_part_of(item) for item in self._read(part, kind, index, options)]
         if role == "system":
@@ -87,12 +87,12 @@ class MessageReader:
 
     def _text(self, text: Any, index: int) -> str:
         if not isinstance(text, str):
-            raise PromptError(f"A text part of message {index} must hold its text as a string.")
+            raise PromptError(f"A text part of message {index} must have a string as its text.")
         for token in self._placeholders:
             if token in text:
                 raise PromptError(
-                    f"The text of message {index} holds {token}, which stands for media; remove it, and give the "
-                    "media as a part of its own."
+                    f"The text of message {index} contains {token}, a placeholder for media; remove it, and give the "
+                    "media as a separate part."
                 )
         return text
 
@@ -108,7 +108,7 @@ class MessageReader:
 
 
 def items_of(messages: Sequence[Mapping[str, Any]]) -> list[Item]:
-    """The media of messages that `MessageReader.read` gave, in order."""
+    """The media of messages from `MessageReader.read`, in order."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     return [part[part["type"]] for part in parts if part["type"] != "text"]
 
@@ -123,19 +123,19 @@ def _type_of(part: Any, index: int) -> str:
         raise PromptError(f"A part of message {index} must be a mapping with a type, not {_shown(part)}.")
     kind = part["type"]
     if kind not in KNOWN_TYPES:
-        raise PromptError(f"Message {index} has a part of type {kind!r}; known are {', '.join(KNOWN_TYPES)}.")
+        raise PromptError(f"Message {index} has a part of type {kind!r}; use one of {', '.join(KNOWN_TYPES)}.")
     return kind
 
 
 def _source(part: Mapping[str, Any], kind: str, index: int) -> Any:
-    """What is to be read: {"image": source}, {"image_url": {"url": source}}, {"input_audio": {"data": source}}."""
+    """The source of a part: {"image": source}, {"image_url": {"url": source}}, {"input_audio": {"data": source}}."""
     given = [part[key] for key in SOURCE_KEYS[kind] if part.get(key) is not None]
     source = given[0] if given else None
     if isinstance(source, Mapping):
         source = source.get("data" if kind == "input_audio" else "url")
     if source is None:
         raise PromptError(
-            f"A part of message {index} is of type {kind!r} and has no {' or '.join(SOURCE_KEYS[kind])} to read from."
+            f"A part of message {index} is of type {kind!r} but has no {' or '.join(SOURCE_KEYS[kind])} to read from."
         )
     return source
 
@@ -145,12 +145,12 @@ def _detail(part: Mapping[str, Any], kind: str, index: int) -> str | None:
     detail = holder.get("detail") if kind == "image_url" and isinstance(holder, Mapping) else None
     if detail not in (None, "auto", *DETAILS):
         raise PromptError(
-            f"An image of message {index} has the detail {detail!r}; known are auto, {', '.join(DETAILS)}."
+            f"An image of message {index} has the detail {detail!r}; use one of auto, {', '.join(DETAILS)}."
         )
     return detail
 
 
 def _shown(value: Any) -> str:
-    """`value` in a message of one line: it may be an image of megabytes."""
+    """A short form of `value` for error messages: it may be an image of megabytes."""
     text = repr(value) if isinstance(value, str | int | float | None | Mapping | list | tuple) else type(value).__name__
     return text if len(text) <= 80 else f"{text[:80]}…"

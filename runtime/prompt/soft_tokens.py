@@ -1,4 +1,4 @@
-"""Soft tokens of media: expanded in the prompt text, located among its token ids."""
+"""Expands media placeholders in prompt text to soft tokens, and locates these among the token ids."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Placeholders:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """What a chat template writes for an image and for a clip."""
+        """The placeholders that a chat template writes for an image and for a clip."""
         return tuple(soft.token for soft in self._soft.values())
 
     def expand(self, rendered: str, items: Sequence[Item]) -> str:
-        """A rendered prompt with each placeholder written out: start marker, soft tokens, end marker.
+        """Replaces each placeholder of a rendered prompt by start marker, soft tokens and end marker.
 
-        As transformers' `Gemma3nProcessor` writes them. PromptError: the placeholders are not those of `items`.
+        Matches transformers' `Gemma3nProcessor`. PromptError: the placeholders do not match `items`.
         """
         modality_of = {soft.token: modality for modality, soft in self._soft.items()}
         if not modality_of:
@@ -40,7 +40,7 @@ class Placeholders:
         found = [modality_of[token] for token in pieces[1::2]]
         if found != (wanted := [item.modality for item in items]):
             raise PromptError(
-                f"The rendered prompt has placeholders of {', '.join(found) or 'nothing'} where the messages hold "
+                f"The rendered prompt has placeholders of {', '.join(found) or 'nothing'}, but the messages have "
                 f"{', '.join(wanted) or 'no media'}; do not write placeholders into text, and use the checkpoint's "
                 "own chat template."
             )
@@ -48,9 +48,9 @@ class Placeholders:
         return "".join(pieces)
 
     def find(self, ids: Sequence[int], items: Sequence[Item], run: RunEncoder) -> tuple[SoftTokenSpan, ...]:
-        """Where in the ids of an expanded prompt each item stands; `run(modality, inputs)` makes its features.
+        """The span of each item in the ids of an expanded prompt; `run(modality, inputs)` computes its features.
 
-        ArtifactError: the tokenizer does not keep the soft tokens whole.
+        ArtifactError: the tokenizer splits a soft token.
         """
         runs = {modality: _runs(ids, soft.token_id, soft.count) for modality, soft in self._soft.items()}
         spans = []
@@ -58,7 +58,7 @@ class Placeholders:
             start = next(runs[item.modality], None)
             if start is None:
                 raise ArtifactError(
-                    f"The tokenizer does not know {self._soft[item.modality].token} as one token; export the model "
+                    f"The tokenizer does not encode {self._soft[item.modality].token} as one token; export the model "
                     "again with the checkpoint's own tokenizer."
                 )
             spans.append(SoftTokenSpan(start, self._soft[item.modality].count, item.key, partial(_features, item, run)))
@@ -70,7 +70,7 @@ def _written_out(soft: SoftTokens) -> str:
 
 
 def _runs(ids: Sequence[int], token_id: int, count: int) -> Iterator[int]:
-    """Start positions of runs of exactly `count` equal tokens; the model itself may have generated a single one."""
+    """Start positions of runs of exactly `count` tokens `token_id`; the model may have generated a single one."""
     position = 0
     for token, group in groupby(ids):
         length = len(list(group))

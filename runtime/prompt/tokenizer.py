@@ -1,4 +1,4 @@
-"""Text to token ids and back, by an artifact's tokenizer.json."""
+"""Tokenizes text with an artifact's tokenizer.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOS_TOKEN, EOS_TOKEN = "<bos>", "<eos>"
 
 
 class Tokenizer:
-    """Text to token ids and back, by an artifact's tokenizer.json."""
+    """An artifact's tokenizer.json."""
 
     def __init__(self, backend: tokenizers.Tokenizer, bos_token: str = BOS_TOKEN) -> None:
         """ArtifactError: the vocabulary lacks `bos_token`."""
@@ -37,40 +37,40 @@ class Tokenizer:
             raise ArtifactError(f"{path} is missing; export the model again.")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises the bare type
+        except Exception as error:  # tokenizers raises a bare Exception
             raise ArtifactError(f"{path} is not a tokenizer ({error}); export the model again.") from error
         return cls(backend, bos_token)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens known, added ones included; the model's embedding may have more rows."""
+        """The number of tokens, added ones included; the model's embedding may have more rows."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def token_id(self, token: str) -> int:
-        """The id of a token by its spelling. ArtifactError: there is none."""
+        """The id of the token spelled `token`. ArtifactError: there is no such token."""
         token_id = self._backend.token_to_id(token)
         if token_id is None:
             raise ArtifactError(f"The tokenizer has no token {token!r}; export the model again.")
         return token_id
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
-        """Token ids of text, special tokens in it too; `add_bos` puts one first if none is there.
+        """Token ids of text, which may contain special tokens; `add_bos` prepends <bos> if it is missing.
 
         PromptError: the text is not valid Unicode.
         """
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
-            raise PromptError("The prompt holds a lone surrogate, which no text has; give valid Unicode.") from error
+            raise PromptError("The prompt contains a lone surrogate; give valid Unicode.") from error
         return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of all ids at once; bytes that form no character become U+FFFD."""
+        """Decodes all ids at once; invalid bytes become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
 
 def encode_plain(prompt: str | Sequence[int] | np.ndarray, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """Token ids of a prompt without messages: text (after one <bos>), or ids in [0, vocab_size).
+    """Token ids of a text prompt, with one <bos> first, or checked ids in [0, vocab_size).
 
     PromptError: an empty prompt, another type, an id out of range.
     """
@@ -79,7 +79,7 @@ def encode_plain(prompt: str | Sequence[int] | np.ndarray, tokenizer: Tokenizer,
             raise PromptError("The prompt is empty.")
         return tokenizer.encode(prompt, add_bos=True)
     if not isinstance(prompt, (list, tuple, np.ndarray)):
-        raise PromptError(f"A prompt is text, messages or token ids, not {type(prompt).__name__}.")
+        raise PromptError(f"A prompt must be text, messages or token ids, not {type(prompt).__name__}.")
     if not len(prompt):
         raise PromptError("The prompt is empty.")
     return [_check_id(item, vocab_size) for item in prompt]

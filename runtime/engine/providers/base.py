@@ -1,4 +1,4 @@
-"""The interface of an execution provider: all that the engine must know of the hardware under it."""
+"""The interface of an execution provider: everything that the engine knows about the hardware."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from gemma3n_onnx.runtime.errors import ProviderError
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """Which device of a provider's, and how it is used. The CPU ignores all of it.
+    """Device selection and settings; ignored by the CPU.
 
-    memory_limit: bytes, for each session's weights and activations; None is all.
+    memory_limit: bytes for each session's weights and activations; None is no limit.
     graphs: whether a decode step is captured once and then replayed.
     """
 
@@ -36,11 +36,11 @@ class DeviceOptions:
 
 @dataclass(frozen=True)
 class ExecutionProvider(ABC):
-    """One of ONNX Runtime's execution providers on one device. A subclass is a file in this folder and an entry of
+    """An ONNX Runtime execution provider on one device. Each subclass has a file in this folder and an entry in
     `select.PROVIDERS`.
 
-    compute_dtypes: the arithmetic that its kernels have.
-    rewrite: makes the bytes of a graph that is loaded in place of a file's; weights stay in the files beside it.
+    compute_dtypes: the dtypes that its kernels support.
+    rewrite: converts a graph file to the graph bytes to load instead; weights stay in their files.
     """
 
     compute_dtypes: tuple[str, ...]
@@ -48,25 +48,25 @@ class ExecutionProvider(ABC):
     rewrite: Callable[[Path], bytes] | None = None
 
     name: ClassVar[str]
-    """In options, and the extra that installs it."""
+    """The name in options, and of the extra that installs it."""
     ort_name: ClassVar[str]
-    """ONNX Runtime's name of it."""
+    """ONNX Runtime's name of the provider."""
     device: ClassVar[str]
-    """ONNX Runtime's name of its memory."""
+    """ONNX Runtime's name of the device."""
     targets: ClassVar[tuple[str, ...]]
-    """The exporter's targets that `provider="auto"` runs on it where it is installed."""
+    """The export targets that `provider="auto"` runs on it if it is installed."""
     host_memory: ClassVar[bool]
-    """Whether its buffers are memory of the host, so that KV caches are copied for prefix reuse, and a prompt can be
-    prefilled beside decode steps of other rows even if there are windowed caches."""
+    """Whether its buffers are in host memory. KV caches are then copied for prefix reuse, and prefill can interleave
+    with decode steps of other rows even if there are windowed caches."""
 
     @classmethod
     @abstractmethod
     def create(cls, options: DeviceOptions) -> Self:
-        """Raises ProviderError where it cannot start, with the cause and what to do."""
+        """Raises ProviderError, with the cause and what to do, if it cannot start."""
 
     @property
     def captures_steps(self) -> bool:
-        """Whether decode steps are captured and replayed, so that what they are bound to must stay where it is."""
+        """Whether decode steps are captured and replayed, so that bound memory must not move."""
         return False
 
     def session_config(self, *, quantized: bool) -> Mapping[str, str]:
@@ -79,32 +79,31 @@ class ExecutionProvider(ABC):
 
     @classmethod
     def window_capacity(cls, window: int) -> int:
-        """Tokens that the KV cache of a layer with a sliding `window` has room for."""
+        """Capacity in tokens of the KV cache of a layer with a sliding `window`."""
         return window
 
     @abstractmethod
     def bind_steps(
         self, binding: Binding, manifest: Manifest, rows: int, capacity: int, candidates: Candidates
     ) -> Steps:
-        """Binds inputs and outputs of decode steps of `rows` rows over KV caches of `capacity` tokens, which `binding`
-        already holds."""
+        """Binds inputs and outputs of decode steps of `rows` rows; KV caches of `capacity` tokens are bound already."""
 
     def memory_used(self) -> int | None:
-        """Bytes in use on the device, by any process; None where the device is the host or does not tell."""
+        """Bytes in use on the device, by any process; None on the host, or if unknown."""
         return None
 
     @abstractmethod
     def bandwidth(self, threads: int) -> float:
-        """Bytes a second that the device's memory gives; NaN where it cannot be measured."""
+        """Memory bandwidth of the device in bytes per second; NaN if it cannot be measured."""
 
     def exact(self, rewrite: Callable[[Path], bytes]) -> Self:
-        """Itself, loading graphs through `rewrite`, which leaves no bf16 in them, and without reduced precision."""
+        """A copy that loads graphs through `rewrite`, which removes bf16, and does not use reduced precision."""
         return replace(self, rewrite=rewrite, compute_dtypes=(*self.compute_dtypes, "bf16"))
 
     def require(self, dtype: str, what: str) -> None:
-        """Raises ProviderError where the provider lacks the arithmetic `dtype` of a graph."""
+        """Raises ProviderError if the provider does not support a graph's compute dtype."""
         if dtype not in self.compute_dtypes:
             raise ProviderError(
-                f"{what} computes in {dtype}, which {self.ort_name} does not run "
-                f"(it runs {', '.join(self.compute_dtypes)}); export it again with --target {self.name}."
+                f"{what} computes in {dtype}, which {self.ort_name} does not support "
+                f"(it supports {', '.join(self.compute_dtypes)}); export it again with --target {self.name}."
             )

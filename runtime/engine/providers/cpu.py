@@ -17,7 +17,7 @@ from gemma3n_onnx.runtime.engine.steps import HostSteps, Steps
 
 from .base import DeviceOptions, ExecutionProvider
 
-_WINDOW_SLACK = 0.25  # the kernel moves a windowed cache once in that share of its window
+_WINDOW_SLACK = 0.25  # spare capacity, as a share of the window: the kernel moves a cache when it is full
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CPUProvider(ExecutionProvider):
         return HostSteps(binding, manifest, rows)
 
     def bandwidth(self, threads: int) -> float:
-        """Bytes a second at which `threads` together read memory that no cache holds."""
+        """Read bandwidth of main memory in bytes per second, with `threads` threads."""
         parts = [np.ones(1 << 26, dtype=np.float32) for _ in range(threads)]
         with ThreadPoolExecutor(threads) as pool:
             best = min(_seconds(lambda: list(pool.map(np.max, parts))) for _ in range(5))

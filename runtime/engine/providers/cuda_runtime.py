@@ -1,5 +1,6 @@
-"""CUDA itself, as its runtime library tells: what keeps it from starting, found out before ONNX Runtime would fall back
-to the CPU and only log why; memory in use, and how fast it is.
+"""Queries CUDA's runtime library: start-up problems, memory in use, and memory bandwidth.
+
+ONNX Runtime would only log a start-up problem and fall back to the CPU.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ _LIBRARY = "libonnxruntime_providers_cuda.so"
 # Of cudaError_t.
 _CAUSES = {
     35: "the NVIDIA driver is too old for the CUDA libraries; update the driver",
-    100: "there is no NVIDIA GPU that this process may use; check nvidia-smi and CUDA_VISIBLE_DEVICES",
-    803: "the NVIDIA driver and its libraries are of different versions; restart the machine",
-    999: "the NVIDIA driver does not answer; check nvidia-smi",
+    100: "no NVIDIA GPU is visible to this process; check nvidia-smi and CUDA_VISIBLE_DEVICES",
+    803: "the NVIDIA driver and its libraries have different versions; restart the machine",
+    999: "the NVIDIA driver does not respond; check nvidia-smi",
 }
 
 
 def trouble(onnxruntime: Any, device_id: int) -> str | None:
-    """Why the GPU cannot be used, and what to do; None where nothing is known to be wrong."""
+    """Why the GPU cannot be used, and what to do; None if no problem is found."""
     onnxruntime.set_default_logger_severity(_REPORTED)
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells what pip has not installed, which the system may have
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints libraries missing from pip, which the system may have
         onnxruntime.preload_dlls()
     folder = Path(onnxruntime.__file__).parent / "capi"
-    if not (folder / _LIBRARY).exists():  # not Linux, where it has another name
+    if not (folder / _LIBRARY).exists():  # not Linux: the library has another name
         return None
     try:
         ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
@@ -55,7 +56,7 @@ def _trouble_of_device(device_id: int) -> str | None:
 
 
 def memory_used(device_id: int) -> int | None:
-    """Bytes in use on the GPU, by any process; None where CUDA is not loaded."""
+    """Bytes in use on the GPU, by any process; None if CUDA is not loaded."""
     if (runtime := _runtime()) is None:
         return None
     available, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -65,8 +66,8 @@ def memory_used(device_id: int) -> int | None:
 
 
 def bandwidth(device_id: int) -> float | None:
-    """Bytes a second that the GPU's memory moves, reads and writes together, in copies of 512 MiB; None where CUDA is
-    not loaded or its memory is taken."""
+    """Memory bandwidth of the GPU in bytes per second, reads plus writes, for copies of 512 MiB; None if CUDA is not
+    loaded or its memory is full."""
     if (runtime := _runtime()) is None:
         return None
     size, times = 1 << 29, 20

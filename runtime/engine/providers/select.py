@@ -1,4 +1,4 @@
-"""Which execution provider runs an artifact."""
+"""Selects the execution provider that runs an artifact."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def choices() -> str:
 
 
 def select_provider(name: str, manifest: Manifest, options: DeviceOptions | None = None) -> ExecutionProvider:
-    """The provider for `provider=name` and this artifact; "auto" takes the one that the artifact was made for where it
-    is installed, else the CPU.
+    """The provider for `provider=name` and this artifact; "auto" selects the one that the artifact targets if it is
+    installed, else the CPU.
 
     Raises:
         OptionError: unknown name.
         RuntimeMissingError: no ONNX Runtime, or one that is too old.
-        ProviderError: the provider is not installed, cannot start, or cannot run the artifact's arithmetic.
+        ProviderError: the provider is not installed, cannot start, or does not support the artifact's compute dtype.
     """
     available = available_providers()
     if name == AUTO:
@@ -53,5 +53,5 @@ def select_provider(name: str, manifest: Manifest, options: DeviceOptions | None
 
 
 def provider_of(manifest: Manifest) -> type[ExecutionProvider]:
-    """The provider that an artifact was made for."""
+    """The provider that an artifact targets."""
     return next((kind for kind in PROVIDERS.values() if manifest.target in kind.targets), CPUProvider)

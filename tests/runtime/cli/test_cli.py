@@ -58,7 +58,7 @@ def test_inspect_shows_the_manifest(gemma3n, small_artifact: Path) -> None:
 def test_inspect_json_is_the_manifest(gemma3n, small_artifact: Path) -> None:
     shown = gemma3n("inspect", "--json", "--verify", small_artifact)
     assert json.loads(shown.out) == json.loads((small_artifact / "manifest.json").read_text())
-    assert "checksums are right" in shown.err
+    assert "checksums match" in shown.err
 
 
 def test_slices_lists_the_published_ones(gemma3n) -> None:
@@ -136,7 +136,7 @@ def test_a_command_whose_package_is_missing_says_what_to_install(gemma3n, monkey
         (click.UsageError("No such option."), 2, "Error: No such option.\n"),
         (click.Abort(), 130, ""),
         (KeyboardInterrupt(), 130, ""),
-        (MemoryError(), 1, "Error: The memory of this machine is used up; use a smaller batch, prompt or model.\n"),
+        (MemoryError(), 1, "Error: Out of memory; use a smaller batch, prompt or model.\n"),
         (PermissionError(13, "Permission denied", "x.bin"), 1, "Error: Permission denied: x.bin.\n"),
         (
             ModuleNotFoundError("No module", name="torch"),

@@ -63,7 +63,7 @@ def test_an_error_ends_one_message_only(talk):
 def test_commands(talk):
     out, err = talk("/help", "/stats", SUM, "/stats", "/king", "/image", "/exit", "never asked")
     assert out.startswith(HELP + "\nNo answer yet.\n" + PLUS + "prefill ")
-    assert "There is no command /king" in err and "/image SOURCE" in err and "never" not in out
+    assert "Unknown command /king" in err and "/image SOURCE" in err and "never" not in out
 
 
 def test_lines_are_joined_and_a_system_prompt_begins_anew(talk, model):
@@ -85,7 +85,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(talk, model, monkeypatch):
 
     monkeypatch.setattr("gemma3n_onnx.runtime.engine.engine.StepRunner.step_greedy", interrupted)
     out, _ = talk(SUM, KeyboardInterrupt(), SUM)
-    stopped, _, rest = out.partition(" (stopped; message and answer are forgotten)\n")
+    stopped, _, rest = out.partition(" (stopped; message and answer were dropped)\n")
     assert PLUS.startswith(stopped) and stopped != PLUS
     assert rest == "\n" + PLUS
 

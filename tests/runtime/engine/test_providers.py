@@ -106,5 +106,5 @@ def test_what_cannot_be_selected(folder):
         select_provider("cuda", manifest)
     with pytest.raises(ProviderError, match="no device 4"):
         select_provider("fake", manifest, DeviceOptions(4))
-    with pytest.raises(ProviderError, match="computes in bf16, which CPUExecutionProvider does not run"):
+    with pytest.raises(ProviderError, match="computes in bf16, which CPUExecutionProvider does not support"):
         select_provider("fake", replace(manifest, compute_dtype="bf16"))

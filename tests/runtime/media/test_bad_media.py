@@ -36,7 +36,7 @@ READERS_CASES = [
         "over an hour",
         lambda _, f: Readers().audio(tone(3), RATE_HZ, max_seconds=2),
         AudioTooLongError,
-        ("more than", "cut"),
+        ("more than", "split"),
     ),
 ]
 

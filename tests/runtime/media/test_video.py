@@ -194,5 +194,5 @@ def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_sound_alone_is_no_video(tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match="only sound"):
+    with pytest.raises(MediaError, match="only audio"):
         sample_frames(aac(tmp_path / "a.m4a", tone(1)), POLICY)

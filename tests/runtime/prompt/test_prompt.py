@@ -169,11 +169,11 @@ USER: dict[str, Any] = {"role": "user", "content": "x"}
 
 
 def test_what_the_template_refuses_is_one_sentence(template: ChatTemplate) -> None:
-    with pytest.raises(PromptError, match=r"refuses these messages: Roles must alternate\.$"):
+    with pytest.raises(PromptError, match=r"rejects these messages: Roles must alternate\.$"):
         template.render([USER, USER])
-    with pytest.raises(PromptError, match="refuses these messages"):
+    with pytest.raises(PromptError, match="rejects these messages"):
         ChatTemplate("{{ 1 + messages }}").render([USER])
-    with pytest.raises(PromptError, match="refuses these messages"):
+    with pytest.raises(PromptError, match="rejects these messages"):
         ChatTemplate("{{ messages.append(1) }}").render([USER])
     with pytest.raises(ArtifactError, match="cannot be read"):
         ChatTemplate("{% if %}")
