@@ -1,7 +1,7 @@
 """The audio encoder, written to be traced: mel frames to soft tokens of the decoder's width.
 
-Two convolutions of stride 2, a conformer with attention over the own and the previous chunk, and one soft
-token for every fourth step. Parameters carry the checkpoint's names below `model.`.
+Two convolutions of stride 2, a conformer whose attention covers the current and the previous chunk, and one
+soft token for every fourth step. Parameters have the checkpoint's names below `model.`.
 
 Sources of the maths: the Gemma 3n modules of Hugging Face transformers; the Universal Speech Model
 (arXiv:2303.01037).
@@ -36,7 +36,7 @@ _FREQUENCY_PADDING = 1  # on both sides
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """One audio encoder with its embedder. Kernels and strides are (time, frequency), one pair a convolution."""
+    """One audio encoder with its embedder. Kernels and strides are (time, frequency), one pair per convolution."""
 
     text_hidden_size: int
     soft_tokens: int = 188
@@ -65,7 +65,7 @@ class AudioConfig:
             )
         if not 1 <= self.context_left <= self.chunk_size + 1:
             raise ConfigError(
-                f"conf_attention_context_left is {self.context_left}; from 1 to the chunk size plus one "
+                f"conf_attention_context_left is {self.context_left}; only 1 to the chunk size plus one "
                 f"({self.chunk_size + 1}) is implemented."
             )
         for name in ("channels", "kernels", "strides"):
@@ -76,7 +76,7 @@ class AudioConfig:
 
     @property
     def frames_per_step(self) -> int:
-        """Mel frames for one step of the conformer."""
+        """Mel frames per conformer step."""
         return math.prod(time for time, _ in self.subsample_strides)
 
     @property
@@ -110,7 +110,7 @@ class AudioConfig:
             raise ConfigError(f"conf_attention_context_right is {right!r}; only 0 is implemented.")
         try:
             if (clamp := float(audio.get("gradient_clipping", _CLAMP))) < _CLAMP:
-                raise ConfigError(f"gradient_clipping is {clamp:g}; below {_CLAMP:g} it is not implemented.")
+                raise ConfigError(f"gradient_clipping is {clamp:g}; only {_CLAMP:g} or more is implemented.")
             cap = float(audio.get("conf_attention_logit_cap", cls.logit_cap))
             if not cap > 0:
                 raise ConfigError(f"conf_attention_logit_cap is {cap:g}; it must be above 0.")
@@ -118,8 +118,8 @@ class AudioConfig:
             end = _count(audio, "vocab_offset", _VOCAB_OFFSET) + vocab_size
             if (text_end := text.get("vocab_size", end)) != end:
                 raise ConfigError(
-                    f"The audio ids end at {end} and the vocabulary at {text_end!r}; the last id must be an audio one, "
-                    "the padding of audio."
+                    f"The audio ids end at {end}, but the vocabulary at {text_end!r}; the last id must be an audio id, "
+                    "the padding."
                 )
             return cls(
                 text_hidden_size=_count(text, "hidden_size", None),
@@ -169,9 +169,9 @@ def checkpoint_shapes(config: AudioConfig) -> dict[str, tuple[int, ...]]:
 
 
 class CumulativeGroupNorm(Weight):
-    """Normalizes each step by mean and variance over channels and frequencies of this and all earlier steps.
+    """Normalizes each step by mean and variance over the channels and frequencies of this and all earlier steps.
 
-    The variance sums the deviations of every step from the mean up to that step.
+    The variance sums each step's deviations from the mean up to that step.
     """
 
     def __init__(self, channels: int, eps: float) -> None:
@@ -377,8 +377,8 @@ class AudioTower(nn.Module):
     """The encoder without its embedder, for fp32.
 
     transformers clamps activations at 1e10 in eight places of a block. A normed value is at most sqrt(H) times its
-    weight, and at most two linear layers lie between norms: in fp32 no clamp has an effect, so there is none here, and
-    a config with a lower limit is refused. fp16 would overflow long before.
+    weight, and at most two linear layers lie between norms: in fp32 no clamp has an effect, so clamps are omitted, and
+    a config with a lower limit is rejected. fp16 would overflow long before.
     """
 
     positions: Tensor
@@ -431,7 +431,7 @@ def _reach(config: AudioConfig) -> Tensor:
 
 
 class AudioEncoder(nn.Module):
-    """Mel frames -> the soft tokens that replace a clip's placeholders.
+    """Mel frames -> the soft tokens of a clip.
 
     Tokens without a valid frame, and the padding up to `soft_tokens`, are the hard embedding of the last id of the
     embedder's vocabulary.

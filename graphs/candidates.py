@@ -1,4 +1,4 @@
-"""A graph that returns the top logits: sampling with a small top-k then needs no copy of all logits to the host."""
+"""A graph that returns the top logits, so that sampling with a small top-k copies only these to the host."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ FULL = "full_attention"
 
 
 class ConfigError(ValueError):
-    """The configuration is not that of a Gemma 3n which these graphs implement."""
+    """The config is not a Gemma 3n that these graphs implement."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TextConfig:
             if (found := len(getattr(self, name))) != layers:
                 raise ConfigError(f"{name} has {found} entries for {layers} layers; it needs one for each layer.")
         if unknown := set(self.layer_types) - {SLIDING, FULL}:
-            raise ConfigError(f"Unknown layer type {sorted(unknown)[0]!r}; known are {SLIDING} and {FULL}.")
+            raise ConfigError(f"Unknown layer type {sorted(unknown)[0]!r}; only {SLIDING} and {FULL} are implemented.")
         if not 0 <= self.num_kv_shared_layers < layers:
             raise ConfigError(f"num_kv_shared_layers is {self.num_kv_shared_layers}; it must be below {layers}.")
         missing = set(self.layer_types) - set(self.layer_types[: self.num_kv_layers])
@@ -58,7 +58,7 @@ class TextConfig:
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly.")
         if self.altup_active_idx != 0:
-            raise ConfigError(f"altup_active_idx is {self.altup_active_idx}; only 0 is known.")
+            raise ConfigError(f"altup_active_idx is {self.altup_active_idx}; only 0 is implemented.")
 
     @property
     def rope_theta(self) -> dict[str, float]:
@@ -166,5 +166,5 @@ def _rope_theta(text: Mapping[str, Any], kind: str, flat_key: str, default: floa
         raise ConfigError("rope_scaling is set; only unscaled RoPE is implemented.")
     parameters = (text.get("rope_parameters") or {}).get(kind) or {}
     if (rope_type := parameters.get("rope_type", "default")) != "default":
-        raise ConfigError(f"rope_type {rope_type!r} of the {kind} layers is not implemented.")
+        raise ConfigError(f"rope_type of the {kind} layers is {rope_type!r}; only 'default' is implemented.")
     return float(parameters.get("rope_theta", text.get(flat_key, default)))

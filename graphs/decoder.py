@@ -1,6 +1,6 @@
 """The text decoder, written to be traced: one graph serves prefill and decode.
 
-Parameters carry the checkpoint's names, so loading needs no mapping. Tokens are laid out flat, [T, ...]
+Parameters have the checkpoint's names, so loading needs no mapping. Tokens are laid out flat, [T, ...]
 with T = batch * new tokens, so that every projection is one Gemm over the checkpoint's own weight layout.
 
 Sources of the maths: the Gemma 3n modules of Hugging Face transformers; AltUp (arXiv:2301.13310),
@@ -32,7 +32,7 @@ Logits = Literal["last", "all"]
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One KV cache of the graph. A `windowed` one holds a little more than `window` positions, any other one all."""
+    """One KV cache of the graph. If `windowed`, it holds a little more than `window` positions, otherwise all."""
 
     layer: int
     windowed: bool
@@ -49,8 +49,8 @@ class CacheSpec:
 
 
 def cache_specs(config: TextConfig, logits: Logits, windows: bool = True) -> tuple[CacheSpec, ...]:
-    """The caches in graph order, one for each layer that produces K and V. `windows` makes those of sliding layers
-    windowed.
+    """The caches in graph order, one for each layer that produces K and V. `windows` makes the caches of sliding
+    layers windowed.
 
     With logits for every position, the KV-shared layers attend from every new position, further back than a windowed
     donor reaches: the sliding donor then keeps all positions.
@@ -65,7 +65,7 @@ def cache_specs(config: TextConfig, logits: Logits, windows: bool = True) -> tup
 
 @dataclass
 class Step:
-    """Values that all layers share in one run; recomputed where the layers go on with the last position only.
+    """Values that all layers share in one run; recomputed when the layers continue with the last position only.
 
     `last_position` and `total_length` count, by layer type, the cache rows that attention may read.
     """
@@ -266,7 +266,7 @@ class Decoder(nn.Module):
 
     Inputs and outputs of `forward` are those of the graph (see `input_names`, `output_names`):
     `inputs_embeds` [B, S, H]; `per_layer_inputs` [B, S, L * P], the scaled rows of the PLE table;
-    `attention_mask` [B, past + S] int64, of which only the sums count: rows are padded on the right;
+    `attention_mask` [B, past + S] int64, of which only row sums matter: rows are right-padded;
     `position_ids` [B, S] int64; past K and V [B, K, C, D] for each producing layer. `logits` is
     [B, 1, V] for the last valid position of each row (or [B, S, V]), always fp32.
 
@@ -349,7 +349,7 @@ class Decoder(nn.Module):
         return ops.reshape(logits, batch, -1, self.config.vocab_size), *present
 
     def step_of(self, batch: ops.Size, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]) -> Step:
-        """Of inputs as `forward` takes them; `past` may be empty where no cache is windowed."""
+        """Inputs as in `forward`; `past` may be empty if no cache is windowed."""
         seen = attention_mask.sum(-1)
         last_position = {FULL: (seen - 1).int()}
         total_length = {FULL: ops.size_of_axis(attention_mask, 1).tensor.int()}
@@ -369,7 +369,7 @@ class Decoder(nn.Module):
         return Step(batch, rope, last_position, total_length)
 
     def _sliding_source(self) -> int | None:
-        """The donor of the KV-shared sliding layers; None without such layers."""
+        """The donor of the KV-shared sliding layers, if any."""
         config = self.config
         readers = range(config.num_kv_layers, config.num_layers)
         return next((config.kv_source(i) for i in readers if config.layer_types[i] == SLIDING), None)

@@ -1,4 +1,4 @@
-"""The embedding graph, for consumers that do not read the embedding tables themselves."""
+"""The embedding graph, for consumers that do not read the embedding tables directly."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from . import ops
 
 
 class Weight(nn.Module):
-    """One parameter, called `<layer>.weight` as in the checkpoint."""
+    """One parameter, named `<layer>.weight` as in the checkpoint."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Traces repeated parts of a module once for each kind.
+"""Traces repeated parts of a module once per kind.
 
 Tracing costs about the same for every operation, and most operations are in layers that differ only in their weights.
-Where a module calls `repeated`, the trace holds the operations of the first call of a kind, between two marks, and one
-node for each later call. `export.repeat` expands these nodes into the same operations on the call's own weights.
+When a module calls `repeated`, the trace has the operations of the first call of a kind, between two marker nodes, and
+one node for each later call. `export.repeat` expands these nodes into the same operations on the call's own weights.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 @dataclass
 class RepeatedKind:
-    """The first call of a kind. `outputs` is what it returned, each tensor replaced by its index among inputs and
+    """The first call of a kind. `outputs` is its return value, with each tensor replaced by its index among inputs and
     results; `results` has the dtypes and shapes of the results."""
 
     number: int
     parameters: list[str]
-    """Parameters of the first call's module, by their names in the model."""
+    """Names in the model of the parameters of the first call's module."""
     outputs: Any = None
     results: list[tuple[torch.dtype, torch.Size]] = field(default_factory=list)
 
@@ -135,10 +135,9 @@ def _with_each(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 
 def _signature(module: nn.Module) -> str:
-    """Everything but parameter values that the `repeated` methods of a module depend on.
+    """Everything that the `repeated` methods of a module depend on, except parameter values.
 
-    Private attributes are left out, and those that the class lists in `not_repeated`: `repeated` methods may not read
-    them.
+    Excludes private attributes and those listed in `not_repeated`: `repeated` methods may not read them.
     """
     told = []
     for name, part in module.named_modules():

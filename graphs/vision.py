@@ -1,8 +1,8 @@
 """The vision encoder: MobileNet-V5 and the projection of its features to the decoder's width.
 
-Parameters carry the checkpoint's names. A feature map is laid out as rows of channels, [T, C] with T = images *
-height * width: a pointwise convolution is then a matrix product with the checkpoint's weight as it is, and RMSNorm
-works on the last axis. Only spatial convolutions see [n, C, h, w].
+Parameters have the checkpoint's names. A feature map is laid out as rows of channels, [T, C] with T = images *
+height * width: a pointwise convolution is then a matrix product with the checkpoint's weight, and RMSNorm runs over
+the last axis. Only spatial convolutions use [n, C, h, w].
 
 Sources of the maths: `mobilenetv5_300m_enc` of timm; MobileNetV4 (arXiv:2404.10518) for its two kinds of block,
 the universal inverted bottleneck and the attention with one key and value head.
@@ -124,7 +124,7 @@ class VisionConfig:
         """
         vision, text = config.get("vision_config"), config.get("text_config")
         if not isinstance(vision, Mapping) or not isinstance(text, Mapping):
-            raise ConfigError("The config has no vision_config and text_config: it is not one of a whole Gemma 3n.")
+            raise ConfigError("The config has no vision_config and text_config: it is not a full Gemma 3n config.")
         if (architecture := vision.get("architecture", ARCHITECTURE)) != ARCHITECTURE:
             raise ConfigError(f"The vision tower is {architecture!r}; only {ARCHITECTURE!r} is implemented.")
         if vision.get("do_pooling"):
@@ -150,7 +150,7 @@ class VisionConfig:
 
 
 def checkpoint_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of the encoder as a checkpoint has it, by its name below `model.`."""
+    """Shape of every tensor of the encoder in a checkpoint, by its name below `model.`."""
     with torch.device("meta"):
         encoder = VisionEncoder(config)
     pointwise = {f"{name}.weight" for name, module in encoder.named_modules() if isinstance(module, Pointwise)}
@@ -256,7 +256,7 @@ class EdgeBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """The fusion's bottleneck has neither layer scale nor skip connection: `scaled=False`, `skip=False`."""
+    """`scaled=False`, `skip=False`: without layer scale and skip connection, as in the fusion."""
 
     def __init__(
         self,
@@ -349,7 +349,7 @@ class AttentionBlock(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Fuses the maps of two stages, the second at half the resolution, into one of `OUTPUT_SIDE` squared."""
+    """Fuses the feature maps of two stages, the second at half the resolution, into one of `OUTPUT_SIDE` squared."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -430,8 +430,8 @@ class VisionTower(nn.Module):
 class VisionEncoder(nn.Module):
     """pixel_values [n, 3, h, w] fp32 in [0, 1] -> image_features [n * 256, text_hidden].
 
-    Height and width must be multiples of 256, or up to 15 pixels less. For other sizes timm resizes its last map,
-    which is not implemented: the graph fails.
+    Height and width must be multiples of 256, or up to 15 pixels less. For other sizes, timm resizes its last feature
+    map; this is not implemented, so the graph fails.
     """
 
     def __init__(self, config: VisionConfig) -> None:

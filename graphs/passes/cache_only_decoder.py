@@ -1,7 +1,7 @@
-"""Cuts a decoder down to what fills its KV caches: all that prefill needs from every prompt token but the last.
+"""Prunes a decoder to the nodes that fill its KV caches, which is all that prefill needs before the last prompt token.
 
-Matches: a decoder whose logits are of the last position. Removes the layers above the last KV producer, and everything
-of that layer but its attention.
+Matches: a decoder with logits for the last position. Removes the layers above the last KV producer, and all of that
+layer but its attention.
 Refuses: nothing; inputs and the other outputs stay as they are.
 """
 

@@ -3,7 +3,7 @@
 The graph then computes what transformers computes on the dequantized weights, so the two can be compared.
 
 Matches: every MatMulNBits, every DynamicQuantizeMatMul, and every bf16 Gemm between casts (`narrow_products`). The
-weights of the latter two are widened when the graph is loaded.
+weights of the latter two are widened to fp32 at load.
 Refuses: a DynamicQuantizeMatMul with zero points or a bias (ValueError; `quantize_dynamic` makes none).
 """
 

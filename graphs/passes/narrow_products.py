@@ -23,7 +23,7 @@ class NarrowProducts(InPlacePass):
         for weight in weights:
             for node in weight.consumers():
                 self._narrow(model.graph, node, narrowed)
-            # A new type object: clones of a graph share those of its values.
+            # A new type object, because graph clones share the types of values.
             weight.type = ir.TensorType(self.dtype)
         return PassResult(model, modified=bool(weights))
 

@@ -1,7 +1,7 @@
 """Computes matrix products in int8 (DynamicQuantizeMatMul), with one scale for each row of weights and activations.
 
 The operator has a single scale for all activations. Each row is therefore divided by its largest magnitude first, and
-the product is multiplied by it: rows of small values keep all eight bits beside rows of large ones.
+the product is multiplied by it, so that rows of small values keep all eight bits.
 
 Matches: every initializer named in `weights`, as the second input of a Gemm with transB = 1 and no bias.
 Refuses: any other use of it (AssertionError); `products` lists the initializers without one.

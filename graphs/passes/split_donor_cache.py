@@ -1,9 +1,9 @@
 """Splits the cache that a KV-shared layer reads into a past without the last token and a new key and value.
 
-Attention of ONNX Runtime before 1.31 requires at least one new key, and a KV-shared layer has none: all its keys are in
+Before ONNX Runtime 1.31, GroupQueryAttention requires at least one new key, but all keys of a KV-shared layer are in
 the donor's cache. The split copies the donors' caches at every step.
 
-Matches: every GroupQueryAttention whose past is the present of another one; its query must have one position.
+Matches: every GroupQueryAttention whose past is the present of another one, with a query of one position.
 Refuses: nothing; other nodes stay as they are.
 """
 
@@ -30,7 +30,7 @@ class SplitDonorCache(InPlacePass):
                 earlier, last = split[cache]
                 node.replace_input_with(past, earlier)
                 node.replace_input_with(new, last)
-            # A present of its own keeps the operator from writing the new key behind the end of its past.
+            # With its own present, the operator does not write the new key past the end of its past.
             node.resize_outputs(3)
             for value, part in zip(node.outputs[1:], ("key", "value")):
                 value.name = f"{node.name}.{part}"

@@ -26,7 +26,7 @@ class StoreNarrow(InPlacePass):
             widened.type = ir.TensorType(ir.DataType.FLOAT)
             stored.replace_all_uses_with(widened)
             cast.replace_input_with(0, stored)
-            # A new type object: clones of a graph share those of its values.
+            # A new type object, because graph clones share the types of values.
             stored.type = ir.TensorType(self.storage)
             casts.append(cast)
         if casts:

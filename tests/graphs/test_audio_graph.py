@@ -126,7 +126,7 @@ def test_config_values_are_read() -> None:
         (None, "no audio encoder"),
         ({"model_type": "whisper"}, "'whisper'"),
         ({"conf_attention_context_right": 2}, "conf_attention_context_right is 2"),
-        ({"conf_attention_context_left": 14}, "context_left is 14; from 1 to the chunk size plus one"),
+        ({"conf_attention_context_left": 14}, "context_left is 14; only 1 to the chunk size plus one"),
         ({"conf_attention_context_left": 0}, "must be a positive whole number"),
         ({"gradient_clipping": 100.0}, "gradient_clipping is 100"),
         ({"conf_attention_logit_cap": 0.0}, "must be above 0"),
@@ -138,7 +138,7 @@ def test_config_values_are_read() -> None:
         ({"sscp_conv_kernel_size": [3, 3]}, "wrong type"),
         ({"sscp_conv_kernel_size": [[3, 3, 3], [3, 3]]}, "must be a pair"),
         ({"input_feat_size": 1, "sscp_conv_kernel_size": [[3, 9], [3, 3]]}, "too few"),
-        ({"vocab_offset": 4}, "the last id must be an audio one"),
+        ({"vocab_offset": 4}, "the last id must be an audio id"),
     ],
 )
 def test_config_refuses_what_the_graph_cannot_do(audio: dict | None, message: str) -> None:
