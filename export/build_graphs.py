@@ -27,14 +27,14 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class BuiltGraph:
-    """A graph whose initializers have no data yet, and the stored weights that they will read."""
+    """A graph whose initializers have no data yet, and the stored weights for them."""
 
     model: ir.Model
     weights: StoredWeights
 
 
 def build_graphs(plan: ExportPlan, progress: ExportProgress) -> dict[str, BuiltGraph]:
-    """Every graph of the export, by the names of `Layout.graph_files`, also those that the layout does not write."""
+    """Every graph of the export, by the names of `Layout.graph_files`, even those that the layout does not write."""
     progress.stage("Tracing the decoder")
     graphs = _text_graphs(plan)
     for modality, encoder in plan.encoders.items():

@@ -28,7 +28,7 @@ EMBEDDER_KEYS = ("vocab_size", "vocab_offset", "hidden_size", "rms_norm_eps")
 
 @dataclass(frozen=True)
 class CheckpointEncoder:
-    """One encoder of a checkpoint. `shapes` has the shapes of its tensors in the file, the embedder's included."""
+    """One encoder of a checkpoint. `shapes` has the shapes of its tensors in the file, including the embedder's."""
 
     modality: str
     shapes: Shapes
@@ -64,7 +64,7 @@ def find_encoders(checkpoint: Checkpoint, modalities: Iterable[str]) -> dict[str
     """The encoders of the given modalities, by modality, with their tensors checked.
 
     Raises:
-        CheckpointError: config.json describes another encoder than the tensors, or one that is not implemented.
+        CheckpointError: config.json does not match the tensors, or describes an encoder that is not implemented.
     """
     try:
         found = {m: _MAKERS[m](checkpoint) for m in modalities if m in _MAKERS}
@@ -94,7 +94,7 @@ def _check_tensors(checkpoint: Checkpoint, encoder: CheckpointEncoder) -> None:
     found = set(checkpoint.encoder_names(encoder.modality))
     if unused := found - encoder.shapes.keys():
         raise CheckpointError(
-            f"The checkpoint holds {min(unused)} and {len(unused) - 1} more tensors that the {encoder.modality} "
+            f"The checkpoint has {min(unused)} and {len(unused) - 1} more tensors that the {encoder.modality} "
             "encoder of its config.json does not have; give an unchanged checkpoint of Gemma 3n."
         )
     for name, wanted in encoder.shapes.items():
@@ -107,7 +107,7 @@ def _check_shape(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...]) -> 
 
 @dataclass(frozen=True)
 class HardTokens:
-    """The token ids at the end of the vocabulary whose embeddings the embedders hold, in the order of the embedders."""
+    """The token ids at the end of the vocabulary whose embeddings are in the embedders, in the embedders' order."""
 
     rows: HardRows
     embedders: Mapping[str, MultimodalEmbedder]
@@ -118,7 +118,7 @@ def find_hard_tokens(checkpoint: Checkpoint) -> HardTokens | None:
     """The hard tokens of a checkpoint; None without both embedders.
 
     Raises:
-        CheckpointError: config.json or the tensors are not those of a Gemma 3n.
+        CheckpointError: config.json or the tensors are not a Gemma 3n's.
     """
     if len(checkpoint.modalities) <= len(ENCODER_MODULES):
         return None
@@ -129,14 +129,13 @@ def find_hard_tokens(checkpoint: Checkpoint) -> HardTokens | None:
         vocab, offset, hidden, eps = (section.get(key, 0) for key in EMBEDDER_KEYS)
         if not all(isinstance(value, int | float) and value > 0 for value in (vocab, offset, hidden, eps)):
             raise CheckpointError(
-                f"{modality}_config lacks one of {', '.join(EMBEDDER_KEYS)}, or it is not a number; download "
+                f"{modality}_config lacks one of {', '.join(EMBEDDER_KEYS)}, or it is not a positive number; download "
                 "config.json again."
             )
         first -= vocab
         if offset != first:
             raise CheckpointError(
-                f"{modality}_config puts the ids of {modality} at {offset} instead of {first}; download config.json "
-                "again."
+                f"{modality}_config has vocab_offset {offset} instead of {first}; download config.json again."
             )
         with torch.device("meta"):
             embedders[module] = MultimodalEmbedder(vocab, hidden, config.hidden_size, eps)

@@ -1,4 +1,4 @@
-"""Builds the manifest of an artifact; the runtime recomputes none of it."""
+"""Builds the manifest of an artifact."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ def _quantization_info(stored: StoredWeight) -> artifact.QuantizationInfo | None
 
 
 def _step_bytes(plan: ExportPlan) -> int:
-    """Bytes of weights that a decode step reads: the decoder's own, and the head, the first rows of the token table."""
+    """Bytes of weights that a decode step reads: the decoder's own, and the head (first rows of the token table)."""
     head = table_of(plan.text_weights, TOKENS).first_rows(plan.slice.config.vocab_size)
     own = (stored for name, stored in plan.text_weights.items() if name not in (TOKENS, PER_LAYER))
     return sum(_in_memory(stored, plan.precision.compute) for stored in (head, *own))
 
 
 def _in_memory(stored: StoredWeight, compute: str) -> int:
-    """Bytes of a tensor in memory: a narrower dtype is widened at load, of scales too."""
+    """Bytes of a tensor in memory, where narrower dtypes, also of scales, are widened at load."""
     wide = artifact.BYTES_PER_VALUE[compute]
     if not isinstance(stored, BlockQuantizedTensor):
         return math.prod(stored.shape) * wide

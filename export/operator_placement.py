@@ -2,7 +2,7 @@
 
 `cuda_kernels.txt` lists the CUDA kernels of onnxruntime-gpu 1.31 that the graphs of this project use, recorded from
 that library's own placement (`ci/cuda_dry_run`). A node whose inputs are all on the host computes shapes and stays
-there. Any other value that crosses between host and device is a copy that blocks one of them.
+there. Any other value that crosses between host and device is a blocking copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a caller asks of an export."""
+"""The options of an export."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class ExportOptions:
     target: str = "cpu"
     logits: Logits = "last"
     modalities: tuple[str, ...] | None = None
-    """None for all that the layout and the checkpoint have. Text is always exported."""
+    """None for all modalities that the layout and the checkpoint have. Text is always exported."""
     layout: str = DEFAULT
     force: bool = False
 
 
 def check_options(options: ExportOptions) -> None:
-    """Checks everything that needs no checkpoint, so that errors come before a download.
+    """Checks everything that does not need the checkpoint, so that errors come before a download.
 
-    A checkpoint may have a slice table of its own: slices are checked only where the options name a table.
+    A checkpoint may have its own slice table, so slices are checked only if the options name a table.
 
     Raises:
         ExportOptionError: an unknown value, or a slice table without a slice.
@@ -53,5 +53,5 @@ def check_options(options: ExportOptions) -> None:
         raise ExportOptionError(f"Unknown modality {unknown[0]!r}; choose from {', '.join(MODALITIES)}.")
     if options.matformer_config is not None:
         if options.slice is None:
-            raise ExportOptionError("--matformer-config needs --slice with the name of one of its slices.")
+            raise ExportOptionError("--matformer-config needs --slice with one of its slices.")
         find_slice(options.slice, load_slices(options.matformer_config))

@@ -62,7 +62,7 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
 
 
 def _save_graphs(plan: ExportPlan, graphs: Mapping[str, BuiltGraph], folder: Path) -> dict[str, GraphInfo]:
-    """Saves the graphs that the layout has. Describes all of them, with an empty name where there is no file."""
+    """Saves the graphs that the layout has. Describes all graphs; those without a file have an empty file name."""
     inner = folder / plan.layout.folder
     inner.mkdir(exist_ok=True)
     files = plan.layout.graph_files(plan.precision_name)
@@ -105,6 +105,6 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _small_files(folder: Path, weight_files: Mapping[str, FileInfo]) -> dict[str, FileInfo]:
-    """Hashes every file but the weight files, which were hashed while they were written."""
+    """Hashes every file except the weight files, which were hashed while writing."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in weight_files)
     return {path.name: file_info(path) for path in paths}

@@ -1,4 +1,4 @@
-"""Every decision of an export, made once and checked against the checkpoint before anything is written."""
+"""All decisions of an export, checked against the checkpoint before anything is written."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ExportPlan:
     encoders: Mapping[str, CheckpointEncoder]
     """By modality."""
     text_weights: StoredWeights
-    """Of the decoder and both tables."""
+    """The weights of the decoder and both tables."""
     prefill_weights: StoredWeights
     """The weights that the prefill graph does not share with the decoder; empty without a prefill graph."""
 
@@ -59,12 +59,12 @@ class ExportPlan:
 
     @property
     def windowed_caches(self) -> bool:
-        """KV caches of sliding-window layers keep the window only."""
+        """Whether KV caches of sliding-window layers keep only the window."""
         return self.layout.windowed_caches and not self.precision.device
 
     @property
     def argmax_in_decoder(self) -> bool:
-        """The decoder graph also returns the most likely token, so that a greedy step copies no logits to the host."""
+        """Whether the decoder graph returns the argmax, so that a greedy step copies no logits to the host."""
         return self.precision.device and self.logits == "last"
 
     @property
@@ -76,7 +76,7 @@ class ExportPlan:
 
 
 def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
-    """Reads the checkpoint's metadata, no weights.
+    """Reads only the checkpoint's metadata, no weights.
 
     Raises:
         SliceError, CheckpointError, ExportOptionError: each says what to change.

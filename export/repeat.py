@@ -1,4 +1,4 @@
-"""Expands the calls of repeated parts in a traced graph: see `graphs.repeated`."""
+"""Expands the calls of repeated parts in a traced graph; see `graphs.repeated`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gemma3n_onnx.graphs.repeated import BEGIN, CALL, DOMAIN, END, KIND, Kinds
 
 @dataclass(frozen=True)
 class _Body:
-    """The nodes between two marks. `inputs` are the values at the first mark, then the parameters; None for a parameter
-    that nothing reads."""
+    """The nodes between two marks. `inputs` are the values at the first mark, then the parameters; None for an unread
+    parameter."""
 
     inputs: list[ir.Value | None]
     nodes: list[ir.Node]
@@ -21,7 +21,7 @@ class _Body:
 
 
 def repeat_parts(model: ir.Model, kinds: Kinds) -> None:
-    """Replaces each call by the nodes of its kind, on the call's inputs and parameters, and removes the marks."""
+    """Replaces each call with its kind's nodes on the call's inputs and parameters, and removes the marks."""
     graph = model.graph
     marks: dict[tuple[str, int], ir.Node] = {}
     calls = []

@@ -24,7 +24,7 @@ from gemma3n_onnx.graphs.config import TextConfig
 REFERENCE_LAYERS = 35
 REFERENCE_WIDTH = 16384
 REFERENCE_HIDDEN = 2048
-"""Dimensions of E4B, from which the published slices are cut."""
+"""Dimensions of E4B, the source of the published slices."""
 
 WIDTH_MULTIPLE = 32
 """The smallest block size of the 4-bit matrix product; blocks of `down_proj` run along the FFN width."""
@@ -43,14 +43,14 @@ class SliceSpec:
 
     name: str
     widths: tuple[int, ...]
-    """FFN width of each kept layer; entry i is for layer i *after* skipping."""
+    """FFN width of each kept layer; entry i is layer i *after* skipping."""
     skipped: tuple[int, ...] = ()
     """Indices of the removed layers in the checkpoint."""
     effective_params_b: float | None = None
     mmlu: float | None = None
     """MMLU accuracy of the pre-trained model, in percent."""
     reference: bool = False
-    """A published slice: on a checkpoint narrower than E4B the widths scale with it."""
+    """Whether this is a published slice, whose widths scale down with a checkpoint narrower than E4B."""
 
     def __post_init__(self) -> None:
         if not self.widths:
@@ -102,12 +102,12 @@ def load_slices(given: Path | None = None, own: Path | None = None) -> SliceTabl
     """The given CSV, else the checkpoint's own, else the published table.
 
     Columns have their published or their short names; unknown columns are ignored. A list cell holds integers
-    (underscores allowed) and products `a * b` in brackets, and must be quoted if it has commas. Widths of a file are
-    absolute; only those of the published table scale with the checkpoint.
+    (underscores allowed) and products `a * b` in brackets, and must be quoted if it has commas. Widths in a file are
+    absolute; only widths of the published table scale with the checkpoint.
 
     Raises:
-        SliceError: no such file, not a CSV, a column is missing, or a row breaks a rule; the message names the
-            line, the column and the rule.
+        SliceError: no such file, not a CSV, a missing column, or an invalid row; the message names line, column
+            and rule.
     """
     path = own if given is None else given
     if path is None:
@@ -126,7 +126,7 @@ def load_slices(given: Path | None = None, own: Path | None = None) -> SliceTabl
 
 def _parse(text: str, source: str, *, reference: bool) -> tuple[SliceSpec, ...]:
     if "\0" in text:
-        raise SliceError(f"{source} is not a CSV: it holds binary data.")
+        raise SliceError(f"{source} is not a CSV: it contains binary data.")
     # One list item per physical line, so that `line_num` is the line in the file.
     reader = csv.reader(text.splitlines(keepends=True), skipinitialspace=True, strict=True)
     columns: dict[str, tuple[int, str]] = {}
@@ -254,8 +254,8 @@ def find_slice(name: str, table: SliceTable) -> SliceSpec:
     """The slice called `name`: its name in the table, its published name, or an unambiguous prefix (`E2.49B`).
 
     Raises:
-        SliceError: unknown (the message names the table and the nearest names), or short for several (the message
-            names them).
+        SliceError: unknown (the message names the table and the nearest names), or ambiguous (the message names
+            the candidates).
     """
     by_key = {_key(spec.name): spec for spec in table.specs}
     key = _key(name)
@@ -271,7 +271,7 @@ def find_slice(name: str, table: SliceTable) -> SliceSpec:
     hint = (
         f"the nearest are {', '.join(nearest)}"
         if nearest
-        else f"known are {', '.join(s.name for s in by_key.values())}"
+        else f"its slices are {', '.join(s.name for s in by_key.values())}"
     )
     raise SliceError(f"There is no slice {name!r} in {table.source}; {hint}.")
 
@@ -281,7 +281,7 @@ def find_slice(name: str, table: SliceTable) -> SliceSpec:
 
 @dataclass(frozen=True)
 class TensorCut:
-    """The part of a checkpoint tensor that becomes a tensor of the slice; `None` means all rows or all columns."""
+    """The part of a checkpoint tensor that becomes a tensor of the slice; None is all rows or columns."""
 
     source: str
     rows: Ranges | None = None
@@ -290,7 +290,7 @@ class TensorCut:
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of a checkpoint that is kept. Tensor names are relative to the decoder
+    """The kept part of a checkpoint. Tensor names are relative to the decoder
     (`layers.7.mlp.up_proj.weight`)."""
 
     name: str
@@ -339,7 +339,7 @@ class Slice:
         if layer >= self.config.num_layers:
             raise SliceError(f"{name}: slice {self.name} has only {self.config.num_layers} layers.")
         if layer >= self.config.num_kv_layers and _KV_TENSOR.match(rest):
-            raise SliceError(f"{name}: layer {layer} of slice {self.name} reads a donor's K and V and has none.")
+            raise SliceError(f"{name}: layer {layer} of slice {self.name} reads a donor's K and V.")
         original = self.keep[layer]
         source = f"layers.{original}.{rest}"
         width = self.config.intermediate_sizes[layer]
@@ -353,8 +353,8 @@ class Slice:
 
 
 def dropped(names: Iterable[str], slice_: Slice) -> set[str]:
-    """The checkpoint's tensors that the slice does not use: those of skipped layers, and K, V and their norms of
-    KV-shared layers.
+    """The checkpoint's tensors that the slice does not use: skipped layers, and K, V and their norms in KV-shared
+    layers.
     """
     unused = set()
     for name in names:
@@ -392,9 +392,9 @@ def resolve(spec: SliceSpec, config: TextConfig) -> Slice:
     if layers != config.num_layers:
         raise SliceError(
             f"Slice {spec.name} needs a checkpoint of {layers} layers ({len(spec.widths)} FFN widths and "
-            f"{len(spec.skipped)} skipped layers), and this one has {config.num_layers}: the list of widths "
+            f"{len(spec.skipped)} skipped layers), but this one has {config.num_layers}: the list of widths "
             f"must have "
-            "one entry for each kept layer, and a slice can only take layers away."
+            "one entry for each kept layer, and a slice can only remove layers."
         )
     _check_skipped(spec, config)
     keep = tuple(i for i in range(config.num_layers) if i not in spec.skipped)
@@ -425,8 +425,8 @@ def _scaled(spec: SliceSpec, config: TextConfig) -> tuple[int, ...]:
     if set(config.intermediate_sizes) != {full}:
         raise SliceError(
             f"Slice {spec.name} cannot be scaled to this checkpoint: its layers differ in FFN width "
-            f"({min(config.intermediate_sizes)} to {max(config.intermediate_sizes)}), so it is a slice "
-            f"already."
+            f"({min(config.intermediate_sizes)} to {max(config.intermediate_sizes)}), so it is already a "
+            f"slice."
         )
     for width in spec.widths:
         if width * full % REFERENCE_WIDTH:
@@ -452,7 +452,7 @@ def _check_skipped(spec: SliceSpec, config: TextConfig) -> None:
     for layer in spec.skipped:
         if layer >= config.num_layers:
             raise SliceError(
-                f"Slice {spec.name} skips layer {layer}, and the checkpoint's layers are 0 to {config.num_layers - 1}."
+                f"Slice {spec.name} skips layer {layer}, but the checkpoint's layers are 0 to {config.num_layers - 1}."
             )
         if layer in readers:
             raise SliceError(
@@ -463,7 +463,7 @@ def _check_skipped(spec: SliceSpec, config: TextConfig) -> None:
     shared = set(range(config.num_kv_layers, config.num_layers))
     if shared and shared <= set(spec.skipped):
         raise SliceError(
-            f"Slice {spec.name} skips all KV-shared layers, {min(shared)} to {max(shared)}; at least one must stay."
+            f"Slice {spec.name} skips all KV-shared layers, {min(shared)} to {max(shared)}; keep at least one."
         )
 
 

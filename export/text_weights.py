@@ -1,4 +1,4 @@
-"""The weights of the decoder, the prefill graph and both tables: how each is stored, and where in which file."""
+"""The weights of the decoder, the prefill graph and both tables: storage, file and offset of each."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def lay_out_text(config: TextConfig, precision: Precision, hard_rows: HardRows |
 
 
 def lay_out_prefill(config: TextConfig, precision: Precision, decoder: StoredWeights) -> dict[str, StoredWeight]:
-    """The weights of the prefill graph alone: what the `decoder` quantizes among the matrices that fill KV caches."""
+    """The prefill graph's own weights: the matrices that fill KV caches and are quantized in the `decoder`."""
     storage = precision.prefill
     if storage is None:
         return {}

@@ -1,7 +1,7 @@
 """Traces torch modules to ONNX graphs under fake tensors: no weight is allocated.
 
 The only user of `torch.onnx`. A traced graph has one initializer without data for each parameter, with the
-parameter's name; `export.weights` points it at a data file.
+parameter's name; `export.weights` points it to a data file.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def trace_decoder(config: TextConfig, logits: Logits, compute: str, windows: bool = True) -> ir.Model:
     """The decoder graph, dynamic in batch, new tokens, mask length and cache capacities.
 
-    `compute` is the dtype of weights and activations, a key of `DTYPES`; `windows` as of `cache_specs`.
+    `compute` is the dtype of weights and activations, a key of `DTYPES`; `windows` as in `cache_specs`.
     """
     model = _trace_decoder(_without_widths(config), logits, compute, windows).clone()
     for name, shape in _shapes_of_widths(config).items():
@@ -79,7 +79,7 @@ def trace_embedding(
 ) -> ir.Model:
     """The embedding graph: token ids to scaled token embeddings and PLE rows, with tables of dtype `storage`.
 
-    `soft_token_ids` maps an input of features to the soft token that it replaces.
+    `soft_token_ids` maps a feature input to the soft token that it replaces.
     """
     return _trace_embedding(_without_widths(config), storage, compute, hard_rows, tuple(soft_token_ids.items())).clone()
 
@@ -216,7 +216,7 @@ def _trace(
 
 
 def _without_unread(graph: ir.Graph, parameters: Sequence[str]) -> list[str]:
-    """Removes the parameters that no node reads from the graph, and returns the others."""
+    """Removes unread parameters from the graph, and returns the others."""
     for name in parameters:
         if name in graph.initializers and not graph.initializers[name].uses():
             del graph.initializers[name]
@@ -238,7 +238,7 @@ def _forget_sizes(model: ir.Model) -> None:
 
 
 def _check_no_size_is_fixed(model: ir.Model) -> None:
-    """A traced size among the graph's integer constants means that a module used a torch view."""
+    """Fails on a traced size among the integer constants: a module used a torch view."""
     sizes = (*AXES.values(), *_AUDIO_SIZES, *_IMAGE_SIZES)
     values = [*model.graph.initializers.values(), *(output for node in model.graph for output in node.outputs)]
     for value in values:
@@ -251,7 +251,7 @@ def _check_no_size_is_fixed(model: ir.Model) -> None:
 
 
 def _simplify(model: ir.Model, parameters: list[str]) -> None:
-    """Folds constants. Parameters are graph inputs meanwhile, because they have no data to fold."""
+    """Folds constants. Parameters are graph inputs for the duration, because they have no data to fold."""
     graph = model.graph
     held = []
     for name in parameters:
@@ -275,7 +275,7 @@ def _simplify(model: ir.Model, parameters: list[str]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences prints and warnings of torch.onnx that do not concern these graphs (torchvision, axis names)."""
+    """Silences output of torch.onnx that does not concern these graphs (torchvision, axis names)."""
     root = logging.getLogger("torch.onnx")
     level = root.level
     root.setLevel(logging.ERROR)

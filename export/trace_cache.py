@@ -29,7 +29,7 @@ _LONGEST_TRACE_S = 300.0
 
 
 def kept_on_disk(trace: Callable[P, ir.Model]) -> Callable[P, ir.Model]:
-    """Caches a function whose arguments have a complete repr. An unusable cache folder is ignored."""
+    """Caches a function whose arguments have a complete repr. Ignores a cache folder that cannot be used."""
 
     @functools.wraps(trace)
     def kept(*arguments: P.args, **named: P.kwargs) -> ir.Model:
@@ -72,7 +72,7 @@ def _code() -> str:
 
 
 def _save(model: ir.Model, path: Path) -> None:
-    """Saves parameters, which have no data, as further graph inputs."""
+    """Saves parameters, which have no data, as extra graph inputs."""
     model = model.clone()
     graph = model.graph
     model.metadata_props[_INPUTS] = str(len(graph.inputs))

@@ -1,4 +1,4 @@
-"""Streams tensors from the checkpoint into external data files, one block of rows at a time: read, cut, cast, write."""
+"""Streams tensors from the checkpoint to external data files: reads, cuts, casts and writes blocks of rows."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ StoredWeight = StoredTable | RowQuantizedTensor
 def lay_out(
     file: str, shapes: Mapping[str, tuple[int, ...]], storage: Callable[[str], Storage]
 ) -> dict[str, StoredWeight]:
-    """Lays tensors out one after another; a tensor of a page or more starts on a page."""
+    """Lays tensors out one after another; a tensor of a page or more is page-aligned."""
     weights: dict[str, StoredWeight] = {}
     offset = 0
     for name, shape in shapes.items():
@@ -176,10 +176,10 @@ def weight_shapes(model: ir.Model) -> dict[str, tuple[int, ...]]:
 def attach(model: ir.Model, weights: Mapping[str, StoredWeight]) -> None:
     """Points the graph's initializers at the stored `weights`.
 
-    Weights stored in a narrower dtype get a Cast; quantized ones are read by the operators that take their format.
+    Weights stored in a narrower dtype get a Cast; quantized weights get operators that read their format.
 
     Raises:
-        KeyError: a weight is not stored, which is a defect of the exporter.
+        KeyError: a weight is not stored (an exporter bug).
     """
     initializers = model.graph.initializers
     used = {name: weights[name] for name in weight_shapes(model)}
@@ -187,7 +187,7 @@ def attach(model: ir.Model, weights: Mapping[str, StoredWeight]) -> None:
         shape = initializers[name].shape
         assert shape is not None
         if tuple(shape.numpy()) != stored.shape:
-            raise ExportError(f"The graph wants {name} as {shape}, the checkpoint gives {stored.shape}.")
+            raise ExportError(f"The graph needs {name} with shape {shape}, but the checkpoint has {stored.shape}.")
     quantized = {name: stored for name, stored in used.items() if isinstance(stored, BlockQuantizedTensor)}
     QuantizeBlocks({name: _block_weights(name, stored) for name, stored in quantized.items()})(model)
     by_rows = {name: stored for name, stored in used.items() if isinstance(stored, RowQuantizedTensor)}
@@ -223,18 +223,18 @@ def _external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
 
 
 def check_tensors(checkpoint: Checkpoint, chosen: Slice, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Checks that the checkpoint has exactly the tensors of its config, as far as the slice needs them.
+    """Checks that the checkpoint has exactly the tensors of its config that the slice needs.
 
     `shapes` follow from the config of the whole checkpoint.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape, or belongs to no Gemma 3n decoder.
+        CheckpointError: a tensor is missing, has another shape, or is not part of a Gemma 3n decoder.
     """
     names = set(checkpoint.text_names())
     dropped = slicing.dropped({*names, *shapes}, chosen)
     if unused := names - shapes.keys() - dropped:
         raise CheckpointError(
-            f"The checkpoint holds {min(unused)} and {len(unused) - 1} more tensors that a Gemma 3n decoder of its "
+            f"The checkpoint has {min(unused)} and {len(unused) - 1} more tensors that a Gemma 3n decoder of its "
             "config.json does not have; give an unchanged checkpoint of Gemma 3n."
         )
     for name, wanted in shapes.items():
@@ -246,8 +246,8 @@ def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> N
     """Raises CheckpointError if a tensor does not have the shape that follows from the config."""
     if found != wanted:
         raise CheckpointError(
-            f"Tensor {name} has shape {list(found)} instead of the {list(wanted)} that config.json asks for; "
-            "config and weights do not belong together, download the checkpoint again."
+            f"Tensor {name} has shape {list(found)} instead of the {list(wanted)} that config.json requires; "
+            "download the checkpoint again."
         )
 
 
@@ -271,7 +271,7 @@ class WeightStream:
         """Writes all tensors of one data file, each read from `blocks(tensor)` and multiplied by `scale`.
 
         Raises:
-            CheckpointError: a tensor holds NaN or infinity.
+            CheckpointError: a tensor contains NaN or infinity.
             ExportError: a value does not fit into the target dtype.
         """
         with HashedFile(self.folder / name) as file, one_thread_an_operation():
@@ -290,7 +290,7 @@ class WeightStream:
     def _write_quantized(
         self, file: HashedFile, name: str, stored: BlockQuantizedTensor, blocks: Blocks, scale: float
     ) -> None:
-        # Preallocated: small arrays that outlive the large blocks would fragment the heap.
+        # Preallocated, because small arrays that outlive the large blocks would fragment the heap.
         scales = np.empty(stored.scales.shape, np.float16)
         zeros = np.empty(stored.zeros.shape, np.uint8) if stored.zeros is not None else None
         done = 0
@@ -298,7 +298,7 @@ class WeightStream:
             values = torch.from_numpy(_cast(name, block, "fp32", scale))
             made = quantize(values, stored.config)
             if not torch.isfinite(made.scales).all():
-                raise ExportError(f"Tensor {name} has values too large to be quantized; choose --precision bf16.")
+                raise ExportError(f"Tensor {name} has values too large to quantize; choose --precision bf16.")
             self._write(file, made.codes.numpy())
             rows = slice(done, done := done + len(block))
             scales[rows] = made.scales
@@ -311,7 +311,7 @@ class WeightStream:
     def _write_rows(
         self, file: HashedFile, name: str, stored: RowQuantizedTensor, blocks: Blocks, scale: float
     ) -> None:
-        """The codes are stored transposed, so the whole matrix is in memory."""
+        """The codes are stored transposed, so the whole matrix must be in memory."""
         rows = [_cast(name, block, "fp32", scale) for block in blocks]
         codes, scales = quantize_rows(torch.from_numpy(np.concatenate(rows).reshape(stored.shape)))
         self._write(file, codes.numpy())
@@ -324,7 +324,7 @@ class WeightStream:
 
 
 def raw_blocks(checkpoint: Checkpoint, raw_name: str) -> Blocks:
-    """All rows of a tensor of the file, in blocks."""
+    """All rows of a tensor in the file, in blocks."""
     shape = checkpoint.raw_spec(raw_name).shape
     step = _rows_of_a_block(shape)
     for first in range(0, shape[0], step):
@@ -360,7 +360,7 @@ def _cast(name: str, block: np.ndarray, dtype: str, scale: float) -> np.ndarray:
     target = source.to(DTYPES[dtype])
     if not _all_finite(target):
         if not _all_finite(source):
-            raise CheckpointError(f"Tensor {name} holds NaN or infinity; the checkpoint is damaged, download it again.")
+            raise CheckpointError(f"Tensor {name} contains NaN or infinity; download the checkpoint again.")
         raise ExportError(f"Tensor {name} does not fit into {dtype}; choose --precision bf16 or fp32.")
     return target.view(torch.uint16).numpy() if dtype == "bf16" else target.numpy()
 
@@ -371,7 +371,7 @@ def _all_finite(values: torch.Tensor) -> bool:
 
 
 def as_stored(values: torch.Tensor, storage: Storage) -> torch.Tensor:
-    """The fp32 `values` that are read back after storing: rounded, or quantized and dequantized."""
+    """The fp32 `values` after a round trip through `storage`: rounded, or quantized and dequantized."""
     if isinstance(storage, PerRow):
         codes, scales = quantize_rows(values.flatten(1))
         return (codes.T * scales[:, None]).view_as(values)

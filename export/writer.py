@@ -23,12 +23,12 @@ from gemma3n_onnx.runtime.errors import Gemma3nError
 
 from .errors import ExportError
 
-ALIGNMENT = 4096  # bytes; a large tensor starts on a page, so that it can be mapped
+ALIGNMENT = 4096  # bytes; large tensors are page-aligned, so that they can be mapped
 
 
 @dataclass(frozen=True)
 class OutputKind:
-    """`markers` are globs: `--force` replaces only a folder that one of them matches in, or an empty one."""
+    """`markers` are globs: `--force` replaces only a folder with a match of one, or an empty folder."""
 
     name: str
     markers: tuple[str, ...]
@@ -38,10 +38,10 @@ CHECKPOINT = OutputKind("checkpoint", ("model.safetensors", "model.safetensors.i
 
 
 def check_output(output: Path, *, force: bool, kind: OutputKind) -> Path:
-    """`output` as an absolute path, links followed.
+    """`output` as an absolute path, with links resolved.
 
     Raises:
-        ExportError: it exists and may not be replaced, or no folder can be made there.
+        ExportError: it exists and may not be replaced, or no folder can be created there.
     """
     try:
         output = output.resolve()
@@ -53,17 +53,17 @@ def check_output(output: Path, *, force: bool, kind: OutputKind) -> Path:
             raise ExportError(f"{output} is a file and will not be replaced; give another output folder.")
         if exists and any(output.iterdir()) and not any(any(output.glob(name)) for name in kind.markers):
             raise ExportError(
-                f"{output} is no {kind.name} (it holds no {kind.markers[0]}) and will not be replaced; "
+                f"{output} is no {kind.name} (it has no {kind.markers[0]}) and will not be replaced; "
                 "give another output folder."
             )
         if not ancestor.is_dir():
-            raise ExportError(f"{ancestor} is a file, so there can be no folder in it; give another output folder.")
+            raise ExportError(f"{ancestor} is a file, not a folder; give another output folder.")
         if not os.access(ancestor, os.W_OK | os.X_OK):
             raise ExportError(f"There is no permission to write to {ancestor}; give another output folder.")
     except (OSError, RuntimeError) as error:  # RuntimeError: a symlink loop
         if isinstance(error, ExportError):
             raise
-        raise ExportError(f"{output} cannot be an output folder ({_reason(error)}); give another.") from error
+        raise ExportError(f"{output} cannot be the output folder ({_reason(error)}); give another.") from error
     return output
 
 
@@ -71,11 +71,11 @@ def check_output(output: Path, *, force: bool, kind: OutputKind) -> Path:
 def staged(output: Path, *, force: bool, needed_bytes: int, kind: OutputKind) -> Iterator[Path]:
     """Yields a temporary folder beside `output`, which replaces `output` when the block succeeds.
 
-    On failure, Ctrl-C and SIGTERM included, the temporary folder and the parents made for it are removed, and an
+    On failure, including Ctrl-C and SIGTERM, the temporary folder and the parents created for it are removed, and an
     existing `output` stays unchanged. Leftovers of killed exports are removed first.
 
     Raises:
-        ExportError: as `check_output`; too little disk space, or the writing fails.
+        ExportError: as `check_output`; too little disk space, or a write fails.
     """
     output = check_output(output, force=force, kind=kind)
     missing = [folder for folder in output.parents if not folder.exists()]
@@ -170,7 +170,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ExportError(
-            f"{needed / 1e9:.1f} GB are needed and the disk of {folder} has {free / 1e9:.1f} GB free; "
+            f"{needed / 1e9:.1f} GB are needed, but the disk of {folder} has {free / 1e9:.1f} GB free; "
             "free some space or give another output folder."
         )
 
@@ -210,7 +210,7 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if
 
 @contextlib.contextmanager
 def _terminate_as_exception() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit in this context, so that clean-up runs as for Ctrl-C."""
+    """In this context SIGTERM and SIGHUP raise SystemExit, so that cleanup runs as after Ctrl-C."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
@@ -222,7 +222,7 @@ def _terminate_as_exception() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ignores signals, so that the last steps are not interrupted halfway."""
+    """Ignores signals in this context, so that the last steps are not interrupted."""
     with _handling(_SIGNALS, signal.SIG_IGN):
         yield
 

@@ -529,7 +529,7 @@ CASES = [
     Case(
         "verify_modality_lacking",
         lambda w: ["gemma3n", "verify", w.artifact(), "--model", w.checkpoint(), "--modalities", "audio"],
-        ("no audio to compare", "holds text"),
+        ("no audio to compare", "modalities are text"),
     ),
     Case("run_image_missing", running(None, "--image", "no.jpg"), ("an image", "no vision encoder", "--modalities")),
     Case("run_image_raw", running(None, "--raw", "--image", "no.jpg"), ("need the chat template",), code=2),

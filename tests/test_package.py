@@ -104,7 +104,7 @@ def test_away_from_a_clone_the_demo_is_a_distribution_of_its_own(wheels: dict[st
     site = tmp_path / "site"
     zipfile.ZipFile(wheels["gemma3n-onnx"]).extractall(site)
     done = run(FIND_DEMO, folder=tmp_path, path=site)
-    assert "CheckpointNotFoundError: The demo checkpoint is not installed: install gemma3n-onnx-demo" in done.stderr
+    assert "CheckpointNotFoundError: The demo checkpoint is not installed; install gemma3n-onnx-demo" in done.stderr
     zipfile.ZipFile(wheels["gemma3n-onnx-demo"]).extractall(site)
     done = run(FIND_DEMO, folder=tmp_path, path=site)
     assert Path(done.stdout.strip()) == site / "gemma3n_onnx_demo", done.stderr

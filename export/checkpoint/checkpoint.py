@@ -25,7 +25,7 @@ EMBEDDING = "embed_tokens.weight"
 
 @dataclass(frozen=True)
 class TensorNaming:
-    """How a checkpoint names its tensors: prefixes of the raw names, and the raw name of an output head of its own."""
+    """How a checkpoint names its tensors: prefixes of the raw names, and the raw name of a separate output head."""
 
     text: str
     """Prefix of the text decoder."""
@@ -125,7 +125,7 @@ class Checkpoint:
 
     @property
     def head(self) -> str | None:
-        """The raw name of the copy of the token embedding that some files hold as output head."""
+        """The raw name of the output head, a copy of the token embedding that some files have."""
         name = self.naming.head
         return name if name in self._files else None
 
@@ -133,7 +133,7 @@ class Checkpoint:
         """Dtype and shape of a text tensor.
 
         Raises:
-            CheckpointError: there is no such tensor; the other readers raise it too.
+            CheckpointError: no such tensor; the other readers raise it too.
         """
         return self.raw_spec(self.naming.text + name)
 
@@ -159,7 +159,7 @@ class Checkpoint:
         return f"{self.naming.encoders}{name}"
 
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer and processor files that an export copies, as far as they exist."""
+        """The existing tokenizer and processor files, which an export copies."""
         return [path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()]
 
     @property
@@ -169,7 +169,7 @@ class Checkpoint:
         return path if path.exists() else None
 
     def chat_template(self) -> str | None:
-        """The Jinja source of the (default) chat template, from whichever file holds it."""
+        """The Jinja source of the (default) chat template, from whichever file has it."""
         jinja = self.folder / "chat_template.jinja"
         if jinja.is_file():
             try:
@@ -197,7 +197,7 @@ class Checkpoint:
     def processor_config(self, part: str) -> dict[str, Any]:
         """Settings of `image_processor` or `feature_extractor`; empty if no file has them.
 
-        transformers 5 nests them in processor_config.json, earlier ones mix both in preprocessor_config.json.
+        transformers 5 nests them in processor_config.json; earlier releases mix both in preprocessor_config.json.
         """
         for name in ("processor_config.json", "preprocessor_config.json"):
             path = self.folder / name
@@ -216,12 +216,12 @@ class Checkpoint:
             raise CheckpointNotFoundError(f"{self.folder} has no {TOKENIZER}, which the artifact needs; download it.")
         try:
             known = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True)
-        except Exception as error:  # the library raises the bare type
+        except Exception as error:  # tokenizers raises a bare Exception
             raise CheckpointError(f"{path} is not a tokenizer ({error}); download it again.") from error
         if known > self.text_config.vocab_size:
             raise CheckpointError(
-                f"{path} has {known:,} tokens and config.json a vocab_size of {self.text_config.vocab_size:,}; "
-                "they do not belong together, download the checkpoint again."
+                f"{path} has {known:,} tokens, but config.json has a vocab_size of {self.text_config.vocab_size:,}; "
+                "download the checkpoint again."
             )
         self.chat_template()
 
@@ -235,7 +235,7 @@ class Checkpoint:
         """Raises CheckpointError if a tensor is not part of a Gemma 3n."""
         if unknown := set(self.names) - {self.naming.head, *self._known_names()}:
             raise CheckpointError(
-                f"The checkpoint holds {min(unknown)} and {len(unknown) - 1} more tensors that no Gemma 3n has; "
+                f"The checkpoint has {min(unknown)} and {len(unknown) - 1} more tensors that no Gemma 3n has; "
                 "give an unchanged checkpoint of Gemma 3n."
             )
 
@@ -289,22 +289,22 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
         file = SafetensorsFile(folder / WEIGHTS)
         return dict.fromkeys(file.names, file)
     if not (folder / INDEX).is_file():
-        raise CheckpointNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}: only safetensors weights are read.")
+        raise CheckpointNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}; only safetensors weights are read.")
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{folder / INDEX} has no weight_map; download it again.")
     for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{folder / INDEX} names {shard!r}, which is no file beside it; download it again.")
+            raise CheckpointError(f"{folder / INDEX} names {shard!r}, which is not in its folder; download it again.")
     shards = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
-            raise CheckpointNotFoundError(f"{folder} lacks {shard}, which {INDEX} names; download it again.")
+            raise CheckpointNotFoundError(f"{folder} lacks {shard}, which {INDEX} lists; download it again.")
         shards[shard] = SafetensorsFile(folder / shard)
     held = {shard: set(file.names) for shard, file in shards.items()}
     for name, shard in weight_map.items():
         if name not in held[shard]:
-            raise CheckpointError(f"{folder / shard} lacks {name}, which {INDEX} promises; download it again.")
+            raise CheckpointError(f"{folder / shard} lacks {name}, which {INDEX} lists; download it again.")
     return {name: shards[shard] for name, shard in weight_map.items()}
 
 

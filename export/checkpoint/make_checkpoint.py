@@ -61,7 +61,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
     },
 }
-# The encoders of the tiny size: every kind of block, few channels.
+# The encoders of the tiny size: all block kinds, few channels.
 TINY_VISION: dict[str, Any] = {"model_args": {"channel_multiplier": 0.03}}
 TINY_AUDIO: dict[str, Any] = {
     "hidden_size": 64,
@@ -86,7 +86,7 @@ ALTUP_STD = 0.03
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor to draw: `mean + std * normal`. `name` is the one within its part of the model."""
+    """A tensor to draw: `mean + std * normal`. `name` is relative to its part of the model."""
 
     name: str
     shape: tuple[int, ...]
@@ -123,7 +123,7 @@ def make_checkpoint(
         `output`.
 
     Raises:
-        ExportOptionError: an unknown size, dtype or override, or values that make no Gemma 3n.
+        ExportOptionError: an unknown size, dtype or override, or values that do not describe a Gemma 3n.
         ExportError: `output` is taken, or the disk is too small.
     """
     if size not in SIZES:
@@ -155,7 +155,7 @@ def make_checkpoint(
 def text_config(size: Size, dtype: Dtype, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], TextConfig]:
     """The text config of `size` with `overrides`, every per-layer list filled in, and the architecture it describes.
 
-    ExportOptionError: an unknown override, or values that make no Gemma 3n.
+    ExportOptionError: an unknown override, or values that do not describe a Gemma 3n.
     """
     config: dict[str, Any] = {
         "architectures": ["Gemma3nForCausalLM"],
@@ -184,7 +184,7 @@ def text_config(size: Size, dtype: Dtype, overrides: Mapping[str, Any]) -> tuple
         "use_cache": True,
     }
     if unknown := sorted(set(overrides) - set(config)):
-        raise ExportOptionError(f"Unknown override {unknown[0]!r}; known are {', '.join(sorted(config))}.")
+        raise ExportOptionError(f"Unknown override {unknown[0]!r}; use one of {', '.join(sorted(config))}.")
     config |= overrides
     return config, _architecture(config)
 
@@ -293,16 +293,16 @@ def _architecture(config: dict[str, Any]) -> TextConfig:
     try:
         architecture = TextConfig.from_hf(config)
     except ConfigError as error:
-        raise ExportOptionError(f"These overrides make no Gemma 3n: {error}") from error
+        raise ExportOptionError(f"These overrides do not describe a Gemma 3n: {error}") from error
     config["layer_types"] = list(architecture.layer_types)
     config["activation_sparsity_pattern"] = list(architecture.activation_sparsity)
     config["intermediate_size"] = list(architecture.intermediate_sizes)
     text_vocab = architecture.vocab_size_per_layer_input
     if text_vocab < SMALLEST_TEXT_VOCAB or architecture.vocab_size < text_vocab + 2 * SOFT_IDS:
         raise ExportOptionError(
-            f"vocab_size {architecture.vocab_size} and vocab_size_per_layer_input {text_vocab} leave no room "
-            f"for the tokenizer: the latter must be at least {SMALLEST_TEXT_VOCAB}, the former "
-            f"{2 * SOFT_IDS} above it."
+            f"vocab_size {architecture.vocab_size} and vocab_size_per_layer_input {text_vocab} are too small "
+            f"for the tokenizer; the latter must be at least {SMALLEST_TEXT_VOCAB}, and the former at least "
+            f"{2 * SOFT_IDS} larger."
         )
     return architecture
 
@@ -446,7 +446,7 @@ def _header(shard: list[_Named], dtype: str) -> bytes:
 
 
 def _blocks(tensor: _Tensor, dtype: str, seed: int) -> Iterator[np.ndarray]:
-    """The tensor's values, flattened, in blocks of `BLOCK_VALUES`, from a random generator of its own."""
+    """The tensor's values, flattened, in blocks of `BLOCK_VALUES`, from its own random generator."""
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(f"model.{tensor.name}".encode())]))
     left = math.prod(tensor.shape)
     while left:

@@ -27,7 +27,7 @@ SMALLEST_TEXT_VOCAB = 1024
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the multimodal special tokens; those of the text special tokens are the same in every vocabulary."""
+    """Ids of the multimodal special tokens; text special tokens have the same ids in every vocabulary."""
 
     start_of_image: int
     start_of_audio: int

@@ -15,9 +15,9 @@ from gemma3n_onnx.runtime.artifact import LogMelInfo, SoftTokens
 from .checkpoint import ENCODER_MODULES, TOKENIZER, Checkpoint
 
 IMAGE_SIZES = (256, 512, 768)
-BILINEAR = 2  # Pillow's number for it
+BILINEAR = 2  # Pillow's Resampling.BILINEAR
 
-# Gemma 3n's own values, for a checkpoint without processor files. transformers' Gemma3nAudioFeatureExtractor.
+# Gemma 3n's values, for checkpoints without processor files; audio from transformers' Gemma3nAudioFeatureExtractor.
 _IMAGE = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": False, "resample": BILINEAR, "do_resize": True}
 _AUDIO = {
     "sampling_rate": 16_000,
@@ -35,10 +35,10 @@ _AUDIO = {
     "per_bin_mean": None,
     "per_bin_stddev": None,
 }
-# Settings of which only the default is implemented.
+# Settings for which only the default is implemented.
 _FIXED_IMAGE = ("do_rescale", "do_normalize", "resample", "do_resize")
 _FIXED_AUDIO = ("preemphasis_htk_flavor", "dither", "input_scale_factor", "per_bin_mean", "per_bin_stddev")
-MAX_SECONDS, PAD_MULTIPLE = 30, 128  # defaults of the extractor's `__call__`, which no file contains
+MAX_SECONDS, PAD_MULTIPLE = 30, 128  # defaults of the extractor's `__call__`, which are in no file
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _positive(checkpoint: Checkpoint, key: str) -> int:
 def _token(backend: tokenizers.Tokenizer, key: str, token_id: int) -> str:
     token = backend.id_to_token(token_id)
     if token is None:
-        raise CheckpointError(f"The tokenizer has no token {token_id}, which is {key}; download the checkpoint again.")
+        raise CheckpointError(f"The tokenizer has no token {token_id}, the {key}; download the checkpoint again.")
     return token
 
 

@@ -1,4 +1,4 @@
-"""A safetensors file: the header is checked when it is opened, tensors are memory-mapped when read."""
+"""A safetensors file: the header is checked on opening, tensors are memory-mapped on reading."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ class SafetensorsFile:
         return self._map(name, entry.spec.shape, entry.offset)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` of the first axis, read-only; nothing else of the tensor is mapped.
+        """Rows `start` to `stop` of the first axis, read-only; only these are mapped.
 
         Raises:
             CheckpointError: the dtype is not BF16, F16 or F32.
-            IndexError: the tensor is a scalar, or the rows are not within it.
+            IndexError: the tensor is a scalar, or the rows are out of range.
         """
         entry = self._entries[name]
         shape = entry.spec.shape
@@ -88,7 +88,7 @@ class SafetensorsFile:
         if dtype is None:
             raise CheckpointError(
                 f"{name} in {self.path} is of dtype {dtype_name}; "
-                f"use a checkpoint in {', '.join(NUMPY_DTYPES)} (quantized ones are not read)."
+                f"use a checkpoint in {', '.join(NUMPY_DTYPES)} (quantized checkpoints are not read)."
             )
         if math.prod(shape) == 0:
             return np.empty(shape, dtype)
@@ -115,7 +115,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     needed = max((fields["data_offsets"][1] for fields in header.values()), default=0) + data_offset
     if needed != file_bytes:
         raise CheckpointError(
-            f"{path} has {file_bytes} bytes but its header describes {needed}: "
+            f"{path} has {file_bytes} bytes, but its header describes {needed}: "
             f"the file is {'truncated' if file_bytes < needed else 'damaged'}; download it again."
         )
     return entries

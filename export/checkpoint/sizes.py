@@ -63,15 +63,15 @@ E4B_CONFIG: Mapping[str, Any] = {
         "sscp_conv_stride_size": ((2, 2), (2, 2)),
     },
 }
-"""The parts of its `config.json` that the encoders' sizes follow from."""
+"""The parts of its `config.json` that determine the encoders' sizes."""
 
 
 @dataclass(frozen=True)
 class DecoderParameters:
     """Parameters of a text decoder, counted as Google counts them.
 
-    The published figures include the K and V projections of all layers, because the checkpoints have them. Those of
-    KV-shared layers (`unused_kv`) are never read; exported graphs omit them.
+    The published figures include the K and V projections of all layers, as the checkpoints do. KV-shared layers never
+    read theirs (`unused_kv`); exported graphs omit them.
     """
 
     text: int
@@ -82,7 +82,7 @@ class DecoderParameters:
 
     @property
     def effective(self) -> int:
-        """Parameters in accelerator memory: all but the two tables, which are read by rows."""
+        """Parameters in accelerator memory: all but the two tables, of which only rows are read."""
         return self.text - self.ple_table - self.token_embedding
 
 
@@ -117,7 +117,7 @@ def encoder_parameter_counts(hf_config: Mapping[str, Any]) -> dict[str, int]:
 
     Raises:
         ConfigError: a section or a key is missing.
-        SliceError: the vision tower is not a known timm architecture at its full width.
+        SliceError: the vision tower is not a known timm architecture at full width.
     """
     try:
         vision, audio = hf_config["vision_config"], hf_config["audio_config"]
@@ -127,7 +127,7 @@ def encoder_parameter_counts(hf_config: Mapping[str, Any]) -> dict[str, int]:
             raise SliceError(
                 f"The parameters of vision tower {architecture!r} with model_args "
                 f"{vision.get('model_args')} are not "
-                f"known; known is {', '.join(VISION_TOWER_PARAMETERS)} without model_args."
+                f"known; only {', '.join(VISION_TOWER_PARAMETERS)} without model_args is supported."
             )
         return {
             "vision_tower": VISION_TOWER_PARAMETERS[architecture],
@@ -163,10 +163,10 @@ def _audio_tower(audio: Mapping[str, Any]) -> int:
 
 
 def published_total(config: TextConfig, hf_config: Mapping[str, Any]) -> int:
-    """All parameters, by the accounting of the published totals.
+    """All parameters, counted like the published totals.
 
-    It counts the decoder, the four encoder parts as of timm 1.0.16, and the output head a second time although it is
-    tied to the token embedding.
+    The count has the decoder, the four encoder parts as of timm 1.0.16, and the output head a second time although it
+    is tied to the token embedding.
 
     Raises:
         ConfigError, SliceError: see `encoder_parameter_counts`.
@@ -180,10 +180,10 @@ def disk_bytes(config: TextConfig, precision: str) -> int:
     """Bytes of the weights of an exported decoder, its two tables and its prefill graph, without encoders and
     multimodal rows.
 
-    The output head is the token table: both graphs read the one file.
+    The output head is the token table: both graphs read the same file.
 
     Raises:
-        ExportOptionError: there is no such precision.
+        ExportOptionError: no such precision.
     """
     recipe = precision_for(precision, "cpu")
     weights = lay_out_text(config, recipe, None)

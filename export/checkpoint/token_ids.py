@@ -17,7 +17,7 @@ class TokenIds:
 
 
 def token_ids(checkpoint: Checkpoint) -> TokenIds:
-    """The ids of `generation_config.json`, which take precedence over those of `config.json`."""
+    """The ids from `generation_config.json`, else from `config.json`."""
     text = checkpoint.config.get("text_config", checkpoint.config)
     values = {key: text.get(key) for key in ("bos_token_id", "pad_token_id", "eos_token_id")}
     values |= {k: v for k, v in checkpoint.generation_config().items() if k in values and v is not None}
@@ -28,7 +28,7 @@ def token_ids(checkpoint: Checkpoint) -> TokenIds:
         for token_id in value if key == "eos_token_id" and isinstance(value, list) else [value]:
             if type(token_id) is not int or not 0 <= token_id < vocab:
                 raise CheckpointError(
-                    f"The {key} of the checkpoint's configs is {value!r}, which is not a token id from 0 to "
+                    f"The {key} of the checkpoint's configs is {value!r}, but token ids are from 0 to "
                     f"{vocab - 1}; download generation_config.json again."
                 )
     eos = values["eos_token_id"]

@@ -1,6 +1,6 @@
-"""What a consumer's layout decides: which graphs it has, how they are adapted, and which files go beside them.
+"""A consumer's layout: which graphs it has, how they are adapted, and which files go with them.
 
-A new layout is a module with a subclass of `Layout`, and a line in `select.LAYOUTS`.
+To add a layout, write a module with a subclass of `Layout` and add it to `select.LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Requested:
 class Layout(ABC):
     name: ClassVar[str]
     marker: ClassVar[str]
-    """A glob that matches a file of every output in this layout: `--force` replaces only folders with such a file."""
+    """A glob that matches a file in every output of this layout: `--force` replaces only folders with a match."""
     folder: ClassVar[str] = ""
     """The subfolder of the output that holds graphs and weights."""
     modalities: ClassVar[tuple[str, ...] | None] = None
     """The modalities exported by default; None for all of the checkpoint's."""
     windowed_caches: ClassVar[bool] = False
-    """KV caches of sliding-window layers keep the window only. Otherwise every cache keeps all positions."""
+    """Whether KV caches of sliding-window layers keep only the window; otherwise all caches keep all positions."""
     merges_soft_tokens: ClassVar[bool] = False
-    """The embedding graph takes the encoders' features and puts them in place of the soft tokens."""
+    """The embedding graph takes encoder features and replaces the soft tokens by them."""
     writes_manifest: ClassVar[bool] = False
 
     def check(self, requested: Requested) -> None:  # noqa: B027

@@ -1,9 +1,9 @@
-"""`genai_config.json`, with which onnxruntime-genai 0.18 runs an artifact's folder unchanged.
+"""`genai_config.json`, which lets onnxruntime-genai 0.18 run an artifact's folder unchanged.
 
 In an artifact for CUDA every session but the embedding, whose tables stay on the host, uses the CUDA provider.
 
 onnxruntime-genai has no `gemma3n`; its `gemma4` has the same graphs (embedding with a table of per-layer inputs,
-vision, speech, decoder) and wants the vision graph. An artifact without one is a `decoder-pipeline` of two stages.
+vision, speech, decoder) but requires the vision graph. An artifact without one becomes a two-stage `decoder-pipeline`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _embedding(manifest: Manifest) -> dict[str, Any]:
 def _speech(manifest: Manifest) -> dict[str, Any]:
     """The section is required even without an audio encoder.
 
-    `config_filename` must name a file; only the library's own front end, Gemma 4's, would read it.
+    `config_filename` must name a file, which only the library's own front end (Gemma 4's) would read.
     """
     if manifest.audio is None:
         return {"config_filename": ""}

@@ -1,6 +1,6 @@
-"""What optimum and transformers.js have in common: KV caches are outside the graph and grow by a token a step.
+"""Shared by optimum and transformers.js: KV caches are outside the graph and grow by one token per step.
 
-Only the layers that produce K and V have one. Prompts and decode steps run the same graph.
+Only layers that produce K and V have a cache. Prompts and decode steps run the same graph.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AXES = {
 class GrowingCacheLayout(Layout):
     def check(self, requested: Requested) -> None:
         if requested.target != "cpu" or requested.logits != "last":
-            raise ExportOptionError(f"--layout {self.name} is for --target cpu and --logits last; leave these two out.")
+            raise ExportOptionError(f"--layout {self.name} needs --target cpu and --logits last; leave both out.")
 
     def precision(self, precision: Precision) -> Precision:
         return replace(precision, prefill=None)

@@ -28,7 +28,7 @@ class OptimumLayout(GrowingCacheLayout):
     def check(self, requested: Requested) -> None:
         super().check(requested)
         if set(requested.modalities or ()) - {"text"}:
-            raise ExportOptionError(f"--layout {self.name} is for text; leave --modalities out.")
+            raise ExportOptionError(f"--layout {self.name} is text-only; leave --modalities out.")
 
     def graph_files(self, precision: str) -> Mapping[str, str]:
         return {"decoder": "model.onnx"}

@@ -22,7 +22,7 @@ DEFAULT = NativeLayout.name
 
 
 def layout_named(name: str) -> Layout:
-    """Raises ExportOptionError, with the known names, for any other."""
+    """Raises ExportOptionError, listing the known names, for an unknown name."""
     if name not in LAYOUTS:
         raise ExportOptionError(f"Unknown layout {name!r}; choose {', '.join(LAYOUTS)}.")
     return LAYOUTS[name]

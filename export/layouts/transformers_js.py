@@ -37,7 +37,7 @@ _GRAPHS = {
     "vision": "vision_encoder",
     "audio": "audio_encoder",
 }
-# Keys of processor_config.json, and the keys of config.json that they repeat.
+# Keys of processor_config.json, and the config.json keys that they repeat.
 _SOFT_TOKEN_COUNTS = {
     "image_seq_length": "vision_soft_tokens_per_image",
     "audio_seq_length": "audio_soft_tokens_per_image",
@@ -53,7 +53,7 @@ class TransformersJsLayout(GrowingCacheLayout):
         super().check(requested)
         if requested.precision not in _DTYPES:
             raise ExportOptionError(
-                f"{self.name} has no name for precision {requested.precision}; choose one of {', '.join(_DTYPES)}."
+                f"{self.name} does not support precision {requested.precision}; choose one of {', '.join(_DTYPES)}."
             )
 
     def graph_files(self, precision: str) -> Mapping[str, str]:

@@ -1,7 +1,7 @@
 """How a matrix is quantized; `quantize` implements it.
 
 Methods and their sources:
-    rtn: symmetric round to nearest; the value of largest magnitude gets the lowest code (Q4_0 of llama.cpp).
+    rtn: symmetric round-to-nearest; the value of largest magnitude gets the lowest code (llama.cpp's Q4_0).
     search: rtn with the scale of least squared error among several candidates, refitted to its codes.
     k-quant: asymmetric; scale and minimum fitted by least squares for several candidate scales, errors weighted by
         magnitude (llama.cpp, "k-quants", pull request 1684).
@@ -33,7 +33,7 @@ class QuantizationConfig:
         for name, known in (("bits", BITS), ("block", BLOCKS), ("method", METHODS)):
             if getattr(self, name) not in known:
                 raise ExportOptionError(
-                    f"Quantization with {name} {getattr(self, name)} is unknown; choose one of "
+                    f"Quantization with {name} {getattr(self, name)} is not supported; choose one of "
                     f"{', '.join(map(str, known))}."
                 )
 

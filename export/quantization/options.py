@@ -1,4 +1,4 @@
-"""Options of the command line that change a part of a recipe."""
+"""Command-line options that override parts of a recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .precision import Precision
 
 TABLE_BITS = (4, 8)
 PREFILLS = ("int8", "shared")
-"""Prompts run in a prefill graph of their own, in int8, or in the decoder graph."""
+"""Prompts run in a separate int8 prefill graph, or in the decoder graph."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class QuantizationOptions:
         return {name: value for name, value in values.items() if value is not None}
 
     def apply(self, precision: Precision) -> Precision:
-        """The quantized `precision` with the parts replaced that an option names.
+        """The quantized `precision`, with the given options applied.
 
         Raises:
             ExportOptionError: an option has an unknown value, or the precision has no such part.
@@ -70,8 +70,8 @@ class QuantizationOptions:
             if bits is not None and bits not in TABLE_BITS:
                 raise ExportOptionError(f"{option} is {bits}; choose one of {', '.join(map(str, TABLE_BITS))}.")
             if bits is not None and table is None:
-                raise ExportOptionError(f"{option} is for a --precision that quantizes this table; leave it out.")
+                raise ExportOptionError(f"{option} needs a --precision that quantizes this table; leave it out.")
         if self.prefill is not None and self.prefill not in PREFILLS:
             raise ExportOptionError(f"--prefill is {self.prefill!r}; choose {' or '.join(PREFILLS)}.")
         if self.prefill == "int8" and precision.prefill is None:
-            raise ExportOptionError("--prefill int8 is for --target cpu; leave it out.")
+            raise ExportOptionError("--prefill int8 needs --target cpu; leave it out.")

@@ -1,4 +1,4 @@
-"""A precision: how weights are stored, and in which dtype graphs compute."""
+"""A precision: how weights are stored, and the dtype that graphs compute in."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .config import PerRow, QuantizationConfig, Storage
 @dataclass(frozen=True)
 class Precision:
     storage: str
-    """The dtype of weights that are not quantized, in the files."""
+    """The dtype in which unquantized weights are stored."""
     compute: str
     """The dtype that the text graphs compute in."""
     weights: QuantizationConfig | None = None
-    """Of the decoder's projections."""
+    """The quantization of the decoder's projections."""
     exceptions: Mapping[str, QuantizationConfig] = field(default_factory=dict)
-    """Of the projections whose names, without ".weight", end in the key; they take precedence over `weights`."""
+    """Overrides `weights` for projections whose names, without ".weight", end in the key."""
     tokens: QuantizationConfig | None = None
-    """Of the token embeddings, which are the output head too."""
+    """The quantization of the token embeddings, which are also the output head."""
     per_layer: QuantizationConfig | None = None
-    """Of the per-layer embeddings."""
+    """The quantization of the per-layer embeddings."""
     encoders: PerRow | str | None = None
-    """The quantization of the encoders' matrix products, or the dtype that these are stored and computed in. Everything
+    """The quantization of the encoders' matrix products, or the dtype in which they are stored and computed. Everything
     else in an encoder is computed in fp32."""
     prefill: PerRow | None = None
     """The quantization of the prefill graph's matrix products; None without a prefill graph."""
@@ -49,7 +49,7 @@ class Precision:
         return self.encoders or self.storage
 
     def of_weight(self, name: str, shape: tuple[int, ...]) -> Storage:
-        """How a decoder tensor is stored. AltUp's coefficients and widths that no block divides stay unquantized."""
+        """How a decoder tensor is stored. AltUp coefficients and widths that no block divides stay unquantized."""
         if self.weights is None or len(shape) != 2 or ".altup." in name:
             return self.storage
         module = name.removesuffix(".weight")

@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import QuantizationConfig
 from .threads import one_thread_an_operation
 
-_AT_ONCE = 1 << 18  # values in a piece of work, so that it stays in the processor's cache
+_AT_ONCE = 1 << 18  # values per work item, to stay in the CPU cache
 _SEARCHED = torch.linspace(0.8, 1.1, 7)
 _FITTED = torch.linspace(0.8, 1.05, 6)
 _HQQ_STEPS, _HQQ_NORM, _HQQ_BETA, _HQQ_GROWTH = 20, 0.7, 10.0, 1.01

@@ -1,4 +1,4 @@
-"""The table of precisions: what `--precision` accepts, and what each means on each target."""
+"""The table of precisions: the values of `--precision`, by target."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _INT4 = Precision(
     prefill=PerRow(),
 )
 
-# ONNX Runtime 1.31: the CPU provider has no bf16 arithmetic and on x86 none in fp16 that is faster than fp32,
-# so narrow weights are widened at load; GroupQueryAttention on CUDA takes fp16 and bf16 only.
-# On CUDA the encoders' products are in bf16 even beside an fp16 decoder: their feature maps overflow fp16.
+# ONNX Runtime 1.31: the CPU provider does not compute in bf16, and on x86 its fp16 is not faster than fp32, so fp16
+# and bf16 weights are widened at load. GroupQueryAttention on CUDA supports only fp16 and bf16. On CUDA the encoders'
+# products are in bf16 even with an fp16 decoder, because their feature maps overflow fp16.
 RECIPES: dict[str, dict[str, Precision]] = {
     "fp32": {"cpu": Precision(storage="fp32", compute="fp32")},
     "fp16": {
@@ -62,7 +62,7 @@ def precision_for(name: str, target: str, options: QuantizationOptions | None = 
     """The recipe with `options` applied.
 
     Raises:
-        ExportOptionError: unknown name or target, no such precision on the target, or options that do not fit it.
+        ExportOptionError: unknown name or target, no such precision on the target, or options that do not apply to it.
     """
     if target not in TARGETS:
         raise ExportOptionError(f"Unknown target {target!r}; choose {' or '.join(TARGETS)}.")
@@ -76,6 +76,6 @@ def precision_for(name: str, target: str, options: QuantizationOptions | None = 
     if precision.weights is None:
         quantized = (other for other, targets in RECIPES.items() if any(each.weights for each in targets.values()))
         raise ExportOptionError(
-            f"{next(iter(options.given))} is for a quantized --precision ({', '.join(quantized)}), not for {name}."
+            f"{next(iter(options.given))} needs a quantized --precision ({', '.join(quantized)}), not {name}."
         )
     return options.apply(precision)

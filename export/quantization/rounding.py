@@ -1,7 +1,7 @@
-"""Rounds activations in transformers' matrix products as the artifact's operators do.
+"""Rounds activations in transformers' matrix products like the artifact's operators.
 
-To int8 with a scale for each block (MatMulNBits, accuracy_level 4); to int8 with rows divided by their magnitude and
-one scale for all (DynamicQuantizeMatMul after `graphs.passes.quantize_dynamic`); or to bf16, the product too
+To int8 with a scale per block (MatMulNBits, accuracy_level 4); to int8 with rows divided by their magnitude and one
+scale for all (DynamicQuantizeMatMul after `graphs.passes.quantize_dynamic`); or to bf16, including the product
 (`graphs.passes.narrow_products`).
 """
 
@@ -29,7 +29,7 @@ class Rounding:
 
 
 def of_storage(storage: Storage) -> Rounding | None:
-    """The rounding of a product whose weight is stored in this way."""
+    """The rounding of a product whose weight has this storage."""
     if isinstance(storage, QuantizationConfig):
         return Rounding(lambda x: in_blocks(x, storage.block))
     return Rounding(in_rows) if isinstance(storage, PerRow) else None

@@ -23,7 +23,7 @@ from .config import QuantizationConfig
 @dataclass(frozen=True)
 class Sensitivity:
     """One tensor, quantized alone. `error` is the norm of its quantization error relative to its norm; `kl` the mean KL
-    divergence of the logits, in nats, from those of the original weights."""
+    divergence of the logits, in nats, from the logits with the original weights."""
 
     name: str
     scheme: str
@@ -55,7 +55,7 @@ def sensitivities(
 ) -> Report:
     """Runs transformers' decoder in fp32 once for each tensor that `storage_of` quantizes; `progress(done, total)`.
 
-    Needs memory for the decoder in fp32 (E2B: 10 GB) without the per-layer embeddings, which are read by rows.
+    Needs memory for the decoder in fp32 (E2B: 10 GB) without the per-layer embeddings, which are read row by row.
 
     Raises:
         ExportError: transformers cannot build the decoder.

@@ -1,4 +1,4 @@
-"""A thread pool for work on one tensor after another."""
+"""A thread pool for single-threaded torch operations."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _users = 0
 def one_thread_an_operation() -> Iterator[ThreadPoolExecutor]:
     """In this context a torch operation uses one thread; yields a pool of as many workers as torch had threads.
 
-    Threads that share an operation synchronize at its end. With short operations that is every few microseconds, and
-    on a busy machine each time waits for the slowest thread.
+    Threads that share an operation synchronize at its end. With short operations, that is every few microseconds, and
+    on a busy machine each barrier waits for the slowest thread.
     """
     pool = _enter()
     try:

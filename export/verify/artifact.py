@@ -1,4 +1,4 @@
-"""An exported artifact beside the checkpoint that it was made of: its decoder, and the encoders that are asked for."""
+"""Compares an artifact with its checkpoint: the decoder, and the requested encoders."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ class VerifyOptions:
 
 
 def verify_artifact(artifact: Path, model: str, options: VerifyOptions) -> ArtifactParity:
-    """Compares on random inputs; `model` is the folder or Hub id of the checkpoint.
+    """Compares outputs on random inputs; `model` is the folder or Hub id of the checkpoint.
 
     Raises:
         ExportOptionError: the artifact lacks one of the modalities.
-        ExportError: the artifact is not of this checkpoint and slice, or transformers cannot run it.
+        ExportError: the artifact is not from this checkpoint and slice, or transformers cannot run it.
     """
     loaded = OnnxGemma3n.from_pretrained(artifact, options.provider)
     held = loaded.manifest.modalities
     wanted = held if options.modalities is None else options.modalities
     if lacking := sorted(set(wanted) - set(held)):
-        raise ExportOptionError(f"{artifact} has no {lacking[0]} to compare; it holds {', '.join(held)}.")
+        raise ExportOptionError(f"{artifact} has no {lacking[0]} to compare; its modalities are {', '.join(held)}.")
     checkpoint = Checkpoint.open(model, options.revision)
     chosen = options.slice or (None if loaded.manifest.slice == "whole" else loaded.manifest.slice)
     length = options.prompt_tokens or 2 * checkpoint.text_config.sliding_window + 5

@@ -1,4 +1,4 @@
-"""Parity of an artifact's encoders with those of transformers, whose vision tower is timm's."""
+"""Parity of an artifact's encoders with transformers' (the vision tower is timm's)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Encode = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 @dataclass(frozen=True)
 class EncoderParity:
-    """`errors` by input, relative to the range. If products are `rounded` (to int8 or bf16), `exact` are the errors of
-    the same graph with products in fp32, and `cost` those of transformers with the same rounding."""
+    """`errors` by input, relative to the range. If products are `rounded` (to int8 or bf16), `exact` has the errors of
+    the same graph with products in fp32, and `cost` the errors of transformers with the same rounding."""
 
     modality: str
     rounded: str | None
@@ -47,10 +47,10 @@ class EncoderParity:
 def verify_encoder(
     model: OnnxGemma3n, checkpoint: Checkpoint, modality: str, rng: np.random.Generator
 ) -> EncoderParity:
-    """Compares the features of random inputs of each size with transformers' in fp32, on the weights as stored.
+    """Compares features of random inputs of each size with transformers in fp32 on the stored weights.
 
     Raises:
-        ExportError: transformers cannot build the encoder, for instance because timm is not installed.
+        ExportError: transformers cannot build the encoder, for example because timm is not installed.
     """
     tried = _inputs(model, modality, rng)
 

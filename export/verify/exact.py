@@ -12,12 +12,12 @@ from gemma3n_onnx.runtime.engine.providers.base import ExecutionProvider
 
 
 def takes_int8(manifest: Manifest) -> bool:
-    """Whether products with quantized weights round their activations to int8, as they do on the CPU."""
+    """Whether products with quantized weights round their activations to int8, as on the CPU."""
     return bool(manifest.quantization) and manifest.compute_dtype == "fp32"
 
 
 def exact_provider(provider: ExecutionProvider) -> ExecutionProvider:
-    """A provider that computes matrix products in fp32, also if it lacks bf16."""
+    """A provider that computes matrix products in fp32, even without bf16 support."""
     return provider.exact(_exact)
 
 

@@ -37,8 +37,8 @@ from .reference import (
 # Maximum logit error relative to the logit range, by the artifact's compute dtype, against transformers in fp32 on the
 # stored (dequantized) weights.
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
-# Two implementations that round activations to int8 err by about the same amount, but not in the same direction: the
-# tolerance is this multiple of the error that rounding causes in transformers.
+# Two implementations that round activations to int8 have errors of similar size but different direction, so the
+# tolerance is this multiple of the rounding error in transformers.
 AS_MUCH = 2.0
 
 
@@ -59,8 +59,8 @@ class Errors:
 
 @dataclass(frozen=True)
 class Rounded:
-    """For products with int8 activations. `exact`: errors of the artifact's graphs with unrounded activations. `cost`:
-    errors that the same rounding causes in transformers."""
+    """Errors of products with int8 activations. `exact`: of the artifact's graphs with unrounded activations. `cost`:
+    of the same rounding in transformers."""
 
     exact: Errors
     cost: Errors
@@ -83,8 +83,8 @@ class Compared:
 @dataclass(frozen=True)
 class Parity:
     """`graph`: against the stored weights. `prefill`: the same with prompts run by the prefill graph; None without one.
-    `original`: against the checkpoint's weights, so with the cost of storage; None if storage is lossless. The verdict
-    is on the first two."""
+    `original`: against the checkpoint's weights, so with the storage error; None if storage is lossless. `passed`
+    checks the first two."""
 
     positions: int
     precision: str
@@ -106,14 +106,14 @@ def verify(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
 ) -> Parity:
-    """Compares logits with transformers (eager attention, fp32) at the positions that the artifact gives.
+    """Compares logits with transformers (eager attention, fp32) at the positions that the artifact outputs.
 
-    Each prompt is continued greedily by the artifact; transformers then reads prompt and continuation in
-    one pass without a cache, so the two share nothing but the token ids. An artifact with all logits is
-    compared at every position instead.
+    The artifact continues each prompt greedily; transformers then reads prompt and continuation in one
+    pass without a cache, so the two share only the token ids. An artifact with all logits is compared at
+    every position instead.
 
-    Graphs with int8 activations are compared twice: as they run, with a tolerance that follows from the error of the
-    same rounding in transformers, and with unrounded activations, with the usual tolerance.
+    Graphs with int8 activations are compared twice: as they run, with a tolerance derived from the error of the same
+    rounding in transformers, and with unrounded activations, with the usual tolerance.
 
     Raises:
         ExportError: the artifact was not exported from this checkpoint and slice.
@@ -222,15 +222,15 @@ def _check_same_architecture(model: OnnxGemma3n, config: TextConfig) -> None:
     if widths != (config.hidden_size, per_layer, config.vocab_size):
         raise ExportError(
             f"The artifact, slice {manifest.slice!r} of {manifest.source}, has {manifest.num_layers} layers, "
-            f"{widths[0]} channels and {widths[2]} tokens, and --model with --slice gives {config.num_layers}, "
-            f"{config.hidden_size} and {config.vocab_size}; give the checkpoint and slice it was made of."
+            f"{widths[0]} channels and {widths[2]} tokens, but --model with --slice gives {config.num_layers}, "
+            f"{config.hidden_size} and {config.vocab_size}; give the checkpoint and slice it was made from."
         )
     parameters = parameter_counts(config).text
     if parameters != manifest.parameters.text:
         raise ExportError(
             f"The artifact, slice {manifest.slice!r} of {manifest.source}, has {manifest.parameters.text:,} text "
-            f"parameters, and --model with --slice gives {parameters:,}; give the checkpoint, the slice and the slice "
-            "table it was made of."
+            f"parameters, but --model with --slice gives {parameters:,}; give the checkpoint, slice and slice table "
+            "it was made from."
         )
 
 

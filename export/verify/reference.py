@@ -46,7 +46,7 @@ def stored_in_encoder(manifest: Manifest, modality: str) -> StorageOf:
 
 
 def stored_for_prefill(manifest: Manifest) -> StorageOf:
-    """The prefill graph quantizes by rows what the decoder quantizes in blocks."""
+    """The prefill graph quantizes by rows the matrices that the decoder quantizes in blocks."""
     blocks = {name for name, info in manifest.quantization.items() if info.block is not None} - {TOKENS, PER_LAYER}
     decoder = stored_in(manifest)
     return lambda name: PerRow() if name in blocks else decoder(name)
@@ -66,8 +66,8 @@ def _from_transformers(*names: str) -> list[Any]:
         return [getattr(transformers, name, None) or getattr(modeling_gemma3n, name) for name in names]
     except (ImportError, RuntimeError) as error:
         raise ExportError(
-            f"transformers cannot be imported here ({_first_line(error)}); install a release of it, and of the package "
-            "that it names, that fit this torch."
+            f"transformers cannot be imported ({_first_line(error)}); install releases of it, and of the package that "
+            "it names, that match this torch."
         ) from error
 
 
@@ -84,7 +84,7 @@ def _first_line(error: Exception) -> str:
 def load_decoder(checkpoint: Checkpoint, chosen: Slice, storage_of: StorageOf = unchanged) -> nn.Module:
     """transformers' Gemma 3n text model in fp32 with the slice's weights, rounded or quantized as `storage_of` says.
 
-    The PLE table stays in the checkpoint's file and is read by rows, so that a full-size model fits into memory.
+    The PLE table stays in the checkpoint's file and is read row by row, so that a full-size model fits into memory.
     """
     causal_lm, text_config = _from_transformers("Gemma3nForCausalLM", "Gemma3nTextConfig")
     raw = chosen.hf_config(checkpoint.config)
@@ -122,7 +122,7 @@ class _WithHardRows(nn.Module):
 class _RowsFromCheckpoint(nn.Module):
     """Replaces `embed_tokens_per_layer`: reads scaled rows from the file.
 
-    Ids beyond the table read row 0, as in transformers from 5.23 on; the text model of earlier releases fails on them.
+    Ids beyond the table read row 0, as in transformers since 5.23; the text model of earlier releases fails on them.
     """
 
     def __init__(self, checkpoint: Checkpoint, chosen: Slice, storage: Storage) -> None:
@@ -147,7 +147,7 @@ class _RowsFromCheckpoint(nn.Module):
 
 
 def _materialize_buffers(reference: nn.Module, config: Any) -> None:
-    """Computes the buffers, which are not in a checkpoint, from the config."""
+    """Computes the buffers, which checkpoints do not contain, from the config."""
     for name, module in reference.named_modules():
         for key, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta:
@@ -190,8 +190,8 @@ def prefilled_logits(
 ) -> list[np.ndarray]:
     """transformers' logits [last, V] at the last positions of each prompt, computed by two decoders in turn.
 
-    The first of `storages` is for the weights that run all but the last `last` tokens, the second for those that run
-    the rest. Only one decoder is in memory at a time. `int8`: quantized products round their activations to int8.
+    The first of `storages` is for the decoder that runs all but the last `last` tokens, the second for the decoder that
+    runs the rest. Only one decoder is in memory at a time. `int8`: quantized products round their activations to int8.
     """
     with torch.no_grad():
         decoder = load(storages[0])
@@ -286,8 +286,8 @@ def _build_tower(section: Any, modality: str) -> nn.Module:
         return auto_model.from_config(section)
     except (ImportError, RuntimeError) as error:
         raise ExportError(
-            f"transformers cannot build the {modality} encoder here ({_first_line(error)}); "
-            "install the extra `verify`, or name the others with --modalities."
+            f"transformers cannot build the {modality} encoder ({_first_line(error)}); "
+            "install the extra `verify`, or leave it out with --modalities."
         ) from error
 
 

@@ -36,14 +36,14 @@ def check_report(report: Path, prompts: Path | None, options: ExportOptions) -> 
     """The prompts of the report; checks its options before the export starts.
 
     Raises:
-        ExportOptionError: the precision quantizes nothing, the report's folder is not there, or the prompts cannot be
-            read.
+        ExportOptionError: the precision is not quantized, the report's folder does not exist, or the prompts cannot
+            be read.
         ExportError: transformers, which runs the decoder, cannot be imported.
     """
     if precision_for(options.precision, options.target).weights is None:
-        raise ExportOptionError(f"--report is for a quantized --precision, and {options.precision} is none.")
+        raise ExportOptionError(f"--report needs a quantized --precision, not {options.precision}.")
     if not report.parent.is_dir() or report.is_dir():
-        raise ExportOptionError(f"{report} cannot be written; give a file in a folder that exists.")
+        raise ExportOptionError(f"{report} cannot be written; give a file in an existing folder.")
     check_transformers()
     if prompts is None:
         return PROMPTS
@@ -52,7 +52,7 @@ def check_report(report: Path, prompts: Path | None, options: ExportOptions) -> 
     except (OSError, UnicodeDecodeError) as error:
         raise ExportOptionError(f"{prompts} cannot be read as text ({error}); give a file of prompts.") from error
     if not lines:
-        raise ExportOptionError(f"{prompts} holds no prompt; give one a line.")
+        raise ExportOptionError(f"{prompts} has no prompts; give one per line.")
     return lines
 
 
@@ -63,7 +63,7 @@ def measure(
     lines: tuple[str, ...],
     progress: TerminalProgress,
 ) -> Report:
-    """Raises ExportError where transformers cannot build the decoder, PromptError where a prompt has no tokens."""
+    """Raises ExportError if transformers cannot build the decoder, PromptError if a prompt has no tokens."""
     progress.stage("Measuring the sensitivity of each tensor")
     chosen = choose_slice(checkpoint, options.slice, options.matformer_config)
     tokenizer = Tokenizer.from_folder(summary.folder)
@@ -74,7 +74,7 @@ def measure(
         asked = tuple(chat.render([{"role": "user", "content": line}]) for line in lines)
     prompts = [tokenizer.encode(text, add_bos=True) for text in asked]
     if not all(prompts):
-        raise PromptError("A prompt of the report has no tokens; give text.")
+        raise PromptError("A report prompt has no tokens; give text.")
     storage_of = stored_in(summary.manifest)
     return sensitivities(checkpoint, chosen, options.precision, storage_of, prompts, progress.steps)
 

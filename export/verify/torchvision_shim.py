@@ -2,7 +2,7 @@
 
 Both import torchvision, but Gemma 3n uses none of its compiled operators. If these do not load (a CUDA build of
 torchvision with a CPU build of torch, or incompatible releases), `import torchvision` fails with "operator
-torchvision::nms does not exist". Declaring the operator is enough.
+torchvision::nms does not exist". Declaring the operators is enough.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _declared: list[torch.library.Library] = []  # an operator lives as long as its 
 
 
 def complete_torchvision() -> None:
-    """Declares the operators that an installed torchvision needs to be imported, if they are missing.
+    """Declares the operators that `import torchvision` needs, if they are missing.
 
-    Any other error of torchvision is left to its importers.
+    Other import errors are left to the importers of torchvision.
     """
     if _declared or importlib.util.find_spec("torchvision") is None:
         return

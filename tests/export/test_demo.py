@@ -84,7 +84,7 @@ def test_a_given_csv_goes_before_the_checkpoints_own(tmp_path: Path) -> None:
     table = tmp_path / "own.csv"
     table.write_text(f'name,layers,ffn_hidden_dims,layers_skipped\nhalf,15,"{[64] * 15}",\n')
     assert choose_slice(Checkpoint.open("demo"), "half", table).config.intermediate_sizes == (64,) * 15
-    with pytest.raises(SliceError, match=r"no slice 'E2B' in .*own\.csv; known are half"):
+    with pytest.raises(SliceError, match=r"no slice 'E2B' in .*own\.csv; its slices are half"):
         choose_slice(Checkpoint.open("demo"), "E2B", table)
 
 

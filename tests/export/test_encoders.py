@@ -113,7 +113,7 @@ def put(value: Any, *path: str) -> Edit:
         ({"config": put("resnet50", "vision_config", "architecture")}, "resnet50"),
         ({"config": put(3, "audio_config", "conf_num_hidden_layers")}, "no tensor .*conformer"),
         ({"config": put(32, "audio_config", "hidden_size")}, "shape"),
-        ({"config": put(7, "vision_config", "vocab_offset")}, "ids of vision at 7 instead of 1024"),
+        ({"config": put(7, "vision_config", "vocab_offset")}, "vision_config has vocab_offset 7 instead of 1024"),
         ({"config": put("x", "vision_config", "vocab_size")}, "vocab_size is 'x'"),
         ({"config": drop("image_token_id")}, "image_token_id"),
         ({"config": put(10**6, "boa_token_id")}, "boa_token_id"),

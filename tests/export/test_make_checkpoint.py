@@ -197,8 +197,8 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
         ({"size": "huge"}, "Unknown size 'huge'"),
         ({"dtype": "int4"}, "Unknown dtype 'int4'"),
         ({"overrides": {"layers": 3}}, "Unknown override 'layers'"),
-        ({"overrides": {"num_kv_shared_layers": 35}}, "make no Gemma 3n"),
-        ({"overrides": {"vocab_size": 1100}}, "no room for the tokenizer"),
+        ({"overrides": {"num_kv_shared_layers": 35}}, "do not describe a Gemma 3n"),
+        ({"overrides": {"vocab_size": 1100}}, "too small for the tokenizer"),
     ],
 )
 def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -263,9 +263,9 @@ def test_the_largest_block_that_fits(columns: int, block: int | None) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"bits": 3, "block": 32}, "bits 3 is unknown; choose one of 2, 4, 8"),
-        ({"bits": 4, "block": 33}, "block 33 is unknown"),
-        ({"bits": 4, "block": 32, "method": "magic"}, "method magic is unknown; choose one of rtn, search"),
+        ({"bits": 3, "block": 32}, "bits 3 is not supported; choose one of 2, 4, 8"),
+        ({"bits": 4, "block": 33}, "block 33 is not supported"),
+        ({"bits": 4, "block": 32, "method": "magic"}, "method magic is not supported; choose one of rtn, search"),
     ],
 )
 def test_unknown_configs(arguments: dict, told: str) -> None:
@@ -288,11 +288,11 @@ def test_options_replace_parts_of_a_recipe() -> None:
 @pytest.mark.parametrize(
     ("precision", "options", "told"),
     [
-        ("fp32", QuantizationOptions(block=64), "--block-size is for a quantized --precision"),
+        ("fp32", QuantizationOptions(block=64), "--block-size needs a quantized --precision"),
         ("int4", QuantizationOptions(embedding_bits=3), "--embedding-bits is 3; choose one of 4, 8"),
-        ("int4", QuantizationOptions(block=5), "block 5 is unknown"),
+        ("int4", QuantizationOptions(block=5), "block 5 is not supported"),
         ("int4", QuantizationOptions(prefill="int4"), "--prefill is 'int4'; choose int8 or shared"),
-        ("bf16", QuantizationOptions(prefill="int8"), "--prefill is for a quantized --precision"),
+        ("bf16", QuantizationOptions(prefill="int8"), "--prefill needs a quantized --precision"),
     ],
 )
 def test_options_that_do_not_fit(precision: str, options: QuantizationOptions, told: str) -> None:

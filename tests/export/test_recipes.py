@@ -59,7 +59,7 @@ def test_a_new_recipe_is_in_the_messages(
     for options, told in (
         (["--precision", "int3"], f"choose one of {', '.join(RECIPES)}"),
         (["--precision", NAME, "--target", "cuda"], f"Precision {NAME} does not run on target cuda"),
-        (["--precision", NAME, "--ple-bits", "8"], "--ple-bits is for a --precision that quantizes this table"),
+        (["--precision", NAME, "--ple-bits", "8"], "--ple-bits needs a --precision that quantizes this table"),
         (["--precision", "fp32", "--ple-bits", "8"], f"int4, {NAME}"),
     ):
         done = run_command(monkeypatch, [*export, *options])

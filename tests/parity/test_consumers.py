@@ -118,10 +118,10 @@ def test_their_configs(shallow_multimodal_checkpoint, exported):
     ("options", "told"),
     [
         ({"layout": "gguf"}, "Unknown layout 'gguf'"),
-        ({"layout": "optimum", "target": "cuda", "precision": "bf16"}, "is for --target cpu"),
+        ({"layout": "optimum", "target": "cuda", "precision": "bf16"}, "needs --target cpu"),
         ({"layout": "optimum", "logits": "all"}, "and --logits last"),
-        ({"layout": "optimum", "modalities": ("text", "vision")}, "is for text"),
-        ({"layout": "transformers.js", "precision": "mixed"}, "has no name for precision mixed"),
+        ({"layout": "optimum", "modalities": ("text", "vision")}, "is text-only"),
+        ({"layout": "transformers.js", "precision": "mixed"}, "does not support precision mixed"),
     ],
 )
 def test_what_a_layout_has_no_place_for_is_refused(options, told):

@@ -85,10 +85,10 @@ def test_the_command_writes_a_report(monkeypatch, small_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--report", "r.json"], "--report is for a quantized --precision, and fp32 is none."),
+        (["--report", "r.json"], "--report needs a quantized --precision, not fp32."),
         (["--precision", "int4", "--report", "none/r.json"], "none/r.json cannot be written"),
         (["--precision", "int4", "--report", "r.json", "--report-prompts", "p.txt"], "p.txt cannot be read as text"),
-        (["--precision", "int4", "--report", "r.json", "--report-prompts", "empty.txt"], "empty.txt holds no prompt"),
+        (["--precision", "int4", "--report", "r.json", "--report-prompts", "empty.txt"], "empty.txt has no prompts"),
     ],
 )
 def test_what_cannot_be_reported_is_told_before_the_export(monkeypatch, small_checkpoint, tmp_path, options, told):
