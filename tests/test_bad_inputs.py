@@ -533,7 +533,7 @@ CASES = [
     ),
     Case("run_image_missing", running(None, "--image", "no.jpg"), ("an image", "no vision encoder", "--modalities")),
     Case("run_image_raw", running(None, "--raw", "--image", "no.jpg"), ("need the chat template",), code=2),
-    Case("run_image_size_bad", running(None, "--image-size", "0"), ("image_size is 0",)),
+    Case("run_image_size_bad", running(None, "--image-size", "0"), ("image_size must be a whole number",)),
     Case("run_long_audio_bad", running(None, "--long-audio", "cut"), ("'cut'", "error or split")),
     Case("option_unknown", exporting(None, "--turbo"), ("--turbo",), code=2),
     Case("model_not_given", lambda _: ["gemma3n-export"], ("--model",), code=2),

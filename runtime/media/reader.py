@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gemma3n_onnx.runtime.artifact import AudioInfo, Manifest, VisionInfo
+from gemma3n_onnx.runtime.checks import require_integer, require_real
 from gemma3n_onnx.runtime.errors import MediaError, OptionError
 
 from .audio import LONG_AUDIO, LogMel, LongAudio, fit, load_audio
@@ -41,14 +42,12 @@ class MediaOptions:
     max_frames: int = 16
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and (type(self.image_size) is not int or self.image_size < 1):
-            raise OptionError(f"image_size is {self.image_size!r}; give a number of pixels.")
+        if self.image_size is not None:
+            require_integer("image_size", self.image_size, 1)
         if self.long_audio not in LONG_AUDIO:
             raise OptionError(f"long_audio is {self.long_audio!r}; choose {' or '.join(LONG_AUDIO)}.")
-        if isinstance(self.video_fps, bool) or not isinstance(self.video_fps, int | float) or not self.video_fps > 0:
-            raise OptionError(f"video_fps is {self.video_fps!r}; give a positive number.")
-        if type(self.max_frames) is not int or self.max_frames < 1:
-            raise OptionError(f"max_frames is {self.max_frames!r}; give a positive whole number.")
+        require_real("video_fps", self.video_fps, lambda fps: fps > 0, "above 0")
+        require_integer("max_frames", self.max_frames, 1)
 
 
 @dataclass(frozen=True)
