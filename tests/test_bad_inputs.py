@@ -22,6 +22,7 @@ from gemma3n_onnx.export import trace
 from gemma3n_onnx.export.checkpoint import hub
 from gemma3n_onnx.export.writer import HashedFile
 from gemma3n_onnx.runtime import Gemma3nError, OnnxGemma3n, OptionError, PromptError
+from gemma3n_onnx.runtime.engine.providers.select import choices
 from gemma3n_onnx.runtime.errors import ArtifactNotFoundError, ContextLengthError
 from support import SMALL, run_command, text_checkpoint
 
@@ -654,7 +655,7 @@ CASES = [
     Case("stop_empty", running(None, "--stop", ""), ("stop must be",)),
     Case("seed", running(None, "--seed", "-1"), ("seed", "-1")),
     Case("threads", running(None, "--threads", "0"), ("threads must be a whole number of at least 1, not 0",)),
-    Case("provider_unknown", running(None, "--provider", "abacus"), ("'abacus'", "auto, cpu or cuda")),
+    Case("provider_unknown", running(None, "--provider", "abacus"), ("'abacus'", choices())),
     Case("command_unknown", lambda _: ["gemma3n", "rnu"], ("'rnu'",), code=2),
     Case("no_onnxruntime", without_onnxruntime, ("No onnxruntime is installed", "gemma3n-onnx[cpu]")),
     Case("old_onnxruntime", onnxruntime_version("1.20.1"), ("1.20.1 is too old", "1.31")),

@@ -80,7 +80,7 @@ def test_a_new_layout_is_exported(monkeypatch: pytest.MonkeyPatch, small_full_ch
     ("options", "told"),
     [
         (("--layout", "fake", "--precision", "int4"), "--layout fake is for --precision fp32"),
-        (("--layout", "gguf"), "choose native, optimum, transformers.js, fake"),
+        (("--layout", "gguf"), f"choose {', '.join([*select.LAYOUTS, 'fake'])}"),
     ],
 )
 def test_a_new_layout_is_checked(

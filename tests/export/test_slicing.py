@@ -95,8 +95,8 @@ def test_effective_parameters_are_exact(name, effective):
     assert parameter_counts(resolve(find_slice(name, PUBLISHED), E4B).config).effective == effective
 
 
-def test_there_are_sixteen_published_slices():
-    assert len(SPECS) == 16
+def test_published_slices_have_names_of_their_own():
+    assert len({spec.name for spec in SPECS}) == len(SPECS) >= 16
     assert [s.name for s in SPECS if s.skipped] == ["E2B", "E1.96B-layer"]
 
 
@@ -419,7 +419,7 @@ def test_disk_bytes_leave_out_unused_kv():
 def test_table_lists_what_a_checkpoint_can_be_cut_to():
     text = render_table(slices_table())
     lines = text.splitlines()
-    assert len(lines) == 17
+    assert len(lines) == 1 + len(SPECS)
     assert len({len(line) for line in lines}) == 1
     assert lines[2].split()[:7] == ["E2B", "30", "1.91", "1.91", "4.46", "5.98", "50.9"]
     e2b = slices_table()[1]
