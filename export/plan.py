@@ -94,7 +94,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     hard_tokens = find_hard_tokens(checkpoint)
     front_ends = read_front_ends(checkpoint, modalities)
     text_weights = lay_out_text(chosen.config, precision, hard_tokens.rows if hard_tokens else None)
-    prefills = options.logits == "last"
+    prefills = options.logits == "last" and "prefill" in layout.graph_files(options.precision)
     return ExportPlan(
         source=checkpoint.name,
         slice=chosen,

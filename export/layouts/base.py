@@ -1,6 +1,6 @@
 """A consumer's layout: which graphs it has, how they are adapted, and which files go with them.
 
-To add a layout, write a module with a subclass of `Layout` and add it to `select.LAYOUTS`.
+To add a layout, write a module with a subclass of `Layout` and add an instance to `select.BUILT_IN`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ class Requested:
     modalities: tuple[str, ...] | None
 
 
+GRAPHS = ("decoder", "embedding", "prefill", "candidates", "vision", "audio")
+"""Keys of `Layout.graph_files`."""
+
+
 class Layout(ABC):
     name: ClassVar[str]
     marker: ClassVar[str]
@@ -53,10 +57,7 @@ class Layout(ABC):
 
     @abstractmethod
     def graph_files(self, precision: str) -> Mapping[str, str]:
-        """File names in `folder`, by graph: decoder, embedding, prefill, candidates, vision, audio.
-
-        A graph without an entry is not written.
-        """
+        """File names in `folder`, by graph, a key of `GRAPHS`. A graph without an entry is not written."""
 
     def adapt(self, decoder: ir.Model, embedding: ir.Model, config: TextConfig) -> None:  # noqa: B027
         """Rewrites both graphs in place for the consumer; they have no weights yet."""

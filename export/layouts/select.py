@@ -10,14 +10,12 @@ from .native import NativeLayout
 from .optimum import OptimumLayout
 from .transformers_js import TransformersJsLayout
 
-LAYOUTS: dict[str, Layout] = {
-    layout.name: layout
-    for layout in (
-        NativeLayout(),
-        OptimumLayout(),
-        TransformersJsLayout(),
-    )
-}
+BUILT_IN: tuple[Layout, ...] = (
+    NativeLayout(),
+    OptimumLayout(),
+    TransformersJsLayout(),
+)
+LAYOUTS = {layout.name: layout for layout in BUILT_IN}
 DEFAULT = NativeLayout.name
 
 

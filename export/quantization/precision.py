@@ -9,6 +9,8 @@ from gemma3n_onnx.export.errors import ExportOptionError
 
 from .config import PerRow, QuantizationConfig, Storage
 
+DTYPES = ("fp32", "fp16", "bf16")
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -36,6 +38,9 @@ class Precision:
     def __post_init__(self) -> None:
         if (self.tokens is None) != (self.per_layer is None):
             raise ValueError("A recipe quantizes both tables or neither: the embedding graph has one dtype for rows.")
+        for dtype in (self.storage, self.compute, self.encoder_products):
+            if dtype not in DTYPES:
+                raise ValueError(f"{dtype!r} is no dtype of a recipe; choose {', '.join(DTYPES)}.")
 
     @property
     def encoder_products(self) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.layouts import select
-from gemma3n_onnx.export.layouts.base import ConfigFiles, Layout, Requested
+from gemma3n_onnx.export.layouts.base import GRAPHS, ConfigFiles, Layout, Requested
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.passes.name_axes import NameAxes
 from gemma3n_onnx.runtime.artifact import Manifest
@@ -92,6 +92,26 @@ def test_a_new_layout_is_checked(
 
 
 def test_every_layout_has_a_name_and_marker_of_its_own() -> None:
-    layouts = select.LAYOUTS
-    assert [*layouts] == [layout.name for layout in layouts.values()]
-    assert len({layout.marker for layout in layouts.values()}) == len(layouts)
+    assert len({layout.name for layout in select.BUILT_IN}) == len(select.BUILT_IN)
+    assert len({layout.marker for layout in select.BUILT_IN}) == len(select.BUILT_IN)
+
+
+@pytest.mark.parametrize("layout", select.BUILT_IN, ids=lambda layout: layout.name)
+def test_every_layout_names_files_of_known_graphs(layout: Layout) -> None:
+    files = layout.graph_files("fp32")
+    assert "decoder" in files and files.keys() <= {*GRAPHS}
+    assert len({*files.values()}) == len(files)
+
+
+def test_a_layout_without_a_prefill_graph_has_no_weights_of_one(
+    monkeypatch: pytest.MonkeyPatch, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    class Quantized(FakeLayout):
+        def check(self, requested: Requested) -> None:
+            pass
+
+    monkeypatch.setitem(select.LAYOUTS, "fake", Quantized())
+    output = tmp_path / "out"
+    outcome = run_export(monkeypatch, small_checkpoint, output, "--layout", "fake", "--precision", "int4")
+    assert outcome.code == 0, outcome.err
+    assert not [path.name for path in output.rglob("prefill*")]

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from gemma3n_onnx.export.checkpoint.sizes import E4B
 from gemma3n_onnx.export.quantization import recipes
 from gemma3n_onnx.export.quantization.config import QuantizationConfig
 from gemma3n_onnx.export.quantization.precision import Precision
 from gemma3n_onnx.export.quantization.recipes import RECIPES, TARGETS
+from gemma3n_onnx.export.text_weights import tensor_shapes
 from gemma3n_onnx.runtime import OnnxGemma3n
 from gemma3n_onnx.runtime.artifact import QuantizationInfo
 from support import run_command
@@ -69,6 +71,22 @@ def test_a_new_recipe_is_in_the_messages(
 def test_a_recipe_quantizes_both_tables_or_neither() -> None:
     with pytest.raises(ValueError, match="both tables or neither"):
         Precision(storage="fp32", compute="fp32", tokens=QuantizationConfig(8, 32))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_fits_the_architecture(name: str) -> None:
+    """Its targets exist, and each of its exceptions is a projection of the decoder."""
+    modules = [tensor.removesuffix(".weight") for tensor in tensor_shapes(E4B)]
+    assert RECIPES[name].keys() <= {*TARGETS} and RECIPES[name]
+    for precision in RECIPES[name].values():
+        for ending in precision.exceptions:
+            assert any(module.endswith(ending) for module in modules), f"{ending} is no projection"
+
+
+@pytest.mark.parametrize("wrong", [{"storage": "fp8"}, {"compute": "int8"}, {"encoders": "fp8"}])
+def test_a_recipe_of_an_unknown_dtype_is_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="no dtype of a recipe"):
+        Precision(**({"storage": "fp32", "compute": "fp32"} | wrong))
 
 
 def test_help_and_page_name_every_recipe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ class DeviceOptions:
 @dataclass(frozen=True)
 class ExecutionProvider(ABC):
     """An ONNX Runtime execution provider on one device. Each subclass has a file in this folder and an entry in
-    `select.PROVIDERS`.
+    `select.BUILT_IN`.
 
     compute_dtypes: the dtypes that its kernels support.
     rewrite: converts a graph file to the graph bytes to load instead; weights stay in their files.

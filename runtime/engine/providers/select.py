@@ -11,13 +11,11 @@ from .cpu import CPUProvider
 from .cuda import CUDAProvider
 
 AUTO = "auto"
-PROVIDERS: dict[str, type[ExecutionProvider]] = {
-    provider.name: provider
-    for provider in (
-        CPUProvider,
-        CUDAProvider,
-    )
-}
+BUILT_IN: tuple[type[ExecutionProvider], ...] = (
+    CPUProvider,
+    CUDAProvider,
+)
+PROVIDERS = {provider.name: provider for provider in BUILT_IN}
 
 
 def choices() -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from gemma3n_onnx.runtime import GenerationOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.cli.measure import Sizes, measure
 from gemma3n_onnx.runtime.engine.prefix_cache import WORTH_SHARING
+from gemma3n_onnx.runtime.engine.providers import select
 from gemma3n_onnx.runtime.engine.providers.base import DeviceOptions
 from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
 from gemma3n_onnx.runtime.engine.providers.select import AUTO, PROVIDERS, choices, select_provider
@@ -88,6 +91,19 @@ class Told:
 def test_bench_reports_the_devices_memory_and_bandwidth(folder):
     figures = measure(folder, Sizes(32, 8, 64), 1, {"provider": "fake"})
     assert (figures.provider, figures.gpu_bytes, figures.bandwidth) == ("fake", 123_000_000, 7e9)
+
+
+@pytest.mark.parametrize("kind", select.BUILT_IN, ids=lambda kind: kind.name)
+def test_every_provider_is_whole(kind):
+    """Its class implements the interface, its name is its own and an extra that installs it."""
+    assert not kind.__abstractmethods__
+    assert [other.name for other in select.BUILT_IN].count(kind.name) == 1
+    assert kind.ort_name.endswith("ExecutionProvider") and kind.device and kind.targets
+    assert isinstance(kind.host_memory, bool)
+    extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert kind.name in extras
 
 
 def test_auto_takes_the_provider_that_the_artifact_is_made_for(folder):
