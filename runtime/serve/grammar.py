@@ -4,20 +4,48 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from gemma3n_onnx.runtime.artifact import Manifest
-from gemma3n_onnx.runtime.errors import OptionError
+from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
 from gemma3n_onnx.runtime.generation.logits_processors import LogitsProcessor
 from gemma3n_onnx.runtime.prompt.tokenizer import TOKENIZER_FILE
 
+from .json_schema import Prepared, prepare
+
 ANY_OBJECT = {"type": "object"}
 _END_OF_TURN = "<end_of_turn>"
+_CONTROL_CHARACTER = re.compile(r"\\u00[01]|\x7f")  # in JSON
+_STEPS = 4  # llguidance meets some of its limits only after the first tokens
+_LIMITS = LLParserLimits(verbose_errors=False)
+_HINTS = {
+    "not disjoint": "write patterns that cannot match the same name",
+    "nsatisfiable": "remove one of the keywords that contradict each other",
+    "Regex is empty": "remove one of the keywords that contradict each other",
+    "too large": "send a smaller one",
+    "too big": "send a smaller one",
+    "items; max": "send a smaller one, or require more of its properties",
+}
+
+
+class AnswerSchemaError(Gemma3nError, ValueError):
+    """The finished answer breaks a keyword that no grammar enforces."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """`processor`: factory of a per-sequence logits processor. `check`: raises AnswerSchemaError if a finished answer
+    breaks what the processor cannot enforce; None if it enforces everything."""
+
+    processor: Callable[[], LogitsProcessor]
+    check: Callable[[str], None] | None = None
 
 
 class Grammars:
@@ -26,19 +54,40 @@ class Grammars:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
 
-    def json_of(self, schema: Mapping[str, Any]) -> Callable[[], LogitsProcessor]:
-        """Factory of a per-sequence logits processor that allows only compact JSON that matches `schema`.
+    def json_of(self, schema: Any) -> Constraint:
+        """Compact JSON that matches `schema`.
 
         Raises:
-            OptionError: the schema is invalid, or uses keywords that llguidance does not support.
+            OptionError: the schema is invalid, matches nothing, or can be neither enforced nor checked.
         """
+        prepared = prepare(schema)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": False})
-        except (TypeError, ValueError) as error:
-            raise OptionError(f"This JSON schema is not supported: {_line(error)}.") from error
-        if told := LLMatcher.validate_grammar(grammar, self._tokenizer):
-            raise OptionError(f"This JSON schema is not supported: {_line(told)}.")
-        return lambda: _Grammar(LLMatcher(self._tokenizer, grammar), self._tokenizer.eos_token)
+            processor = self._processor(_json_grammar(prepared), "This JSON schema")
+        except _PropertiesCountedError:
+            prepared = prepare(schema, counts_properties=False)
+            processor = self._processor(_json_grammar(prepared), "This JSON schema")
+        return Constraint(processor, functools.partial(_check_json, prepared) if prepared.unenforced else None)
+
+    def _processor(self, grammar: str, what: str) -> Callable[[], LogitsProcessor]:
+        """Raises OptionError if the grammar is invalid, too complex, or matches nothing."""
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise _not_supported(what, matcher.get_error())
+        self._try(matcher.deep_copy(), what)
+        return lambda: _Grammar(matcher.deep_copy(), self._tokenizer.eos_token)
+
+    def _try(self, matcher: LLMatcher, what: str) -> None:
+        """Takes a few steps; raises OptionError if they fail."""
+        for _ in range(_STEPS):
+            bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            if matcher.is_error():
+                raise _not_supported(what, matcher.get_error())
+            allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+            if matcher.is_stopped() or not len(allowed):
+                if not matcher.is_accepting():
+                    raise OptionError(f"{what} matches nothing; remove what contradicts itself.")
+                return
+            matcher.consume_token(int(allowed[0]))
 
     @functools.cached_property
     def _tokenizer(self) -> LLTokenizer:
@@ -49,16 +98,60 @@ class Grammars:
         return LLTokenizer(text, n_vocab=self._manifest.vocab_size, eos_token=end)
 
 
+class _PropertiesCountedError(OptionError):
+    """llguidance counts properties only if none is optional."""
+
+
+def _not_supported(what: str, told: str) -> OptionError:
+    reason = _line(told.removesuffix("<non-verbose/>"))
+    if "min/maxProperties" in reason:
+        return _PropertiesCountedError(reason)
+    hint = next((hint for part, hint in _HINTS.items() if part in reason), "change or remove this part")
+    return OptionError(f"{what} is not supported: {reason}; {hint}.")
+
+
+def _json_grammar(prepared: Prepared) -> str:
+    """Raises OptionError if the schema is not JSON."""
+    try:
+        schema = json.dumps(prepared.grammar, ensure_ascii=False, allow_nan=False)
+        # A name written with escapes could repeat a property's; so only control characters are, if the schema has any.
+        escapes = 'nrbtf\\"u' if _CONTROL_CHARACTER.search(schema) else 'nrbtf\\"'
+        return LLMatcher.grammar_from_json_schema(
+            schema, overrides={"whitespace_flexible": False, "json_allowed_escapes": escapes}
+        )
+    except (TypeError, ValueError) as error:
+        raise _not_supported("This JSON schema", str(error)) from error
+
+
+def _check_json(prepared: Prepared, text: str) -> None:
+    try:
+        found = prepared.first_violation(text)
+    except RecursionError as error:
+        raise AnswerSchemaError("The answer nests too deeply to be checked; limit the depth in the schema.") from error
+    except ValueError as error:
+        raise AnswerSchemaError(f"The answer is not complete JSON: {_line(error)}; allow more tokens.") from error
+    if found is not None:
+        place = f" at {found.at}" if found.at else ""
+        raise AnswerSchemaError(
+            f"The answer breaks {found.keyword} of the JSON schema{place}; the server can check this keyword only "
+            "after generation, so ask again, or write the schema without it."
+        )
+
+
 class _Grammar(LogitsProcessor):
     def __init__(self, matcher: LLMatcher, eos: int) -> None:
         self._matcher, self._eos = matcher, eos
 
     def process(self, logits: np.ndarray) -> np.ndarray:
+        """Raises OptionError if the grammar grows beyond llguidance's limits."""
         allowed = np.full_like(logits, -np.inf)
-        if self._matcher.is_stopped():
+        if self._matcher.is_stopped() and not self._matcher.is_error():
             allowed[self._eos] = logits[self._eos]
             return allowed
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            told = _line(self._matcher.get_error())
+            raise OptionError(f"The grammar became too complex during the answer: {told}; simplify it.")
         may = np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool)
         allowed[: len(may)][may] = logits[: len(may)][may]
         return allowed

@@ -101,14 +101,14 @@ def _grammar(request: ChatRequest, may_call: Sequence[Tool], served: Served) -> 
             raise OptionError(
                 "response_format cannot be combined with a forced tool call; remove it, or set tool_choice to 'none'."
             )
-        return served.grammars.json_of(tools.schema_of(may_call))
+        return served.grammars.json_of(tools.schema_of(may_call)).processor
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
-        return served.grammars.json_of(ANY_OBJECT)
+        return served.grammars.json_of(ANY_OBJECT).processor
     if wanted.json_schema is None:
         raise OptionError("response_format of type json_schema needs the field json_schema; add it.")
-    return served.grammars.json_of(wanted.json_schema.schema_)
+    return served.grammars.json_of(wanted.json_schema.schema_).processor
 
 
 def chat_choice(index: int, choice: Choice, parsed: ParsedChat, served: Served) -> dict[str, Any]:
