@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from gemma3n_onnx.runtime.errors import PromptError
+from gemma3n_onnx.runtime.serve.json_schema import embed
 
 INSTRUCTIONS = """\
 You can call these functions, given as JSON schemas:
@@ -67,13 +68,18 @@ def schema_of(tools: Sequence[Tool]) -> dict[str, Any]:
         "anyOf": [
             {
                 "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": tool.function.parameters},
+                "properties": {"name": {"const": tool.function.name}, "arguments": _arguments(tool.function)},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
             for tool in tools
         ]
     }
+
+
+def _arguments(function: Function) -> dict[str, Any]:
+    """Arguments are always an object, whatever else the parameters allow."""
+    return {"type": "object", "allOf": [embed(function.parameters, f"tool:{function.name}")]}
 
 
 def may_be_tool_calls(text: str) -> bool:

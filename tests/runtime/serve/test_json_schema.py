@@ -22,6 +22,7 @@ from pydantic import AnyUrl, BaseModel, ConfigDict, Field, HttpUrl, RootModel, S
 from gemma3n_onnx.runtime.errors import OptionError
 from gemma3n_onnx.runtime.serve.grammar import AnswerSchemaError, Constraint, Grammars
 from gemma3n_onnx.runtime.serve.json_schema import embed, prepare
+from gemma3n_onnx.runtime.serve.openai.tools import Tool, schema_of, select_tools
 from gemma3n_onnx.runtime.serve.patterns import Pattern
 
 DEMO = Path(__file__).parents[3] / "demo"
@@ -125,6 +126,7 @@ MODELS: list[type[BaseModel]] = [
     Cats,
 ]
 CASES += [{"name": f"pydantic {model.__name__}", "schema": model.model_json_schema()} for model in MODELS]
+OBJECTS = [case for case in CASES if case["schema"].get("type") != "array"]
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +200,20 @@ def test_the_check_says_what_jsonschema_says(grammars: Grammars, driver: Driver)
             assert (prepared.first_violation(text) is None) == judge.is_valid(json.loads(text)), (case["name"], text)
 
 
+@pytest.mark.parametrize("case", OBJECTS, ids=lambda case: case["name"])
+def test_arguments_of_a_forced_call(case: dict[str, Any], grammars: Grammars, driver: Driver) -> None:
+    tools = [function("other", {"type": "object"}), function("it", case["schema"])]
+    constraint, judge = grammars.json_of(schema_of(select_tools(tools, "required")[1:])), oracle(case)
+    for text in driver.answers(constraint, 3):
+        call = json.loads(text)
+        assert call.keys() == {"name", "arguments"} and call["name"] == "it" and isinstance(call["arguments"], dict)
+        assert passes(constraint, text) == judge.is_valid(call["arguments"]), text
+
+
+def function(name: str, parameters: dict[str, Any]) -> Tool:
+    return Tool.model_validate({"type": "function", "function": {"name": name, "parameters": parameters}})
+
+
 CHECKED = {
     "zod4 email pattern": {"pattern"},
     "zod 4 email": {"pattern"},
@@ -226,6 +242,13 @@ def test_every_other_schema_is_enforced(grammars: Grammars) -> None:
 
 
 OBJECT = {"type": "object", "additionalProperties": False}
+TREE = {
+    **OBJECT,
+    "properties": {"v": {"type": "boolean"}, "kids": {"type": "array", "items": {"$ref": "#"}, "maxItems": 1}},
+    "required": ["v", "kids"],
+}
+NESTED = '{"name":"f","arguments":{"v":true,"kids":[{"name":"f","arguments":{"v":true,"kids":[]}}]}}'
+GOOD = '{"name":"f","arguments":{"v":true,"kids":[{"v":true,"kids":[]}]}}'
 
 
 def accepts(grammars: Grammars, schema: Any, text: str) -> bool:
@@ -233,6 +256,14 @@ def accepts(grammars: Grammars, schema: Any, text: str) -> bool:
     matcher = LLMatcher(grammars._tokenizer, grammar, log_level=0)
     ids = grammars._tokenizer.tokenize_str(text)
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+def test_a_reference_to_the_root_stays_in_the_parameters(grammars: Grammars) -> None:
+    """Put into a call as it is, "#" is the call: llguidance then wants calls in the arguments."""
+    call = {**OBJECT, "properties": {"name": {"const": "f"}, "arguments": TREE}, "required": ["name", "arguments"]}
+    assert accepts(grammars, call, NESTED) and not accepts(grammars, call, GOOD)
+    prepared = prepare(schema_of([function("f", TREE)])).grammar
+    assert accepts(grammars, prepared, GOOD) and not accepts(grammars, prepared, NESTED)
 
 
 def test_each_embedded_schema_has_definitions_of_its_own(grammars: Grammars, driver: Driver) -> None:
@@ -246,6 +277,16 @@ def test_each_embedded_schema_has_definitions_of_its_own(grammars: Grammars, dri
     }
     for text in driver.answers(grammars.json_of(schema), 3):
         assert re.fullmatch(r'{"null":{"a":null},"boolean":{"a":(true|false)}}', text)
+
+
+def test_tools_with_the_same_id_have_definitions_of_their_own(grammars: Grammars, driver: Driver) -> None:
+    def tool(name: str, kind: str) -> Tool:
+        part = {"$id": "https://example.com/a", "$defs": {"x": {"type": kind}}}
+        return function(name, part | {"properties": {"a": {"$ref": "#/$defs/x"}}, **OBJECT, "required": ["a"]})
+
+    schema = schema_of([tool("f", "null"), tool("g", "boolean")])
+    for text in driver.answers(grammars.json_of(schema), 8):
+        assert re.fullmatch(r'{"name":("f","arguments":{"a":null}|"g","arguments":{"a":(true|false)})}', text)
 
 
 def test_a_name_with_escapes_cannot_repeat_a_property(grammars: Grammars) -> None:
