@@ -1,17 +1,18 @@
-"""Structured output: logits processors of JSON schemas, by llguidance."""
+"""Constrained answers: logits processors of JSON schemas, patterns, choices and grammars, by llguidance."""
 
 from __future__ import annotations
 
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
@@ -19,12 +20,20 @@ from gemma3n_onnx.runtime.generation.logits_processors import LogitsProcessor
 from gemma3n_onnx.runtime.prompt.tokenizer import TOKENIZER_FILE
 
 from .json_schema import Prepared, prepare
+from .patterns import Pattern
 
 ANY_OBJECT = {"type": "object"}
 _END_OF_TURN = "<end_of_turn>"
 _CONTROL_CHARACTER = re.compile(r"\\u00[01]|\x7f")  # in JSON
+_MAX_GRAMMAR = 32 * 1024  # characters; llguidance follows chains of rules recursively
+_MAX_RULES = 500
+_MAX_CHOICES = 10_000
 _STEPS = 4  # llguidance meets some of its limits only after the first tokens
 _LIMITS = LLParserLimits(verbose_errors=False)
+_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # in a regular expression
+_RULE = re.compile(r"^[ \t]*[?!]?[\w-][^:\n]*:", re.MULTILINE)
+_GBNF_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)")
+_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 _HINTS = {
     "not disjoint": "write patterns that cannot match the same name",
     "nsatisfiable": "remove one of the keywords that contradict each other",
@@ -67,6 +76,46 @@ class Grammars:
             prepared = prepare(schema, counts_properties=False)
             processor = self._processor(_json_grammar(prepared), "This JSON schema")
         return Constraint(processor, functools.partial(_check_json, prepared) if prepared.unenforced else None)
+
+    def regex_of(self, pattern: str) -> Constraint:
+        """Text that `pattern` matches as a whole.
+
+        Raises:
+            OptionError: the pattern is invalid, matches nothing, or is not supported.
+        """
+        try:
+            whole = Pattern(pattern, whole=True)
+        except OptionError as error:
+            raise OptionError(f"This regular expression is not supported: {error}.") from error
+        processor = self._processor(whole.grammar(), "This regular expression")
+        return Constraint(processor, functools.partial(_check_pattern, whole) if whole.has_look else None)
+
+    def choice_of(self, texts: Sequence[str]) -> Constraint:
+        """One of `texts`.
+
+        Raises:
+            OptionError: there are none or too many.
+        """
+        if not texts or not all(isinstance(text, str) and text for text in texts) or len(texts) > _MAX_CHOICES:
+            raise OptionError(f"A choice needs between 1 and {_MAX_CHOICES} texts that are not empty.")
+        pattern = "|".join(_SPECIAL.sub(r"\\\g<0>", text) for text in texts)
+        return Constraint(self._processor(LLMatcher.grammar_from_regex(pattern), "This choice"))
+
+    def lark_of(self, text: str) -> Constraint:
+        """Text of a grammar in llguidance's variant of Lark, or in llama.cpp's GBNF.
+
+        Raises:
+            OptionError: the grammar is invalid, too large, or matches nothing.
+        """
+        if len(text) > _MAX_GRAMMAR or len(_RULE.findall(text)) > _MAX_RULES:
+            raise OptionError(
+                f"A grammar may have {_MAX_RULES} rules and {_MAX_GRAMMAR} characters; send a smaller one."
+            )
+        try:
+            lark = gbnf_to_lark(_GBNF_ESCAPE.sub(_unescaped, text)) if _GBNF_RULE.search(text) else text
+        except Exception as error:  # it raises what Python raises on malformed text, RecursionError included
+            raise OptionError(f"This GBNF grammar is not supported: {_line(error)}; mend this rule.") from error
+        return Constraint(self._processor(LLMatcher.grammar_from_lark(lark), "This grammar"))
 
     def _processor(self, grammar: str, what: str) -> Callable[[], LogitsProcessor]:
         """Raises OptionError if the grammar is invalid, too complex, or matches nothing."""
@@ -123,6 +172,12 @@ def _json_grammar(prepared: Prepared) -> str:
         raise _not_supported("This JSON schema", str(error)) from error
 
 
+def _unescaped(escape: re.Match[str]) -> str:
+    """A character that GBNF writes with \\u or \\U, of which gbnf_to_lark loses zeros."""
+    code = int(escape[1] or escape[2] or "0", 16)
+    return chr(code) if 0xA0 <= code < 0xD800 or 0xE000 <= code <= 0x10FFFF else escape[0]
+
+
 def _check_json(prepared: Prepared, text: str) -> None:
     try:
         found = prepared.first_violation(text)
@@ -135,6 +190,14 @@ def _check_json(prepared: Prepared, text: str) -> None:
         raise AnswerSchemaError(
             f"The answer breaks {found.keyword} of the JSON schema{place}; the server can check this keyword only "
             "after generation, so ask again, or write the schema without it."
+        )
+
+
+def _check_pattern(pattern: Pattern, text: str) -> None:
+    if not pattern.matches(text):
+        raise AnswerSchemaError(
+            "The answer breaks a look-around of the regular expression; the server can check look-around only after "
+            "generation, so ask again, or write the expression without it."
         )
 
 

@@ -442,3 +442,88 @@ def test_look_ahead_matches_what_re_matches(pattern: str, whole: bool) -> None:
     for _ in range(200):
         text = "".join(random.choice([*"abc1.PTWYH-+()]x"], size=random.integers(5)))
         assert found.matches(text) == bool(expected.fullmatch(text) if whole else expected.search(text)), text
+
+
+@pytest.mark.parametrize(
+    "pattern", ["[a-c]{2,4}", "^(yes|no)$", "yes|no", r"\d{3}-\d{4}", "(?!yes)(yes|no|maybe)", "a/b", ""]
+)
+def test_a_regular_expression_matches_the_whole_answer(pattern: str, grammars: Grammars, driver: Driver) -> None:
+    constraint = grammars.regex_of(pattern)
+    for text in driver.answers(constraint, 6):
+        assert passes(constraint, text) == bool(re.fullmatch(pattern, text, re.ASCII)), text
+
+
+@pytest.mark.parametrize("choices", [["a", "ab"], ["x.y", "a\\b", '"q"', "new\nline", "é😀", "a-b c", "c|d", "/"]])
+def test_a_choice_is_one_of_the_texts(choices: list[str], grammars: Grammars, driver: Driver) -> None:
+    answers = {*driver.answers(grammars.choice_of(choices), 40)}
+    assert answers <= {*choices} and len(answers) > 1
+
+
+GBNF = r"""
+root   ::= object
+value  ::= object | array | string | number | ("true" | "false" | "null") ws
+object ::=
+  "{" ws (
+            string ":" ws value
+    ("," ws string ":" ws value)*
+  )? "}" ws
+array  ::= "[" ws ( value ("," ws value)* )? "]" ws
+string ::=
+  "\"" (
+    [^"\\\x7F\x00-\x1F] |
+    "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4}) # escapes
+  )* "\"" ws
+number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]+)? ([eE] [-+]? [0-9] [1-9]{0,15})? ws
+ws ::= | " " | "\n" [ \t]{0,20}
+"""
+
+
+@pytest.mark.parametrize(
+    ("grammar", "expected"),
+    [
+        ('start: "a" | "b"', "a|b"),
+        ('?start: x\nx: "1".."3"', "[1-3]"),
+        ('start: %json {"type": "boolean"}', "true|false"),
+        ('root ::= "yes" | "no"', "yes|no"),
+        ('root::="\\u00e9" [à-ü]', "é[à-ü]"),
+        (GBNF, r"(?s)\{.*\}\s*"),
+    ],
+)
+def test_answers_of_a_grammar(grammar: str, expected: str, grammars: Grammars, driver: Driver) -> None:
+    for text in driver.answers(grammars.lark_of(grammar), 4):
+        assert re.fullmatch(expected, text), text
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "told"),
+    [
+        ("regex_of", "(a", "This regular expression is not supported: unclosed group"),
+        ("regex_of", "a^b", "This regular expression is not supported: "),
+        ("regex_of", "(a{1000}){1000}", "repetitions multiply to more than 10000"),
+        ("choice_of", [], "between 1 and 10000 texts"),
+        ("choice_of", [""], "between 1 and 10000 texts"),
+        ("lark_of", "", "This grammar is not supported: Empty grammar"),
+        ("lark_of", "start: x", 'unknown name: "x"'),
+        ("lark_of", 'start: "a" start', "This grammar is not supported"),
+        ("lark_of", 'start: start "a"', "This grammar is not supported"),
+        ("lark_of", "start: NO\nNO: /a/ & /b/", "This grammar is not supported"),
+        ("lark_of", "start: " + "(" * 200 + '"a"' + ")" * 200, "too deeply nested"),
+        ("lark_of", "root ::= foo", "This GBNF grammar is not supported: Rule 'foo' not found"),
+        ("lark_of", "root ::= " + "(" * 5000 + '"a"' + ")" * 5000, "This GBNF grammar is not supported"),
+        (
+            "lark_of",
+            "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(3000)),
+            "500 rules and 32768 characters",
+        ),
+    ],
+)
+def test_other_grammars_are_refused(kind: str, argument: Any, told: str, grammars: Grammars) -> None:
+    with pytest.raises(OptionError, match=re.escape(told)) as caught:
+        getattr(grammars, kind)(argument)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_grammar_that_grows_too_complex_fails_its_answer(grammars: Grammars, driver: Driver) -> None:
+    constraint = grammars.lark_of("start: H T\nH: /[xy]{90}z/\nT: /(?:a?){900}a{900}/")
+    with pytest.raises(OptionError, match="became too complex during the answer"):
+        driver.answer(constraint, 0)
