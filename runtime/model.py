@@ -23,7 +23,7 @@ from .media.fetch import FetchPolicy
 from .media.reader import MediaOptions
 from .options import read_options
 from .prompt.chat_template import ChatTemplate
-from .prompt.encoder import PromptEncoder
+from .prompt.encoder import PromptEncoder, TemplateOptions
 from .prompt.tokenizer import Tokenizer
 from .tokens import PromptTokens
 
@@ -199,9 +199,11 @@ class OnnxGemma3n:
             if self._prefix_cache:
                 self._prefix_cache.clear()
 
-    def encode(self, prompt: Any, media: MediaOptions | None = None) -> PromptTokens:
-        """Token ids and soft-token spans of a prompt in any form."""
-        return self.prompts.encode(prompt, media)
+    def encode(
+        self, prompt: Any, media: MediaOptions | None = None, template: TemplateOptions | None = None
+    ) -> PromptTokens:
+        """Token ids and soft-token spans of a prompt in any form; `template` says how messages are rendered."""
+        return self.prompts.encode(prompt, media, template)
 
     def read(self, messages: Sequence[Mapping[str, Any]], media: MediaOptions) -> list[dict[str, Any]]:
         """Validates messages, reads their media, and returns them in the chat template's form."""

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -50,22 +51,34 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
+            self.reads_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise ArtifactError(f"The chat template cannot be read ({error}); export the model again.") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Prompt text of messages from `MessageReader.read`; by default ends where the model's turn starts.
+
+        `tools`: functions as JSON schemas, for a template that `reads_tools`. `variables`: other ones of the template.
 
         PromptError: the template rejects them, for example because roles do not alternate.
         """
         try:
             return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                bos_token=BOS_TOKEN,
-                eos_token=EOS_TOKEN,
+                {
+                    **(variables or {}),
+                    "messages": messages,
+                    "add_generation_prompt": add_generation_prompt,
+                    "tools": tools or None,
+                    "documents": None,
+                    "bos_token": BOS_TOKEN,
+                    "eos_token": EOS_TOKEN,
+                }
             )
         except Exception as error:  # template expressions can raise anything
             reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")

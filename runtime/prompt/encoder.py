@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,9 +15,28 @@ from gemma3n_onnx.runtime.media.reader import MediaOptions, MediaReader
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .chat_template import ChatTemplate
-from .messages import MessageReader, items_of
+from .conversation import holds_every_text, merge_turns
+from .messages import TOOL_KEYS, MessageReader, items_of
 from .soft_tokens import Placeholders
 from .tokenizer import Tokenizer, encode_plain
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How messages become a prompt.
+
+    Attributes:
+        add_generation_prompt: open the model's turn after the last message.
+        continue_final_message: leave the turn of the last message, the assistant's, open, so that the answer continues
+            it; as `apply_chat_template` of transformers.
+        tools: functions as JSON schemas, given to a template that reads them.
+        variables: further variables of the template.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 class FeatureEncoders(Protocol):
@@ -39,32 +59,72 @@ class PromptEncoder:
         self.tokenizer, self.template, self.encoders = tokenizer, template, encoders
         self._vocab_size = manifest.vocab_size
         self._placeholders = Placeholders(manifest)
-        self._messages = MessageReader(MediaReader(manifest, fetch), self._placeholders.tokens)
+        with_tools = template is not None and template.reads_tools
+        self._messages = MessageReader(MediaReader(manifest, fetch), self._placeholders.tokens, with_tools)
 
-    def encode(self, prompt: Any, media: MediaOptions | None = None) -> PromptTokens:
-        """Token ids and soft-token spans of text, token ids or messages.
+    def encode(
+        self, prompt: Any, media: MediaOptions | None = None, template: TemplateOptions | None = None
+    ) -> PromptTokens:
+        """Token ids and soft-token spans of text, token ids or messages; `template` is for messages.
 
         Raises:
             PromptError: the prompt cannot be encoded. MediaError: its media cannot be read.
         """
         if not is_messages(prompt):
             return PromptTokens(encode_plain(prompt, self.tokenizer, self._vocab_size))
+        options = template or TemplateOptions()
         messages = self.read(prompt, media or MediaOptions())
-        return self.locate(self.tokenizer.encode(self.render(messages), add_bos=True), messages)
+        return self.locate(self.tokenizer.encode(self.render(messages, options), add_bos=True), messages)
 
     def read(self, messages: Sequence[Mapping[str, Any]], media: MediaOptions) -> list[dict[str, Any]]:
         """Validates messages, reads their media, and returns them in the chat template's form."""
         return self._messages.read(messages, media)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt text of messages from `read`, soft tokens included."""
+    def render(self, messages: Sequence[Mapping[str, Any]], options: TemplateOptions | None = None) -> str:
+        """The prompt text of messages from `read`, soft tokens included.
+
+        If the template rejects the conversation or drops one of its texts, turns are merged first.
+        """
         if self.template is None:
             raise PromptError("This artifact has no chat template, so the prompt must be text or token ids.")
-        return self._placeholders.expand(self.template.render(messages), items_of(messages))
+        options = options or TemplateOptions()
+        return self._placeholders.expand(_render(self.template, messages, options), items_of(messages))
 
     def locate(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> PromptTokens:
         """The token ids of rendered messages, with the spans of their images and clips."""
         return PromptTokens(ids, self._placeholders.find(ids, items_of(messages), self.encoders.features))
+
+
+def _render(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], options: TemplateOptions) -> str:
+    if any(key in message for message in messages for key in TOOL_KEYS):
+        return _render_as_given(template, messages, options)
+    merged = merge_turns(messages)
+    if merged == messages:
+        return _render_as_given(template, messages, options)
+    try:
+        rendered = _render_as_given(template, messages, options)
+    except PromptError:
+        return _render_as_given(template, merged, options)
+    return rendered if holds_every_text(rendered, messages) else _render_as_given(template, merged, options)
+
+
+def _render_as_given(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], options: TemplateOptions) -> str:
+    if not options.continue_final_message:
+        return template.render(messages, options.add_generation_prompt, options.tools, options.variables)
+    if messages[-1]["role"] != "assistant":
+        raise PromptError("continue_final_message needs an assistant message last; add one, or leave it out.")
+    if not (final := _last_text(messages[-1]["content"]).strip()):
+        return template.render(messages[:-1], True, options.tools, options.variables)
+    rendered = template.render(messages, False, options.tools, options.variables)
+    if (start := rendered.rfind(final)) < 0:
+        raise PromptError("The chat template changes the last message, so it cannot be continued; send it whole.")
+    return rendered[: start + len(final)]
+
+
+def _last_text(content: str | Sequence[Mapping[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return next((part["text"] for part in reversed(content) if part["type"] == "text"), "")
 
 
 def is_messages(prompt: Any) -> bool:

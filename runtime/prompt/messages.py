@@ -16,6 +16,11 @@ TEMPLATE_ROLES = {
     "assistant": "assistant",
     "model": "assistant",
 }
+# Roles and keys of a template that reads tools, given to it as they are.
+TOOL_ROLES = {"tool": "tool"}
+TOOL_KEYS = ("tool_calls", "tool_call_id", "name")
+# Types of OpenAI's Responses API, and the same of chat completions.
+SAME_TYPES = {"input_text": "text", "output_text": "text", "input_image": "image_url"}
 # Keys of a part's source, by part type; OpenAI's types nest it in an object.
 SOURCE_KEYS = {
     "image": ("image", "url", "path", "base64"),
@@ -35,14 +40,17 @@ class MessageReader:
 
     Content is text or a list of parts: {"type": "text", "text": ...}, {"type": "image" | "audio" | "video",
     <type>: source}, or OpenAI's image_url, audio_url, input_audio and video_url. `placeholders` are tokens that
-    text may not contain, because templates write them in place of media.
+    text may not contain, because templates write them in place of media. With `tools`, messages may have the role tool
+    and tool calls.
     """
 
-    def __init__(self, media: MediaReader, placeholders: Sequence[str]) -> None:
+    def __init__(self, media: MediaReader, placeholders: Sequence[str], tools: bool = False) -> None:
         self._media, self._placeholders = media, tuple(placeholders)
+        self._roles = TEMPLATE_ROLES | TOOL_ROLES if tools else TEMPLATE_ROLES
+        self._kept_keys = TOOL_KEYS if tools else ()
 
     def read(self, messages: Sequence[Mapping[str, Any]], options: MediaOptions) -> list[dict[str, Any]]:
-        """Messages in the template's form, with the roles user and assistant, and system for the first only.
+        """Messages in the template's form; content that is null, missing or an empty list becomes empty text.
 
         Media become parts {"type": "image" | "audio", <type>: Item}, one for each video frame and each piece of a
         long clip. `read` is idempotent. The parts of a system message are joined, because Gemma's template reads
@@ -62,15 +70,16 @@ class MessageReader:
         if not isinstance(message, Mapping):
             raise PromptError(f"Message {index} must be a mapping with role and content, not {_shown(message)}.")
         written = message.get("role")
-        role = TEMPLATE_ROLES.get(written) if isinstance(written, str) else None
+        role = self._roles.get(written) if isinstance(written, str) else None
         if role is None:
-            raise PromptError(f"Message {index} has role {written!r}; use one of {', '.join(TEMPLATE_ROLES)}.")
-        if role == "system" and index > 0:
-            raise PromptError(f"Message {index} is a {written} message, which can only come first.")
+            raise PromptError(f"Message {index} has role {written!r}; use one of {', '.join(self._roles)}.")
+        kept = {key: message[key] for key in self._kept_keys if message.get(key) is not None}
         content = message.get("content")
+        if content is None or content == []:
+            content = ""
         if isinstance(content, str):
-            return {"role": role, "content": self._text(content, index)}
-        if not isinstance(content, (list, tuple)) or not content:
+            return {"role": role, "content": self._text(content, index), **kept}
+        if not isinstance(content, (list, tuple)):
             raise PromptError(f"The content of message {index} must be text or a list of parts, not {_shown(content)}.")
         parts: list[dict[str, Any]] = []
         for part in content:
@@ -83,7 +92,7 @@ class MessageReader:
                 parts += [_part_of(item) for item in self._read(part, kind, index, options)]
         if role == "system":
             parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
-        return {"role": role, "content": parts}
+        return {"role": role, "content": parts, **kept}
 
     def _text(self, text: Any, index: int) -> str:
         if not isinstance(text, str):
@@ -122,6 +131,7 @@ def _type_of(part: Any, index: int) -> str:
     if not isinstance(part, Mapping) or "type" not in part:
         raise PromptError(f"A part of message {index} must be a mapping with a type, not {_shown(part)}.")
     kind = part["type"]
+    kind = SAME_TYPES.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in KNOWN_TYPES:
         raise PromptError(f"Message {index} has a part of type {kind!r}; use one of {', '.join(KNOWN_TYPES)}.")
     return kind
@@ -142,7 +152,7 @@ def _source(part: Mapping[str, Any], kind: str, index: int) -> Any:
 
 def _detail(part: Mapping[str, Any], kind: str, index: int) -> str | None:
     holder = part.get(kind)
-    detail = holder.get("detail") if kind == "image_url" and isinstance(holder, Mapping) else None
+    detail = (holder if isinstance(holder, Mapping) else part).get("detail") if kind == "image_url" else None
     if detail not in (None, "auto", *DETAILS):
         raise PromptError(
             f"An image of message {index} has the detail {detail!r}; use one of auto, {', '.join(DETAILS)}."

@@ -62,13 +62,11 @@ def size_of(item: Item) -> int:
         ("hi", "must be a list"),
         (USER, "must be a list"),
         (["hi"], "Message 0 must be a mapping"),
-        ([{"role": "user", "content": None}], "content of message 0"),
-        ([{"role": "user"}], "content of message 0"),
-        ([{"role": "user", "content": []}], "content of message 0"),
         ([{"role": "robot", "content": "x"}], "role 'robot'"),
+        ([{"role": "user", "content": 0}], "content of message 0"),
+        ([{"role": "tool", "content": "x"}], "role 'tool'"),
         ([{"content": "x"}], "role None"),
         ([{"role": ["user"], "content": "x"}], "role"),
-        ([USER, {"role": "system", "content": "x"}], "only come first"),
         ([{"role": "system", "content": "x"}], "at least one user message"),
         ([{"role": "user", "content": ["x"]}], "mapping with a type"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "a string as its text"),
@@ -88,6 +86,25 @@ def size_of(item: Item) -> int:
 def test_malformed_messages_are_refused(reader: MessageReader, messages: Any, reason: str) -> None:
     with pytest.raises(PromptError, match=reason):
         reader.read(messages, MediaOptions())
+
+
+@pytest.mark.parametrize(
+    "message", [{"role": "user"}, {"role": "user", "content": None}, {"role": "user", "content": []}]
+)
+def test_absent_content_is_empty(reader: MessageReader, message: dict[str, Any]) -> None:
+    assert reader.read([USER, message], MediaOptions())[1] == {"role": "user", "content": ""}
+
+
+def test_parts_of_the_responses_api_are_read(reader: MessageReader) -> None:
+    parts = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": IMAGE, "detail": "low"}]
+    (read,) = reader.read([{"role": "user", "content": parts}], MediaOptions())
+    assert read["content"][0] == {"type": "text", "text": "a"} and size_of(read["content"][1]["image"]) == 4
+
+
+def test_tools_reach_a_template_that_reads_them() -> None:
+    reader = MessageReader(MediaReader(Encoders, FetchPolicy()), [], tools=True)  # type: ignore[arg-type]
+    messages = [USER, {"role": "assistant", "tool_calls": [1]}, {"role": "tool", "tool_call_id": "c", "content": "x"}]
+    assert reader.read(messages, MediaOptions())[1:] == [{**messages[1], "content": ""}, messages[2]]
 
 
 def test_a_huge_value_is_not_repeated_in_a_message(reader: MessageReader) -> None:

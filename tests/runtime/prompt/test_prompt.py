@@ -1,4 +1,3 @@
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -6,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from gemma3n_onnx.runtime.errors import ArtifactError, PromptError
@@ -15,7 +13,6 @@ from gemma3n_onnx.runtime.generation.stop_strings import StopMatcher
 from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
 from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer, encode_plain
 
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 TEMPLATE = """{{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}
     {%- if messages[0]['content'] is string -%}
@@ -54,22 +51,9 @@ FEATURES = """{% for m in messages %}
 
 
 @pytest.fixture(scope="module")
-def backend() -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL + byte_tokens, show_progress=False)
-    backend.train_from_iterator(["the user said hello to the model\nünï � user model"] * 3, trainer)
-    data = json.loads(backend.to_str())  # the trainer marks byte tokens as special; in Gemma they are plain
-    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] in SPECIAL]
-    return tokenizers.Tokenizer.from_str(json.dumps(data))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(backend: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(small_tokenizer: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("artifact")
-    backend.save(str(folder / "tokenizer.json"))
+    small_tokenizer.save(str(folder / "tokenizer.json"))
     return Tokenizer.from_folder(folder)
 
 
@@ -158,9 +142,9 @@ def test_only_a_possible_stop_is_held_back() -> None:
 )
 @pytest.mark.parametrize("source", [TEMPLATE, FEATURES])
 def test_rendering_is_that_of_transformers(
-    backend: tokenizers.Tokenizer, source: str, messages: list[dict[str, Any]], generate: bool
+    small_tokenizer: tokenizers.Tokenizer, source: str, messages: list[dict[str, Any]], generate: bool
 ) -> None:
-    reference = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", chat_template=source)
+    reference = PreTrainedTokenizerFast(tokenizer_object=small_tokenizer, bos_token="<bos>", chat_template=source)
     expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
     assert ChatTemplate(source).render(messages, generate) == expected
 
