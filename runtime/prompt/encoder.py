@@ -17,6 +17,7 @@ from gemma3n_onnx.runtime.tokens import PromptTokens
 from .chat_template import ChatTemplate
 from .conversation import holds_every_text, merge_turns
 from .messages import TOOL_KEYS, MessageReader, items_of
+from .plain_text import PlainText
 from .soft_tokens import Placeholders
 from .tokenizer import Tokenizer, encode_plain
 
@@ -31,12 +32,15 @@ class TemplateOptions:
             it; as `apply_chat_template` of transformers.
         tools: functions as JSON schemas, given to a template that reads them.
         variables: further variables of the template.
+        control_tokens: whether the spelling of a control token in a message becomes that token, as in transformers.
+            False for text that comes from strangers: it could close its turn and open another.
     """
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     tools: Sequence[Mapping[str, Any]] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    control_tokens: bool = True
 
 
 class FeatureEncoders(Protocol):
@@ -59,6 +63,7 @@ class PromptEncoder:
         self.tokenizer, self.template, self.encoders = tokenizer, template, encoders
         self._vocab_size = manifest.vocab_size
         self._placeholders = Placeholders(manifest)
+        self._plain_text = PlainText(tokenizer)
         with_tools = template is not None and template.reads_tools
         self._messages = MessageReader(MediaReader(manifest, fetch), self._placeholders.tokens, with_tools)
 
@@ -73,12 +78,15 @@ class PromptEncoder:
         if not is_messages(prompt):
             return PromptTokens(encode_plain(prompt, self.tokenizer, self._vocab_size))
         options = template or TemplateOptions()
-        messages = self.read(prompt, media or MediaOptions())
-        return self.locate(self.tokenizer.encode(self.render(messages, options), add_bos=True), messages)
+        messages = self.read(prompt, media or MediaOptions(), control_tokens=options.control_tokens)
+        return self.locate(self._plain_text.encode(self.render(messages, options)), messages)
 
-    def read(self, messages: Sequence[Mapping[str, Any]], media: MediaOptions) -> list[dict[str, Any]]:
-        """Validates messages, reads their media, and returns them in the chat template's form."""
-        return self._messages.read(messages, media)
+    def read(
+        self, messages: Sequence[Mapping[str, Any]], media: MediaOptions, *, control_tokens: bool = True
+    ) -> list[dict[str, Any]]:
+        """Validates messages, reads their media, and returns them in the chat template's form. Without
+        `control_tokens`, the spellings of control tokens are hidden from the template and the tokenizer."""
+        return self._messages.read(messages, media, None if control_tokens else self._plain_text.hide)
 
     def render(self, messages: Sequence[Mapping[str, Any]], options: TemplateOptions | None = None) -> str:
         """The prompt text of messages from `read`, soft tokens included.

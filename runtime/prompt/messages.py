@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gemma3n_onnx.runtime.errors import PromptError
@@ -49,8 +49,15 @@ class MessageReader:
         self._roles = TEMPLATE_ROLES | TOOL_ROLES if tools else TEMPLATE_ROLES
         self._kept_keys = TOOL_KEYS if tools else ()
 
-    def read(self, messages: Sequence[Mapping[str, Any]], options: MediaOptions) -> list[dict[str, Any]]:
+    def read(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: MediaOptions,
+        hide: Callable[[str], str] | None = None,
+    ) -> list[dict[str, Any]]:
         """Messages in the template's form; content that is null, missing or an empty list becomes empty text.
+
+        `hide` is applied to every text.
 
         Media become parts {"type": "image" | "audio", <type>: Item}, one for each video frame and each piece of a
         long clip. `read` is idempotent. The parts of a system message are joined, because Gemma's template reads
@@ -61,12 +68,14 @@ class MessageReader:
         """
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
             raise PromptError(f"Messages must be a list, not {type(messages).__name__}.")
-        read = [self._message(message, index, options) for index, message in enumerate(messages)]
+        read = [self._message(message, index, options, hide) for index, message in enumerate(messages)]
         if not any(message["role"] == "user" for message in read):
             raise PromptError("The messages must include at least one user message.")
         return read
 
-    def _message(self, message: Any, index: int, options: MediaOptions) -> dict[str, Any]:
+    def _message(
+        self, message: Any, index: int, options: MediaOptions, hide: Callable[[str], str] | None
+    ) -> dict[str, Any]:
         if not isinstance(message, Mapping):
             raise PromptError(f"Message {index} must be a mapping with role and content, not {_shown(message)}.")
         written = message.get("role")
@@ -78,14 +87,14 @@ class MessageReader:
         if content is None or content == []:
             content = ""
         if isinstance(content, str):
-            return {"role": role, "content": self._text(content, index), **kept}
+            return {"role": role, "content": self._text(content, index, hide), **kept}
         if not isinstance(content, (list, tuple)):
             raise PromptError(f"The content of message {index} must be text or a list of parts, not {_shown(content)}.")
         parts: list[dict[str, Any]] = []
         for part in content:
             kind = _type_of(part, index)
             if kind == "text":
-                parts.append({"type": "text", "text": self._text(part.get("text"), index)})
+                parts.append({"type": "text", "text": self._text(part.get("text"), index, hide)})
             elif role != "user":
                 raise PromptError(f"Message {index} of role {written} has {kind}; only user messages may have media.")
             else:
@@ -94,9 +103,11 @@ class MessageReader:
             parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
         return {"role": role, "content": parts, **kept}
 
-    def _text(self, text: Any, index: int) -> str:
+    def _text(self, text: Any, index: int, hide: Callable[[str], str] | None) -> str:
         if not isinstance(text, str):
             raise PromptError(f"A text part of message {index} must have a string as its text.")
+        if hide is not None:
+            return hide(text)
         for token in self._placeholders:
             if token in text:
                 raise PromptError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -22,12 +23,16 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, bos_token: str = BOS_TOKEN) -> None:
         """ArtifactError: the vocabulary lacks `bos_token`."""
         self._backend = backend
+        self._one_mode = threading.Lock()
+        """Held while text is encoded, because whether special tokens are recognized is a state of the backend."""
         self.bos_id = self.token_id(bos_token)
-        self.special_ids = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
-        byte_ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-        self.byte_ids = frozenset(token_id for token_id in byte_ids if token_id is not None)
+        special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = frozenset(special)
+        self.special_spellings = tuple(special.values())
+        byte_ids = {backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        self.bytes_by_id = {token_id: byte for token_id, byte in byte_ids.items() if token_id is not None}
+        """The byte that each byte token stands for."""
+        self.byte_ids = frozenset(self.bytes_by_id)
 
     @classmethod
     def from_folder(cls, folder: Path, bos_token: str = BOS_TOKEN) -> Self:
@@ -53,13 +58,16 @@ class Tokenizer:
             raise ArtifactError(f"The tokenizer has no token {token!r}; export the model again.")
         return token_id
 
-    def encode(self, text: str, add_bos: bool) -> list[int]:
-        """Token ids of text, which may contain special tokens; `add_bos` prepends <bos> if it is missing.
+    def encode(self, text: str, add_bos: bool, special: bool = True) -> list[int]:
+        """Token ids of text; `add_bos` prepends <bos> if it is missing. Without `special`, the spelling of a special
+        token is ordinary text.
 
         PromptError: the text is not valid Unicode.
         """
         try:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            with self._one_mode:
+                self._backend.encode_special_tokens = not special
+                ids = self._backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as error:
             raise PromptError("The prompt contains a lone surrogate; give valid Unicode.") from error
         return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids

@@ -107,6 +107,11 @@ def test_tools_reach_a_template_that_reads_them() -> None:
     assert reader.read(messages, MediaOptions())[1:] == [{**messages[1], "content": ""}, messages[2]]
 
 
+def test_text_is_hidden_before_it_is_checked(reader: MessageReader) -> None:
+    (read,) = reader.read([{"role": "user", "content": "a <i>"}], MediaOptions(), lambda text: text.replace("<i>", "?"))
+    assert read["content"] == "a ?"
+
+
 def test_a_huge_value_is_not_repeated_in_a_message(reader: MessageReader) -> None:
     with pytest.raises(PromptError) as caught:
         reader.read([{"role": "user", "content": {"x": "y" * 10_000}}], MediaOptions())
