@@ -26,6 +26,7 @@ class GenerationOptions:
         tokens.
     logit_bias: added to the logits of these tokens before anything else.
     logits_processor: factory of a per-sequence logits processor, such as a grammar.
+    stop_token_ids: tokens that end the answer, beside the model's end tokens; the text leaves them out.
     """
 
     max_new_tokens: int = 256
@@ -41,6 +42,7 @@ class GenerationOptions:
     logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     logits_processor: Callable[[], LogitsProcessor] | None = None
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_integer("max_new_tokens", self.max_new_tokens, 1)
@@ -63,6 +65,11 @@ class GenerationOptions:
             require_real(f"logit_bias of token {token}", bias, lambda x: -100 <= x <= 100, "from -100 to 100")
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise OptionError(f"logits_processor must be callable, not {self.logits_processor!r}.")
+        if not isinstance(self.stop_token_ids, (tuple, list)):
+            raise OptionError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}.")
+        for token in self.stop_token_ids:
+            require_integer("A token id of stop_token_ids", token, 0)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
             raise OptionError(f"stop must be a non-empty string or a list of them, not {self.stop!r}.")

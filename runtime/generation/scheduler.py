@@ -46,12 +46,15 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class FinishEvent:
-    """`reason` is "stop" or "length"; `cached_tokens` of the prompt were reused from an earlier prompt."""
+    """`reason` is "stop" or "length"; `cached_tokens` of the prompt were reused from an earlier prompt. `stop_string`
+    ended the text."""
 
     reason: str
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
+    timings: RowTimings = field(default_factory=RowTimings, compare=False)
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True)
@@ -345,18 +348,21 @@ class Scheduler:
         request = state.request
         state.new_ids.append(token)
         self.counts.new_tokens += 1
-        text, reason = state.text.push(token, self._finish_reason(state, token))
+        reason = self._finish_reason(state, token)
+        spelled = token not in request.options.stop_token_ids
+        text, reason = state.text.push(token if spelled else None, reason)
         if len(state.new_ids) == 1:
             request.timings.time_to_first_token = time.monotonic() - request.submitted
         if reason is not None:
             self._leave(row, state.keys)
         _emit(request, TokenEvent(token, text, logprob))
         if reason is not None:
-            new_tokens, cached = len(state.new_ids), request.timings.cached_tokens
-            _emit(request, FinishEvent(reason, len(request.prompt), cached, new_tokens))
+            timings, matched = request.timings, state.text.stop_string
+            counts = len(request.prompt), timings.cached_tokens, len(state.new_ids)
+            _emit(request, FinishEvent(reason, *counts, timings, matched))
 
     def _finish_reason(self, state: _Row, token: int) -> str | None:
-        if token in self._engine.manifest.eos_token_ids:
+        if token in self._engine.manifest.eos_token_ids or token in state.request.options.stop_token_ids:
             return "stop"
         return "length" if len(state.new_ids) == state.request.options.max_new_tokens else None
 

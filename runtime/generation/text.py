@@ -13,10 +13,15 @@ class TextAssembler:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._matcher = StopMatcher(stop)
 
-    def push(self, token_id: int, finish_reason: str | None) -> tuple[str, str | None]:
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._matcher.matched
+
+    def push(self, token_id: int | None, finish_reason: str | None) -> tuple[str, str | None]:
         """The text that the token completes, and the finish reason: `finish_reason`, or "stop" at a stop
-        string."""
-        piece = self._matcher.push(self._detokenizer.push(token_id))
+        string. None is a token without text."""
+        piece = self._matcher.push("" if token_id is None else self._detokenizer.push(token_id))
         if finish_reason and self._matcher.matched is None:
             piece += self._matcher.push(self._detokenizer.flush())
             if self._matcher.matched is None:

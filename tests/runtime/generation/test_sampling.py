@@ -187,6 +187,7 @@ def test_streams_repeat_with_a_seed_and_differ_by_sample() -> None:
         ("presence_penalty", [-2.1, 2.1, math.nan, True]),
         ("frequency_penalty", [-2.1, 2.1, math.nan, True]),
         ("stop", ["", ("a", ""), (1,), None, 3]),
+        ("stop_token_ids", [5, "a", (1.5,), (-1,), (True,), None]),
         ("seed", [-1, 2**64, 1.0, True]),
         ("logprobs", [-1, 21, 1.0, True]),
     ],

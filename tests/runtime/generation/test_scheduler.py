@@ -166,7 +166,15 @@ def test_a_stop_string_may_lie_across_tokens():
     told = Told("a", stop=("efg", "xx"), max_new_tokens=20)
     run(schedule(FakeEngine(alphabet)), told)
     assert told.text == "bcd"
-    assert told.last == FinishEvent("stop", prompt_tokens=1, cached_tokens=0, new_tokens=6)
+    assert told.last == FinishEvent("stop", prompt_tokens=1, cached_tokens=0, new_tokens=6, stop_string="efg")
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_in_it():
+    told = Told("a", stop_token_ids=ids_of("e"), max_new_tokens=20)
+    run(schedule(FakeEngine(alphabet)), told)
+    assert told.text == "bcd"
+    assert told.last == FinishEvent("stop", prompt_tokens=1, cached_tokens=0, new_tokens=4)
+    assert told.events[-2].token_id == ids_of("e")[0]
 
 
 def test_text_held_for_a_stop_string_comes_at_the_end():
