@@ -6,6 +6,7 @@ Legend: V = vocabulary, n = remaining candidates; logits are float32 [V] or [n] 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -116,28 +117,35 @@ class Sampler:
 
 class SamplerState:
     """A row's sampler with its state: token counts, a random stream and a logits processor. `sample` numbers the
-    continuations of one prompt."""
+    continuations of one prompt. The first tokens are those of `forced`, whatever the logits (teacher forcing)."""
 
-    def __init__(self, options: GenerationOptions, prompt: Sequence[int], sample: int = 0) -> None:
+    def __init__(
+        self, options: GenerationOptions, prompt: Sequence[int], sample: int = 0, forced: Sequence[int] = ()
+    ) -> None:
         self.options, self._sampler = options, Sampler(options)
         self._counts = TokenCounts(prompt)
         self._random = rng_for(options.seed, sample)
+        self._forced = deque(forced)
         self._processor = None if options.logits_processor is None else options.logits_processor()
 
     @property
     def is_greedy(self) -> bool:
         """Whether the argmax of the logits suffices."""
-        return self._sampler.is_greedy and self.options.logprobs is None
+        return self._sampler.is_greedy and self.options.logprobs is None and not self._forced
 
     @property
     def candidates(self) -> int | None:
         """As in `Sampler`; also None if log-probabilities are requested, which need all logits."""
-        return None if self.options.logprobs is not None else self._sampler.candidates
+        return None if self.options.logprobs is not None or self._forced else self._sampler.candidates
 
     def sample(self, logits: np.ndarray) -> tuple[int, TokenLogprob | None]:
         """Samples and accepts a token from logits float32 [V]; errors as in `Sampler.sample`."""
-        processed = logits if self._processor is None else self._processor.process(logits)
-        token = self.accept(self._sampler.sample(processed, self._counts, self._random))
+        if self._forced:
+            token = self._forced.popleft()
+            self._counts.add(token)
+        else:
+            processed = logits if self._processor is None else self._processor.process(logits)
+            token = self.accept(self._sampler.sample(processed, self._counts, self._random))
         count = self.options.logprobs
         return token, None if count is None else log_probabilities(logits, token, count)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -70,7 +70,8 @@ class Request:
     """One sequence to generate.
 
     The scheduler calls `on_event` for each token, then with a FinishEvent or a FailureEvent; never after `cancel`.
-    `sample` numbers the continuations of one prompt. `deadline` is a time of `time.monotonic`.
+    `sample` numbers the continuations of one prompt. `deadline` is a time of `time.monotonic`. The first new tokens are
+    those of `forced`; only the last of them can end the sequence.
     """
 
     prompt: PromptTokens
@@ -78,6 +79,7 @@ class Request:
     on_event: Callable[[Event], None]
     sample: int = 0
     deadline: float = float("inf")
+    forced: Sequence[int] = ()
     submitted: float = field(default_factory=time.monotonic)
     timings: RowTimings = field(default_factory=RowTimings)
     cancelled: bool = False
@@ -191,7 +193,7 @@ class Scheduler:
     def _admit(self, request: Request) -> None:
         try:
             self._require_wanted(request)
-            sampler = SamplerState(request.options, request.prompt.ids, request.sample)
+            sampler = SamplerState(request.options, request.prompt.ids, request.sample, request.forced)
         except _CancelledError:
             return
         except Exception as error:
@@ -362,6 +364,8 @@ class Scheduler:
             _emit(request, FinishEvent(reason, *counts, timings, matched))
 
     def _finish_reason(self, state: _Row, token: int) -> str | None:
+        if len(state.new_ids) < len(state.request.forced):
+            return None
         if token in self._engine.manifest.eos_token_ids or token in state.request.options.stop_token_ids:
             return "stop"
         return "length" if len(state.new_ids) == state.request.options.max_new_tokens else None

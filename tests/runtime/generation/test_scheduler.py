@@ -177,6 +177,23 @@ def test_a_stop_token_ends_the_answer_and_is_not_in_it():
     assert told.events[-2].token_id == ids_of("e")[0]
 
 
+@pytest.mark.parametrize("options", [{}, {"logprobs": 0}, {"temperature": 1.0, "top_k": 1}, {"logit_bias": {Z: -100}}])
+def test_forced_tokens_come_first_and_end_nothing(options):
+    told = Told("a", max_new_tokens=5, **options)
+    told.request.forced = [*ids_of("x"), END, *ids_of("b")]
+    run(schedule(FakeEngine(alphabet)), told)
+    assert [event.token_id for event in told.events[:3]] == told.request.forced
+    assert told.text == "xbcd"
+    assert told.last == FinishEvent("length", prompt_tokens=1, cached_tokens=0, new_tokens=5)
+
+
+def test_log_probabilities_of_forced_tokens_are_the_models():
+    told = Told("a", max_new_tokens=2, logprobs=0)
+    told.request.forced = ids_of("xy")
+    run(schedule(FakeEngine(uniform)), told)
+    assert [event.logprob.logprob for event in told.events[:2]] == pytest.approx([-np.log(VOCABULARY)] * 2)
+
+
 def test_text_held_for_a_stop_string_comes_at_the_end():
     told = Told("a", stop="dex", max_new_tokens=4)
     run(schedule(FakeEngine(alphabet)), told)
