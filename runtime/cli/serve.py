@@ -38,6 +38,17 @@ from .options import gigabytes_to_bytes, load_options
     type=click.FloatRange(min=0, min_open=True),
     help="Maximum request body in MB.",
 )
+@click.option(
+    "--clamp-max-tokens/--refuse-max-tokens",
+    default=True,
+    show_default=True,
+    help="What happens to requests for more tokens than fit into the context.",
+)
+@click.option(
+    "--control-tokens",
+    is_flag=True,
+    help="Let control tokens that a message spells out take effect, as transformers does.",
+)
 @click.option("--timeout", default=600.0, show_default=True, help="Time limit of a request, in seconds.")
 @load_options
 def serve(
@@ -52,7 +63,7 @@ def serve(
     max_body: float,
     timeout: float,
     load: dict[str, Any],
-    **options: int,
+    **options: Any,
 ) -> None:
     """Serve the folders ARTIFACTS over OpenAI's HTTP API, with a chat page at /.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
@@ -18,11 +19,16 @@ from .worker import to_gemma3n_error
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """Each of its prompts is answered `n` times."""
+    """Each of its prompts is answered `n` times, each answer beginning with the tokens `forced`.
+
+    `check` raises a Gemma3nError for a complete answer that it does not accept.
+    """
 
     prompts: list[PromptTokens]
     options: GenerationOptions
     n: int = 1
+    forced: Sequence[int] = ()
+    check: Callable[[str], None] | None = None
 
 
 class Answering:
@@ -36,6 +42,8 @@ class Answering:
         Raises BusyError and ContextLengthError, as `ModelWorker.submit`.
         """
         loop = asyncio.get_running_loop()
+        self._end_ids = {*served.model.manifest.eos_token_ids, *parsed.options.stop_token_ids}
+        self._check, self._texts = parsed.check, defaultdict[int, str](str)
         self._on_first_token = on_first_token
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
@@ -43,7 +51,14 @@ class Answering:
             loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         self.requests = [
-            Request(prompt, parsed.options, partial(put, index), sample=index % parsed.n, deadline=deadline)
+            Request(
+                prompt,
+                parsed.options,
+                partial(put, index),
+                sample=index % parsed.n,
+                deadline=deadline,
+                forced=parsed.forced,
+            )
             for index, prompt in enumerate(prompt for prompt in parsed.prompts for _ in range(parsed.n))
         ]
         served.worker.submit(self.requests)
@@ -52,8 +67,8 @@ class Answering:
         return len(self.requests)
 
     async def events(self) -> AsyncIterator[tuple[int, TokenEvent | FinishEvent]]:
-        """With the index of the choice, in order of time; ends when all choices have. Raises the first failure as a
-        Gemma3nError."""
+        """With the index of the choice, in order of time; ends when all choices have. End tokens report no
+        log-probability. Raises the first failure as a Gemma3nError."""
         unfinished = len(self.requests)
         started: set[int] = set()
         while unfinished:
@@ -63,8 +78,18 @@ class Answering:
             if index not in started:
                 started.add(index)
                 self._on_first_token(self.requests[index].timings.time_to_first_token)
-            yield index, event
+            yield index, self._checked(index, event)
             unfinished -= isinstance(event, FinishEvent)
+
+    def _checked(self, index: int, event: TokenEvent | FinishEvent) -> TokenEvent | FinishEvent:
+        if isinstance(event, FinishEvent):
+            if self._check is not None and event.reason == "stop":
+                self._check(self._texts[index])
+            return event
+        if self._check is not None:
+            self._texts[index] += event.text
+        ends = event.token_id in self._end_ids and event.logprob is not None
+        return replace(event, logprob=None) if ends else event
 
     def cancel(self) -> None:
         for request in self.requests:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from gemma3n_onnx.runtime.errors import (
@@ -19,6 +20,7 @@ from gemma3n_onnx.runtime.errors import (
 )
 from gemma3n_onnx.runtime.generation.scheduler import DeadlineError
 
+from .grammar import AnswerSchemaError
 from .model_pool import UnknownModelError
 from .worker import BusyError
 
@@ -33,6 +35,8 @@ def status_and_body(error: Gemma3nError) -> tuple[int, dict[str, Any]]:
     match error:
         case UnknownModelError():
             return 404, error_body(error, "invalid_request_error", "model_not_found")
+        case AnswerSchemaError():
+            return 422, error_body(error, "invalid_response_error", "answer_breaks_schema")
         case ContextLengthError():
             return 400, error_body(error, "invalid_request_error", "context_length_exceeded")
         case BusyError():
@@ -48,18 +52,23 @@ def status_and_body(error: Gemma3nError) -> tuple[int, dict[str, Any]]:
 def handle_errors(app: FastAPI) -> None:
     """Adds the exception handlers to an application."""
 
+    def answer(status: int, body: dict[str, Any]) -> JSONResponse:
+        headers = {"Retry-After": "1"} if status == 429 else None
+        return JSONResponse(body, status, headers)
+
     @app.exception_handler(Gemma3nError)
     async def of_ours(_: Request, error: Gemma3nError) -> JSONResponse:
-        status, body = status_and_body(error)
-        return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 429 else None)
+        return answer(*status_and_body(error))
 
+    @app.exception_handler(ValidationError)
     @app.exception_handler(RequestValidationError)
-    async def of_validation(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def of_validation(_: Request, error: ValidationError | RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"] if part != "body")
-        body = error_body(f"{field or 'The body'}: {first['msg']}.", "invalid_request_error")
+        reason = first["msg"].removeprefix("Value error, ")
+        body = error_body(f"{field or 'The body'}: {reason}.", "invalid_request_error")
         body["error"]["param"] = field or None
-        return JSONResponse(body, 400)
+        return answer(400, body)
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> JSONResponse:
@@ -68,9 +77,9 @@ def handle_errors(app: FastAPI) -> None:
             405: f"{request.url.path} does not accept {request.method}.",
         }
         message = known.get(error.status_code, error.detail)
-        return JSONResponse(error_body(message, "invalid_request_error"), error.status_code)
+        return answer(error.status_code, error_body(message, "invalid_request_error"))
 
     @app.exception_handler(Exception)
     async def of_bug(_: Request, error: Exception) -> JSONResponse:
         log.error("a request failed", exc_info=error)
-        return JSONResponse(error_body("The server failed on this request; see its log.", "server_error"), 500)
+        return answer(500, error_body("The server failed on this request; see its log.", "server_error"))

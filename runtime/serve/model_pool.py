@@ -37,6 +37,9 @@ class ServeOptions:
         queue: sequences of each model that may wait for a row.
         prefix_cache_size: prompts of each model whose KV caches are kept for reuse.
         memory_budget: bytes for all loaded models; None for no limit.
+        clamp_max_tokens: whether a request that asks for more tokens than fit into the context gets what fits, or is
+            refused.
+        control_tokens: whether the spelling of a control token in a message becomes that token.
     """
 
     rows: int = 4
@@ -44,6 +47,8 @@ class ServeOptions:
     queue: int = 64
     prefix_cache_size: int = 2
     memory_budget: int | None = None
+    clamp_max_tokens: bool = True
+    control_tokens: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("context", 1), ("queue", 1), ("prefix_cache_size", 0)):
@@ -59,6 +64,7 @@ class Served:
     model: OnnxGemma3n
     worker: ModelWorker
     grammars: Grammars
+    options: ServeOptions
     bytes: int
     used: float = field(default_factory=time.monotonic)
     users: int = 0
@@ -173,7 +179,7 @@ class ModelPool:
         options = self._options
         model = OnnxGemma3n.from_pretrained(self.folders[name], prefix_cache_size=0, **self._load)
         worker = ModelWorker(model, options.rows, context, options.queue, options.prefix_cache_size)
-        return Served(name, model, worker, Grammars(self.folders[name], self.manifests[name]), size)
+        return Served(name, model, worker, Grammars(self.folders[name], self.manifests[name]), options, size)
 
     def _make_room(self, size: int) -> list[Served]:
         """Removes idle models from the pool until `size` more bytes fit. The caller closes the removed ones."""

@@ -2,54 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from gemma3n_onnx.runtime.errors import OptionError
-from gemma3n_onnx.runtime.generation.logits_processors import LogitsProcessor
 from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
 from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
 from gemma3n_onnx.runtime.media.reader import MediaOptions
+from gemma3n_onnx.runtime.prompt.encoder import TemplateOptions
 from gemma3n_onnx.runtime.serve.answering import Choice, ParsedRequest
-from gemma3n_onnx.runtime.serve.grammar import ANY_OBJECT
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
 
 from . import tools
 from .completion import CompletionKind, StreamChunks, complete, token_text
-from .requests import SamplingRequest, generation_options
-from .tools import NamedTool, Tool
+from .outcome import TextHolder, outcome_of
+from .requests import generation_options
+from .response_format import ConstrainedRequest, constrained, constraint_of
+from .tools import NO_TOOLS, CallableTools, Function, Tool
 
 
-class JsonSchema(BaseModel):
-    """`schema` of the request is `schema_` here, which pydantic keeps for itself."""
-
-    name: str = ""
-    description: str | None = None
-    strict: bool | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-
-
-class ResponseFormat(BaseModel):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-
-class ChatRequest(SamplingRequest):
+class ChatRequest(ConstrainedRequest):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     tools: list[Tool] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
-    parallel_tool_calls: bool = True
+    tool_choice: Any = None
+    parallel_tool_calls: bool = False
+    # The forms before tools.
+    functions: list[Function] = Field(default_factory=list)
+    function_call: Any = None
+    # Of the chat template, as vLLM names them.
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    # Of how media are read.
     image_size: int | None = None
     long_audio: str = "error"
     video_fps: float = 1.0
@@ -58,9 +52,10 @@ class ChatRequest(SamplingRequest):
 
 @dataclass(frozen=True)
 class ParsedChat(ParsedRequest):
-    """`tools`: those that the model may call."""
+    """`legacy`: calls are answered as `function_call`."""
 
-    tools: list[Tool] = field(default_factory=list)
+    tools: CallableTools = NO_TOOLS
+    legacy: bool = False
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -75,49 +70,60 @@ def read_chat(request: ChatRequest, served: Served) -> ParsedChat:
     Raises:
         Gemma3nError: what is wrong with the request.
     """
-    may_call = tools.select_tools(request.tools, request.tool_choice)
-    messages = tools.to_plain_messages(request.messages, may_call)
+    legacy = bool(request.functions) and not request.tools
+    given = [Tool(function=function) for function in request.functions] if legacy else request.tools
+    choice = request.function_call if legacy else request.tool_choice
+    callable_tools = tools.select_tools(given, choice, request.parallel_tool_calls)
     media = MediaOptions(
         image_size=request.image_size,
         long_audio=request.long_audio,  # type: ignore[arg-type]
         video_fps=request.video_fps,
         max_frames=request.max_frames,
     )
-    prompt = served.model.encode(messages, media)
-    logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    if request.top_logprobs is not None and not request.logprobs:
+    native = served.model.template is not None and served.model.template.reads_tools
+    if native:
+        messages = tools.to_template_messages(request.messages)
+    else:
+        messages = tools.to_plain_messages(request.messages, callable_tools.tools)
+    template = TemplateOptions(
+        add_generation_prompt=request.add_generation_prompt is not False,
+        continue_final_message=_continues(request),
+        tools=[tool.model_dump() | {"type": "function"} for tool in callable_tools.tools] if native else None,
+        variables=request.chat_template_kwargs,
+        control_tokens=served.options.control_tokens,
+    )
+    prompt = served.model.encode(messages, media, template)
+    if request.top_logprobs and not request.logprobs:
         raise OptionError("top_logprobs needs logprobs to be true.")
+    logprobs = request.top_logprobs if request.logprobs else None
     wanted = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     options = generation_options(request, served, [prompt], wanted, logprobs)
-    if (processor := _grammar(request, may_call, served)) is not None:
-        options = replace(options, logits_processor=processor)
-    return ParsedChat([prompt], options, request.n, may_call)
+    parsed = ParsedChat([prompt], options, request.n, tools=callable_tools, legacy=legacy)
+    if callable_tools.forced:
+        schema = tools.schema_of(callable_tools.tools, parallel=callable_tools.parallel)
+        return constrained(parsed, served.grammars.json_of(schema))
+    return constrained(parsed, constraint_of(request, served.grammars))
 
 
-def _grammar(request: ChatRequest, may_call: Sequence[Tool], served: Served) -> Callable[[], LogitsProcessor] | None:
-    wanted = request.response_format
-    if may_call and request.tool_choice != "auto":
-        if wanted is not None and wanted.type != "text":
-            raise OptionError(
-                "response_format cannot be combined with a forced tool call; remove it, or set tool_choice to 'none'."
-            )
-        return served.grammars.json_of(tools.schema_of(may_call)).processor
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return served.grammars.json_of(ANY_OBJECT).processor
-    if wanted.json_schema is None:
-        raise OptionError("response_format of type json_schema needs the field json_schema; add it.")
-    return served.grammars.json_of(wanted.json_schema.schema_).processor
+def _continues(request: ChatRequest) -> bool:
+    """Whether the answer continues the last message: by default where it is the assistant's."""
+    if request.continue_final_message is not None:
+        return request.continue_final_message
+    last = request.messages[-1]
+    return (
+        last.get("role") in ("assistant", "model") and not last.get("tool_calls") and not request.add_generation_prompt
+    )
 
 
 def chat_choice(index: int, choice: Choice, parsed: ParsedChat, served: Served) -> dict[str, Any]:
-    assert choice.end is not None
-    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-    finish = choice.end.reason
-    if parsed.tools and finish == "stop" and (calls := tools.parse_tool_calls(choice.text, parsed.tools)):
-        message |= {"content": None, "tool_calls": calls}
-        finish = "tool_calls"
+    answer = outcome_of(choice, parsed.tools)
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    finish = answer.finish
+    if answer.calls and parsed.legacy:
+        message["function_call"] = answer.calls[0]["function"]
+        finish = "function_call" if finish == "tool_calls" else finish
+    elif answer.calls:
+        message["tool_calls"] = list(answer.calls)
     return {
         "index": index,
         "message": message,
@@ -128,8 +134,8 @@ def chat_choice(index: int, choice: Choice, parsed: ParsedChat, served: Served) 
 
 def _logprobs(tokens: Sequence[TokenLogprob], served: Served) -> dict[str, Any]:
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        text = token_text(token_id, served)
-        return {"token": text, "logprob": logprob, "bytes": [*text.encode()]}
+        text, spelled = token_text(token_id, served)
+        return {"token": text, "logprob": logprob, "bytes": [*spelled]}
 
     listed = [
         {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*likely) for likely in token.top]}
@@ -139,14 +145,11 @@ def _logprobs(tokens: Sequence[TokenLogprob], served: Served) -> dict[str, Any]:
 
 
 class ChatChunks(StreamChunks[ParsedChat]):
-    """Holds text back while it may still be a tool call."""
-
     object, prefix = "chat.completion.chunk", "chatcmpl"
 
     def __init__(self, parsed: ParsedChat, served: Served, *, with_usage: bool) -> None:
         super().__init__(parsed, served, with_usage=with_usage)
-        self._sent = [0] * len(self._choices)
-        self._holds = [bool(parsed.tools)] * len(self._choices)
+        self._holders = [TextHolder(parsed.tools) for _ in self._choices]
 
     def first(self) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
@@ -156,24 +159,26 @@ class ChatChunks(StreamChunks[ParsedChat]):
         choice = self._choices[index]
         if isinstance(event, FinishEvent):
             return self._end(index, choice)
-        self._holds[index] = self._holds[index] and tools.may_be_tool_calls(choice.text)
-        return [] if self._holds[index] else self._text(index, choice)
+        return self._text(index, choice, self._holders[index].release(choice))
 
-    def _text(self, index: int, choice: Choice) -> list[dict[str, Any]]:
-        """Text that has not been sent yet."""
-        sent, self._sent[index] = self._sent[index], len(choice.pieces)
-        text, found = "".join(choice.pieces[sent:]), choice.logprobs[sent:]
+    def _text(self, index: int, choice: Choice, pieces: slice) -> list[dict[str, Any]]:
+        text, found = "".join(choice.pieces[pieces]), choice.logprobs[pieces]
         if not text and not found:
             return []
         return [_delta(index, {"content": text}, logprobs=_logprobs(found, self._served) if found else None)]
 
     def _end(self, index: int, choice: Choice) -> list[dict[str, Any]]:
         whole = chat_choice(index, choice, self._parsed, self._served)
-        calls = whole["message"].get("tool_calls")
-        if calls:
-            deltas = [_delta(index, {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]})]
-        else:
-            deltas = self._text(index, choice)
+        deltas: list[dict[str, Any]] = []
+        if call := whole["message"].get("function_call"):
+            deltas.append(_delta(index, {"function_call": call}))
+        for number, call in enumerate(whole["message"].get("tool_calls", ())):
+            # The name first, then the arguments: clients' helpers add them up.
+            head = {"index": number, **call, "function": {"name": call["function"]["name"], "arguments": ""}}
+            rest = {"index": number, "function": {"arguments": call["function"]["arguments"]}}
+            deltas += [_delta(index, {"tool_calls": [part]}) for part in (head, rest)]
+        if not deltas and whole["message"]["content"] is not None:
+            deltas = self._text(index, choice, self._holders[index].rest(choice))
         return [*deltas, _delta(index, {}, finish=whole["finish_reason"])]
 
 

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
+from gemma3n_onnx.runtime.generation.result import RowTimings, batch_timings
 from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
 from gemma3n_onnx.runtime.serve.answering import Choice, ParsedRequest
 from gemma3n_onnx.runtime.serve.model_pool import Served
@@ -43,7 +44,7 @@ class StreamChunks(ABC, Generic[Parsed]):
     def last(self) -> list[dict[str, Any]]:
         if not self._with_usage:
             return []
-        return [{**self._head, "choices": [], "usage": usage(self._choices, self._parsed.n)}]
+        return [{**self._head, "choices": [], "usage": usage(self._choices, self._parsed)}]
 
     def _chunk(self, choice: Mapping[str, Any]) -> dict[str, Any]:
         chunk: dict[str, Any] = {**self._head, "choices": [choice]}
@@ -74,25 +75,43 @@ async def complete(kind: CompletionKind[Parsed], request: SamplingRequest, servi
         choices = await service.answer(parsed, served, http)
     listed = [kind.choice(i, choice, parsed, served) for i, choice in enumerate(choices)]
     body = {**envelope(kind.object, kind.prefix, served.name), "choices": listed}
-    return JSONResponse({**body, "usage": usage(choices, parsed.n)})
+    return JSONResponse({**body, "usage": usage(choices, parsed)})
 
 
 def envelope(kind: str, prefix: str, model: str) -> dict[str, Any]:
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
-    """A prompt counts once for its `n` answers."""
-    ends = [choice.end for choice in choices if choice.end is not None]
-    prompt, made = sum(end.prompt_tokens for end in ends[::n]), sum(end.new_tokens for end in ends)
+def usage(choices: Sequence[Choice], parsed: ParsedRequest) -> dict[str, Any]:
+    """A prompt counts once for its answers, and forced tokens count as the prompt's."""
+    ends, n, forced = [choice.end for choice in choices if choice.end is not None], parsed.n, len(parsed.forced)
+    prompt = sum(end.prompt_tokens + forced for end in ends[::n])
+    made = sum(end.new_tokens - forced for end in ends)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": made,
         "total_tokens": prompt + made,
         "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in ends[::n])},
+        **_speeds([end.timings for end in ends]),
     }
 
 
-def token_text(token_id: int, served: Served) -> str:
-    """The text of a single token, as logprobs list it."""
-    return served.model.tokenizer.decode([token_id], skip_special=False)
+def _speeds(timings: Sequence[RowTimings]) -> dict[str, float]:
+    """Not OpenAI's fields: rates in tokens per second, over all sequences of the request."""
+    if not timings:
+        return {}
+    whole = batch_timings(timings, None)
+    return {
+        "time_to_first_token": round(whole.time_to_first_token, 4),
+        "prompt_tokens_per_second": round(whole.prefill_tokens_per_second, 1),
+        "completion_tokens_per_second": round(whole.decode_tokens_per_second, 1),
+    }
+
+
+def token_text(token_id: int, served: Served) -> tuple[str, bytes]:
+    """The text of a single token, as logprobs list it, and its bytes; of a byte token `\\xe2`, as OpenAI writes it."""
+    tokenizer = served.model.tokenizer
+    if (byte := tokenizer.bytes_by_id.get(token_id)) is not None:
+        return f"\\x{byte:02x}", bytes([byte])
+    text = tokenizer.decode([token_id], skip_special=False)
+    return text, text.encode()

@@ -1,40 +1,90 @@
-"""Fields that requests of several endpoints share, with a few of this server's own.
+"""Fields that requests of several endpoints share: OpenAI's, and those of llama.cpp, vLLM, LM Studio and Ollama that
+have a meaning here.
 
-Unknown fields that would change the answer are refused; fields without effect here are accepted.
+Null is absence. Fields that cannot change an answer of this server are ignored; other unknown ones are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gemma3n_onnx.runtime.errors import OptionError
 from gemma3n_onnx.runtime.generation.options import GenerationOptions
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
+IGNORED = {
+    *("metadata", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning"),
+    *("reasoning_effort", "safety_identifier", "service_tier", "store", "user", "verbosity"),  # OpenAI
+    *("cache_prompt", "id_slot", "reasoning_format", "return_progress", "slot_id", "timings_per_token"),  # llama.cpp
+    *("cache_salt", "include_reasoning", "priority", "request_id"),  # vLLM
+    *("keep_alive", "think", "thinking", "ttl"),  # Ollama, LM Studio
+    *("cache_control", "diagnostics", "inference_geo", "speed"),  # Anthropic
+}
+# Fields that would change the answer, and the values at which they do not.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "bad_words": ([],),
+    "best_of": (1,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "mirostat": (0,),
+    "modalities": (["text"],),
+    "n_probs": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),
+    "suffix": ("",),
+    "tfs_z": (1,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "xtc_probability": (0,),
+}
+SAME = {"n_predict": "max_tokens", "num_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
 
-class ApiRequest(BaseModel):
+
+class ApiModel(BaseModel):
+    """Null is absence; unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid")
 
-    model: str
-    # OpenAI's own, without effect on an answer that this server could give.
-    metadata: Any = None
-    prediction: Any = None
-    prompt_cache_key: Any = None
-    safety_identifier: Any = None
-    service_tier: Any = None
-    store: Any = None
-    user: Any = None
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class ApiRequest(ApiModel):
+    model: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif name in SAME and SAME[name] in cls.model_fields:
+                kept.setdefault(SAME[name], value)
+            elif name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
+                allowed = " or ".join(map(repr, NEUTRAL[name]))
+                raise ValueError(f"{name} is {value!r}, and this server supports only {allowed}")
+            elif name not in IGNORED and name not in NEUTRAL:
+                kept[name] = value
+        return kept
+
+
+class StreamOptions(ApiModel):
+    model_config = ConfigDict(extra="ignore")
 
     include_usage: bool = False
-    include_obfuscation: bool = False
 
 
 class SamplingRequest(ApiRequest):
@@ -49,6 +99,7 @@ class SamplingRequest(ApiRequest):
     min_p: float | None = None
     n: Annotated[int, Field(ge=1, le=16)] = 1
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] = Field(default_factory=list)
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -68,27 +119,38 @@ def generation_options(
     max_tokens: int | None,
     logprobs: int | None,
 ) -> GenerationOptions:
-    """`max_tokens` None allows as many tokens as fit into the context.
+    """Options of a request. -1 stands for no limit, 0 for none of `top_k` and greedy decoding by `top_p`.
 
     Raises:
         OptionError: a field is out of its range.
     """
     largest = served.model.manifest.vocab_size - 1
-    if request.logit_bias and max(request.logit_bias) > largest:
-        raise OptionError(f"logit_bias names the token {max(request.logit_bias)}; the largest id is {largest}.")
-    room = served.worker.context - max(map(len, prompts))
-    stop = request.stop if request.stop is not None else ()
+    for name, ids in (("logit_bias", [*(request.logit_bias or ())]), ("stop_token_ids", request.stop_token_ids)):
+        if ids and max(ids) > largest:
+            raise OptionError(f"{name} names the token {max(ids)}; the largest id is {largest}.")
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    greedy = request.top_p == 0
     return GenerationOptions(
-        max_new_tokens=max(room, 1) if max_tokens is None else max_tokens,
-        temperature=request.temperature,
-        top_k=request.top_k,
-        top_p=request.top_p,
+        max_new_tokens=new_tokens(served, prompts, max_tokens),
+        temperature=0.0 if greedy else request.temperature,
+        top_k=None if request.top_k in (0, -1) else request.top_k,
+        top_p=None if greedy else request.top_p,
         min_p=request.min_p,
         repetition_penalty=request.repetition_penalty,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        seed=request.seed,
+        stop=tuple(text for text in stop if text),
+        stop_token_ids=tuple(request.stop_token_ids),
+        seed=None if request.seed == -1 else request.seed,
         logprobs=logprobs,
         logit_bias=request.logit_bias,
     )
+
+
+def new_tokens(served: Served, prompts: Sequence[PromptTokens], max_tokens: int | None) -> int:
+    """Tokens that an answer may have: `max_tokens`, or what is left of the context after the longest prompt if that is
+    less. None and -1 stand for no limit but the context."""
+    room = max(served.worker.context - max(map(len, prompts)), 1)
+    if max_tokens is None or max_tokens == -1:
+        return room
+    return min(max_tokens, room) if served.options.clamp_max_tokens else max_tokens

@@ -203,7 +203,7 @@ def test_the_check_says_what_jsonschema_says(grammars: Grammars, driver: Driver)
 @pytest.mark.parametrize("case", OBJECTS, ids=lambda case: case["name"])
 def test_arguments_of_a_forced_call(case: dict[str, Any], grammars: Grammars, driver: Driver) -> None:
     tools = [function("other", {"type": "object"}), function("it", case["schema"])]
-    constraint, judge = grammars.json_of(schema_of(select_tools(tools, "required")[1:])), oracle(case)
+    constraint, judge = grammars.json_of(schema_of(select_tools(tools, "required").tools[1:])), oracle(case)
     for text in driver.answers(constraint, 3):
         call = json.loads(text)
         assert call.keys() == {"name", "arguments"} and call["name"] == "it" and isinstance(call["arguments"], dict)

@@ -1,0 +1,301 @@
+"""Requests as clients of other servers write them: each stands for a kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from serving import E2B, SUM
+
+ANSWER = "3 plus 4 is 7."
+USER = {"role": "user", "content": SUM}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"sum": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["sum"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "7"}
+
+
+def post(server: Any, path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:
+    defaults = {"model": E2B, "temperature": 0, "max_tokens": 24} | ({"messages": [USER]} if "chat" in path else {})
+    return httpx.post(server.url + path, json=defaults | body, timeout=60)
+
+
+def choice_of(response: httpx.Response) -> dict[str, Any]:
+    assert response.status_code == 200, response.text
+    (choice,) = response.json()["choices"]
+    return choice
+
+
+def text_of(response: httpx.Response) -> str:
+    return choice_of(response)["message"]["content"]
+
+
+NULLS = ("temperature", "n", "stream", "stream_options", "tools", "tool_choice", "frequency_penalty", "stop", "seed")
+MORE_NULLS = ("logprobs", "top_logprobs", "response_format", "logit_bias", "max_completion_tokens", "user", "top_k")
+
+
+@pytest.mark.parametrize("name", [*NULLS, *MORE_NULLS])
+def test_null_is_absence(server: Any, name: str) -> None:
+    defaults = {"top_k": 1} if name == "temperature" else {}
+    assert text_of(post(server, **defaults, **{name: None})) == ANSWER
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reasoning_effort": "low", "verbosity": "low", "modalities": ["text"], "store": True, "service_tier": "auto"},
+        {"prompt_cache_retention": "24h", "prompt_cache_key": "x", "safety_identifier": "x", "metadata": {"a": "b"}},
+        {"cache_prompt": True, "id_slot": -1, "timings_per_token": False, "n_predict": 24},
+        {"skip_special_tokens": True, "min_tokens": 0, "length_penalty": 1.0, "ignore_eos": False, "priority": 1},
+        {"keep_alive": "5m", "think": False, "repeat_penalty": 1.0, "ttl": 60},
+        {"logprobs": False, "top_logprobs": 0},
+        {"top_k": 0, "temperature": 0},
+        {"top_k": -1, "seed": -1},
+        {"top_p": 0, "temperature": 1.5},
+        {"stop": ""},
+        {"stop": ["", "nowhere"]},
+        {"max_tokens": -1},
+        {"max_tokens": 100_000},
+        {"chat_template_kwargs": {"enable_thinking": False}, "add_generation_prompt": True},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"response_format": {"type": "text"}},
+    ],
+)
+def test_harmless_fields_change_nothing(server: Any, fields: dict[str, Any]) -> None:
+    assert text_of(post(server, **fields)) == ANSWER
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"modalities": ["text", "audio"]}, "modalities is"),
+        ({"ignore_eos": True}, "ignore_eos is True"),
+        ({"min_tokens": 5}, "min_tokens is 5"),
+        ({"best_of": 3}, "best_of is 3"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"audio": {"voice": "alloy"}}, "audio"),
+        ({"tools": [{"type": "web_search"}]}, "'web_search' is not supported"),
+        ({"tool_choice": {"type": "function", "function": {"name": "none"}}, "tools": [TOOL]}, "does not define"),
+        ({"tool_choice": "sometimes", "tools": [TOOL]}, "tool_choice must be"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "constrains its answer twice"),
+        ({"continue_final_message": True}, "assistant message last"),
+        ({"stop_token_ids": [10**9]}, "the largest id is"),
+        ({"max_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name(server: Any, fields: dict[str, Any], told: str) -> None:
+    response = post(server, **fields)
+    assert response.status_code == 400 and told in response.json()["error"]["message"]
+    assert response.json()["error"]["message"].count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "system", "content": "Your name is Ada."}, {"role": "system", "content": "Be brief."}, USER],
+        [{"role": "user", "content": "Hello."}, USER],
+        [{"role": "assistant", "content": "How can I help?"}, USER],
+        [USER, {"role": "assistant", "content": None}, USER],
+        [USER, {"role": "assistant"}, USER],
+        [USER, {"role": "assistant", "content": ANSWER}, {"role": "system", "content": "Be brief."}, USER],
+        [{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}, USER],
+        [{"role": "user", "content": [{"type": "input_text", "text": SUM}]}],
+        [{"role": "user", "content": [{"type": "text", "text": "What is 3"}, {"type": "text", "text": " plus 4?"}]}],
+    ],
+)
+def test_conversations_of_any_shape_are_answered(server: Any, messages: list[dict[str, Any]]) -> None:
+    assert choice_of(post(server, messages=messages))["finish_reason"] in ("stop", "length")
+
+
+def test_merged_turns_hold_the_question(server: Any) -> None:
+    assert text_of(post(server, messages=[{"role": "user", "content": "Hello."}, USER])) == ANSWER
+    assert text_of(post(server, messages=[{"role": "assistant", "content": "How can I help?"}, USER])) == ANSWER
+
+
+@pytest.mark.parametrize("flags", [{}, {"continue_final_message": True, "add_generation_prompt": False}])
+def test_an_assistant_message_last_is_continued(server: Any, flags: dict[str, Any]) -> None:
+    messages = [USER, {"role": "assistant", "content": "3 plus"}]
+    assert text_of(post(server, messages=messages, **flags)) == " 4 is 7."
+    anew = text_of(post(server, messages=messages, continue_final_message=False))
+    assert anew != " 4 is 7."
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [{"role": "assistant", "content": None, "tool_calls": [CALL]}, RESULT],
+        [
+            {"role": "assistant", "content": "", "tool_calls": [CALL | {"function": {"name": "add", "arguments": ""}}]},
+            RESULT,
+        ],
+        [{"role": "assistant", "tool_calls": [CALL | {"function": {"name": "add", "arguments": {"sum": 7}}}]}, RESULT],
+        [{"role": "assistant", "tool_calls": [CALL]}, RESULT | {"content": ""}],
+        [{"role": "assistant", "tool_calls": [CALL]}, RESULT | {"content": [{"type": "text", "text": "7"}]}, USER],
+        [
+            {"role": "assistant", "tool_calls": [CALL]},
+            RESULT,
+            {"role": "user", "content": [{"type": "text", "text": SUM}]},
+        ],
+        [{"role": "assistant", "function_call": CALL["function"]}, {"role": "function", "name": "add", "content": "7"}],
+        [{"role": "assistant", "tool_calls": [CALL, CALL | {"id": "c2"}]}, RESULT, RESULT | {"tool_call_id": "c2"}],
+    ],
+)
+def test_histories_with_calls_are_answered(server: Any, history: list[dict[str, Any]]) -> None:
+    assert choice_of(post(server, messages=[USER, *history], tools=[TOOL]))
+
+
+def test_a_picture_after_a_tools_result_is_seen(server: Any) -> None:
+    """What the demo says of a picture depends on it; the same question without one is answered otherwise."""
+    history = [USER, {"role": "assistant", "tool_calls": [CALL]}, RESULT]
+    picture = {"type": "image_url", "image_url": {"url": "picture.png"}}
+    asked = [*history, {"role": "user", "content": [picture, {"type": "text", "text": "What is in the picture?"}]}]
+    response = post(server, messages=asked)
+    assert response.json()["usage"]["prompt_tokens"] > 256, "the picture's soft tokens"
+    shown = [*history[:2], RESULT | {"content": [{"type": "text", "text": "See:"}, picture]}]
+    assert post(server, messages=shown).json()["usage"]["prompt_tokens"] > 256
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        TOOL,
+        {"type": "function", "name": "add", "parameters": PARAMETERS, "strict": True},
+        {"type": "function", "function": TOOL["function"] | {"description": None, "returns": {}}},
+    ],
+)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "required",
+        "any",
+        {"type": "function", "name": "add"},
+        {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "required", "tools": [{"type": "function", "name": "add"}]},
+        },
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "function": {"name": "add"}}]},
+    ],
+)
+def test_tools_in_any_form_are_called(server: Any, tool: dict[str, Any], choice: Any) -> None:
+    chosen = choice_of(post(server, tools=[tool], tool_choice=choice, max_tokens=64))
+    assert chosen["finish_reason"] == "tool_calls"
+    (call,) = chosen["message"]["tool_calls"]
+    assert call["function"]["name"] == "add"
+
+
+def test_functions_are_called_in_their_own_form(server: Any) -> None:
+    chosen = choice_of(post(server, functions=[TOOL["function"]], function_call={"name": "add"}, max_tokens=64))
+    assert chosen["finish_reason"] == "function_call" and chosen["message"]["function_call"]["name"] == "add"
+    assert choice_of(post(server, functions=[TOOL["function"]], function_call="auto"))["finish_reason"] == "stop"
+
+
+def test_a_forced_call_that_is_cut_is_a_call(server: Any) -> None:
+    chosen = choice_of(post(server, tools=[TOOL], tool_choice="required", max_tokens=24))
+    assert chosen["finish_reason"] == "length" and chosen["message"]["content"] is None
+    (call,) = chosen["message"]["tool_calls"]
+    assert call["function"]["name"] == "add" and call["function"]["arguments"].startswith("{")
+    assert choice_of(post(server, tools=[TOOL], tool_choice="required", max_tokens=2))["message"]["content"] is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "accepts"),
+    [
+        ({"guided_choice": ["left", "right"]}, {"left", "right"}),
+        ({"structured_outputs": {"choice": ["left", "right"]}}, {"left", "right"}),
+        ({"guided_regex": "[ab]"}, {"a", "b"}),
+        ({"response_format": {"type": "regex", "value": "[ab]"}}, {"a", "b"}),
+        ({"structured_outputs": {"json": {"enum": [1, 2]}}}, {"1", "2"}),
+        ({"guided_json": '{"enum": [1, 2]}'}, {"1", "2"}),
+        ({"json_schema": {"enum": [1, 2]}}, {"1", "2"}),
+        ({"response_format": {"type": "json_object", "schema": {"enum": [1, 2]}}}, {"1", "2"}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1, 2]}}}},
+            {"1", "2"},
+        ),
+        ({"grammar": 'root ::= "left" | "right"'}, {"left", "right"}),
+        ({"guided_grammar": 'start: "left" | "right"'}, {"left", "right"}),
+    ],
+)
+def test_constraints_in_any_form_are_followed(server: Any, fields: dict[str, Any], accepts: set[str]) -> None:
+    assert text_of(post(server, **fields, temperature=1.5)) in accepts
+    response = post(server, "/v1/completions", prompt="x", **fields, temperature=1.5)
+    assert choice_of(response)["text"] in accepts
+
+
+def test_log_probabilities_leave_out_the_end_and_hold_bytes(server: Any) -> None:
+    chosen = choice_of(post(server, logprobs=True, top_logprobs=2))
+    assert "".join(entry["token"] for entry in chosen["logprobs"]["content"]) == ANSWER
+    forced = post(server, logprobs=True, guided_choice=["\u00e9\U0001f600"])
+    spelled = choice_of(forced)["logprobs"]["content"]
+    assert bytes(byte for entry in spelled for byte in entry["bytes"]).decode() == "\u00e9\U0001f600"
+
+
+def test_speeds_stand_beside_openais_usage(server: Any) -> None:
+    usage = post(server).json()["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["completion_tokens_per_second"] > 0 and usage["time_to_first_token"] > 0
+
+
+# --- completions -----------------------------------------------------------------------------------------------
+
+
+def test_echo_gives_the_prompt_and_its_log_probabilities(server: Any, model: Any) -> None:
+    """Log-probabilities are the model's for the same text as an answer: each prefix is a prompt."""
+    chosen = choice_of(post(server, "/v1/completions", prompt="3 plus 4", max_tokens=0, echo=True, logprobs=1))
+    listed = chosen["logprobs"]
+    ids = model.encode("3 plus 4").ids
+    assert chosen["text"] == "3 plus 4" and len(listed["tokens"]) == len(ids) and listed["token_logprobs"][0] is None
+    for place in range(1, len(ids)):
+        (wanted,) = model.generate(
+            ids[:place], max_new_tokens=1, logprobs=0, logits_processor=lambda place=place: Only(ids[place])
+        ).logprobs
+        assert listed["token_logprobs"][place] == pytest.approx(wanted.logprob, abs=1e-4)
+    more = post(server, "/v1/completions", prompt="3 plus 4", max_tokens=3, echo=True, logprobs=1)
+    assert choice_of(more)["text"].startswith("3 plus 4") and more.json()["usage"]["completion_tokens"] == 3
+    assert more.json()["usage"]["prompt_tokens"] == len(ids)
+
+
+class Only:
+    """A logits processor that allows one token."""
+
+    def __init__(self, token: int) -> None:
+        self._token = token
+
+    def process(self, logits: Any) -> Any:
+        allowed = logits * 0 - float("inf")
+        allowed[self._token] = logits[self._token]
+        return allowed
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+def test_echo_without_log_probabilities_repeats_the_prompt(server: Any) -> None:
+    plain, echoed = (
+        post(server, "/v1/completions", prompt="3 plus 4", max_tokens=8, echo=echo) for echo in (False, True)
+    )
+    assert choice_of(echoed)["text"] == "3 plus 4" + choice_of(plain)["text"]
+
+
+def test_streamed_offsets_go_on_where_the_last_chunk_ended(server: Any) -> None:
+    whole = choice_of(post(server, "/v1/completions", prompt="3 plus 4", max_tokens=8, logprobs=0))
+    client = server.client
+    chunks = client.completions.create(
+        model=E2B, prompt="3 plus 4", max_tokens=8, logprobs=0, temperature=0, stream=True
+    )
+    offsets = [offset for chunk in chunks for c in chunk.choices if c.logprobs for offset in c.logprobs.text_offset]
+    assert offsets == whole["logprobs"]["text_offset"]
+
+
+def test_tokens_of_equal_text_are_all_listed(server: Any) -> None:
+    """Byte tokens that are no character by themselves decode to the same U+FFFD."""
+    response = post(server, "/v1/completions", prompt="x", max_tokens=1, logprobs=20)
+    (top,) = choice_of(response)["logprobs"]["top_logprobs"]
+    assert len(top) == 20
