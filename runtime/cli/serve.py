@@ -49,6 +49,13 @@ from .options import gigabytes_to_bytes, load_options
     is_flag=True,
     help="Let control tokens that a message spells out take effect, as transformers does.",
 )
+@click.option(
+    "--served-model-name",
+    "aliases",
+    multiple=True,
+    metavar="[NAME=]ALIAS",
+    help="Another name of a model; NAME is needed if several are served. Repeatable.",
+)
 @click.option("--timeout", default=600.0, show_default=True, help="Time limit of a request, in seconds.")
 @load_options
 def serve(
@@ -62,12 +69,13 @@ def serve(
     allow_private_urls: bool,
     max_body: float,
     timeout: float,
+    aliases: tuple[str, ...],
     load: dict[str, Any],
     **options: Any,
 ) -> None:
     """Serve the folders ARTIFACTS over OpenAI's HTTP API, with a chat page at /.
 
-    A request's "model" is the name of a folder; the model is loaded at its first request.
+    A request's "model" is a folder as given here, or its last part; the model is loaded at its first request.
     """
     from gemma3n_onnx.runtime.serve.app import create_app
     from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in
@@ -78,5 +86,5 @@ def serve(
     load["fetch"] = FetchPolicy(
         allow_private=allow_private_urls, allow_files=media_folder is not None, files_under=media_folder
     )
-    pool = ModelPool(folders, ServeOptions(memory_budget=gigabytes_to_bytes(models_memory), **options), load)
+    pool = ModelPool(folders, ServeOptions(memory_budget=gigabytes_to_bytes(models_memory), **options), load, aliases)
     run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), api_key), host, port)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .grammar import Grammars
 from .worker import BusyError, ModelWorker
+
+# Names of clients that know no model's.
+ANY_MODEL = ("", "default", "ignore", "none")
 
 
 class UnknownModelError(Gemma3nError, KeyError):
@@ -71,18 +74,22 @@ class Served:
 
 
 class ModelPool:
-    """`load`: arguments of `OnnxGemma3n.from_pretrained`.
+    """`load`: arguments of `OnnxGemma3n.from_pretrained`. `aliases`: further names of models, as "alias" if one model
+    is served, else as "name=alias".
 
     Raises:
         ArtifactError: a folder is not an artifact, or two folders have the same name.
+        OptionError: an alias names no model, or is another model's name.
     """
 
-    def __init__(self, folders: list[Path], options: ServeOptions, load: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folders: list[Path], options: ServeOptions, load: Mapping[str, Any], aliases: Sequence[str] = ()
+    ) -> None:
         self._options, self._load = options, dict(load)
         self.folders: dict[str, Path] = {}
         self.manifests: dict[str, Manifest] = {}
         for folder in folders:
-            manifest, name = load_manifest(folder), folder.resolve().name
+            manifest, name = load_manifest(folder), _name_of(folder)
             if manifest.logits != "last":
                 raise ArtifactError(
                     f"{folder} returns logits of all positions; export it with --logits last to serve it."
@@ -92,6 +99,7 @@ class ModelPool:
             self.folders[name], self.manifests[name] = folder, manifest
         if not self.folders:
             raise ArtifactError("No artifact to serve; pass folders that gemma3n-export wrote.")
+        self._names = _names(self.folders, aliases)
         self.started = int(time.time())
         self.loaded: dict[str, Served] = {}
         self._unloaded: dict[str, Counts] = {}
@@ -100,11 +108,28 @@ class ModelPool:
         """Bytes reserved for models that are loading, by name."""
         self._changed = threading.Condition(threading.RLock())
 
+    @property
+    def names(self) -> list[str]:
+        """Every name that a request may use, beside those for any model."""
+        return [*self._names]
+
+    def resolve(self, name: str) -> str:
+        """The name of the model that a request means, which may add ":latest". Where one model is served, an empty
+        name and those of `ANY_MODEL` mean it, too. Raises UnknownModelError: no model of this name."""
+        found = self._names.get(name) or self._names.get(name.removesuffix(":latest"))
+        if found is None and len(self.folders) == 1 and name in ANY_MODEL:
+            (found,) = self.folders
+        if found is None:
+            raise UnknownModelError(f"Model {name!r} is not served here; available: {', '.join(self._names)}.")
+        return found
+
     def manifest(self, name: str) -> Manifest:
         """Raises UnknownModelError: no model of this name."""
-        if name not in self.manifests:
-            raise UnknownModelError(f"Model {name!r} is not served here; available: {', '.join(self.folders)}.")
-        return self.manifests[name]
+        return self.manifests[self.resolve(name)]
+
+    def context_of(self, name: str) -> int:
+        """Tokens of one sequence. Raises UnknownModelError: no model of this name."""
+        return min(self._options.context, self.manifest(name).max_context)
 
     def acquire(self, name: str) -> Served:
         """Returns the model, loaded, until `release`. Unloads idle models to make room.
@@ -115,8 +140,8 @@ class ModelPool:
             UnknownModelError: no model of this name. BusyError: models in use fill the memory budget.
             ArtifactError, ProviderError: the model cannot be loaded.
         """
-        manifest = self.manifest(name)
-        context = min(self._options.context, manifest.max_context)
+        name = self.resolve(name)
+        manifest, context = self.manifests[name], self.context_of(name)
         size = estimated_bytes(manifest, self._options.rows, context)
         with self._changed:
             while name in self._loading:
@@ -146,6 +171,31 @@ class ModelPool:
 
     def release(self, served: Served) -> None:
         self._count(served, -1)
+
+    def unload(self, name: str) -> bool:
+        """Frees a model's memory; False if it is not loaded.
+
+        Raises:
+            UnknownModelError: no model of this name. BusyError: requests are using it.
+        """
+        name = self.resolve(name)
+        with self._changed:
+            if name in self._loading or (served := self.loaded.get(name)) is None:
+                return False
+            if served.users:
+                raise BusyError(f"{served.users} requests are using {name}; unload it when they have ended.")
+            del self.loaded[name]
+        self._unload(served)
+        return True
+
+    def release_encoders(self, name: str) -> bool:
+        """Frees a loaded model's encoders, which load again when needed; False if it is not loaded."""
+        served = self.loaded.get(self.resolve(name))
+        if served is None:
+            return False
+        for encoder in served.model.manifest.encoders:
+            served.model.release(encoder)
+        return True
 
     def counts(self) -> dict[str, Counts]:
         """Totals per model name, including unloaded models."""
@@ -197,6 +247,30 @@ class ModelPool:
         for served in removed:
             del self.loaded[served.name]
         return removed
+
+
+def _name_of(folder: Path) -> str:
+    """A relative folder inside the current one as it was given, such as google/gemma-3n-E4B-it; else its last part."""
+    inside = not folder.is_absolute() and ".." not in folder.parts and folder.parts
+    return folder.as_posix() if inside else folder.resolve().name
+
+
+def _names(folders: Mapping[str, Path], aliases: Sequence[str]) -> dict[str, str]:
+    """The model that each name means; the last part of a name does, too, where it is no other model's."""
+    names = {name: name for name in folders}
+    for given in aliases:
+        name, equals, alias = given.partition("=")
+        if not equals and len(folders) == 1:
+            (name,), alias = folders, given
+        if name not in folders or not alias:
+            raise OptionError(
+                f"The alias {given!r} names no served model; write NAME=ALIAS, NAME of {', '.join(folders)}."
+            )
+        if names.setdefault(alias, name) != name:
+            raise OptionError(f"The alias {alias!r} is another model's name; choose another one.")
+    for name, folder in folders.items():
+        names.setdefault(folder.resolve().name, name)
+    return names
 
 
 def estimated_bytes(manifest: Manifest, rows: int, context: int) -> int:

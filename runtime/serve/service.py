@@ -68,13 +68,17 @@ class Service:
     @asynccontextmanager
     async def held(self, name: str) -> AsyncIterator[Served]:
         """The model `name`, loaded. A stream outlives this context and retains the model itself."""
-        self.pool.manifest(name)
+        name = self.pool.resolve(name)
         async with self._acquiring[name]:
             served = await asyncio.to_thread(self.pool.acquire, name)
         try:
             yield served
         finally:
             self.pool.release(served)
+
+    async def unload(self, name: str, *, encoders: bool) -> bool:
+        """Frees a model, or only its encoders; False if it is not loaded. Errors as of `ModelPool.unload`."""
+        return await asyncio.to_thread(self.pool.release_encoders if encoders else self.pool.unload, name)
 
     async def read(self, reader: Callable[[_Request, Served], _Parsed], request: _Request, served: Served) -> _Parsed:
         return await asyncio.get_running_loop().run_in_executor(self._readers, reader, request, served)

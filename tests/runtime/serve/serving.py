@@ -37,10 +37,10 @@ def data_url(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def serving(folders: list[Path], options: ServeOptions | None = None, api_key: str | None = None, **limits):
+def serving(folders, options: ServeOptions | None = None, api_key: str | None = None, aliases=(), **limits):
     """The application on a port of its own: `url`, `client` and `pool`."""
     fetch = FetchPolicy(allow_private=True, files_under=DEMO)
-    pool = ModelPool(folders, options or ServeOptions(rows=4, context=1024), {"fetch": fetch, "threads": 1})
+    pool = ModelPool(folders, options or ServeOptions(rows=4, context=1024), {"fetch": fetch, "threads": 1}, aliases)
     app = create_app(pool, Limits(**limits), api_key)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
