@@ -39,6 +39,17 @@ from .options import gigabytes_to_bytes, load_options
     help="Maximum request body in MB.",
 )
 @click.option(
+    "--served-model-name",
+    "aliases",
+    multiple=True,
+    metavar="[NAME=]ALIAS",
+    help="Another name of a model; NAME is needed if several are served. Repeatable.",
+)
+@click.option(
+    "--allow-origins", multiple=True, help="Origin of web pages that may call the API; * for any. Repeatable."
+)
+@click.option("--allow-hosts", multiple=True, help="Another Host that requests may name. Repeatable.")
+@click.option(
     "--clamp-max-tokens/--refuse-max-tokens",
     default=True,
     show_default=True,
@@ -48,13 +59,6 @@ from .options import gigabytes_to_bytes, load_options
     "--control-tokens",
     is_flag=True,
     help="Let control tokens that a message spells out take effect, as transformers does.",
-)
-@click.option(
-    "--served-model-name",
-    "aliases",
-    multiple=True,
-    metavar="[NAME=]ALIAS",
-    help="Another name of a model; NAME is needed if several are served. Repeatable.",
 )
 @click.option("--timeout", default=600.0, show_default=True, help="Time limit of a request, in seconds.")
 @load_options
@@ -70,6 +74,8 @@ def serve(
     max_body: float,
     timeout: float,
     aliases: tuple[str, ...],
+    allow_origins: tuple[str, ...],
+    allow_hosts: tuple[str, ...],
     load: dict[str, Any],
     **options: Any,
 ) -> None:
@@ -77,7 +83,8 @@ def serve(
 
     A request's "model" is a folder as given here, or its last part; the model is loaded at its first request.
     """
-    from gemma3n_onnx.runtime.serve.app import create_app
+    from gemma3n_onnx.runtime.serve.app import Access, create_app
+    from gemma3n_onnx.runtime.serve.middleware import LOOPBACK
     from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in
     from gemma3n_onnx.runtime.serve.run import run_app
     from gemma3n_onnx.runtime.serve.service import Limits
@@ -87,4 +94,7 @@ def serve(
         allow_private=allow_private_urls, allow_files=media_folder is not None, files_under=media_folder
     )
     pool = ModelPool(folders, ServeOptions(memory_budget=gigabytes_to_bytes(models_memory), **options), load, aliases)
-    run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), api_key), host, port)
+    # Only a browser on this machine reaches a loopback address, and a page's name may resolve to it (DNS rebinding).
+    hosts = (*LOOPBACK, host, *allow_hosts) if host in LOOPBACK else None
+    access = Access(api_key, tuple(allow_origins), hosts)
+    run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), access), host, port)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 from .errors import handle_errors
-from .middleware import LimitBody, RequireKey
+from .middleware import Lenient, LimitBody, RequireHost, RequireKey
 from .model_pool import ModelPool
 from .openai import chat, completions, models, transcriptions
 from .service import Limits, Service
@@ -19,8 +21,23 @@ from .service import Limits, Service
 ENDPOINTS = (models, chat, completions, transcriptions)
 
 
-def create_app(pool: ModelPool, limits: Limits, api_key: str | None = None) -> FastAPI:
-    """`api_key`: what clients must send as a bearer token to /v1; None for anyone."""
+@dataclass(frozen=True)
+class Access:
+    """Who may send requests.
+
+    Attributes:
+        api_key: what clients must send; None for anyone.
+        origins: of web pages that may read answers (CORS); "*" for any.
+        hosts: values of the Host header that are taken; None for any.
+    """
+
+    api_key: str | None = None
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] | None = None
+
+
+def create_app(pool: ModelPool, limits: Limits, access: Access | None = None) -> FastAPI:
+    access = access or Access()
     service = Service(pool, limits)
 
     @asynccontextmanager
@@ -29,8 +46,20 @@ def create_app(pool: ModelPool, limits: Limits, api_key: str | None = None) -> F
         await service.close()
 
     app = FastAPI(title="gemma3n-onnx", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    # The last one added is the first that a request meets.
     app.add_middleware(LimitBody, limit=limits.body_bytes)
-    app.add_middleware(RequireKey, key=api_key)
+    app.add_middleware(RequireKey, key=access.api_key)
+    app.add_middleware(Lenient)
+    if access.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[*access.origins],
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+            max_age=600,
+        )
+    app.add_middleware(RequireHost, hosts=access.hosts)
     handle_errors(app)
     for endpoint in ENDPOINTS:
         endpoint.add_routes(app, service)
@@ -40,6 +69,7 @@ def create_app(pool: ModelPool, limits: Limits, api_key: str | None = None) -> F
         return resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
     @app.get("/health")
+    @app.get("/healthz")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "loaded": [*pool.loaded]}
 

@@ -1,17 +1,59 @@
-"""ASGI middleware: the API key, and the size of request bodies."""
+"""ASGI middleware: hosts, keys, bodies, and what clients write in different ways."""
 
 from __future__ import annotations
 
 import hmac
+from collections.abc import Collection
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import error_body
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# Without secrets, and asked by monitors that have no key.
+OPEN_PATHS = ("/", "/health", "/healthz", "/metrics")
+
+
+class RequireHost:
+    """Refuses requests whose Host header is not one of `hosts`, which a web page's DNS rebinding sends; None takes
+    any."""
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str] | None) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._hosts is not None:
+            host = _host_of(_header(scope, b"host"))
+            if host not in self._hosts:
+                message = f"The Host {host!r} is not this server's; ask {' or '.join(self._hosts)}, or set --host."
+                await JSONResponse(error_body(message, "invalid_request_error"), 403)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class Lenient:
+    """Accepts what clients write in different ways: a trailing slash, HEAD for GET (the server drops the body), and a
+    body without Content-Type as JSON, except from a browser, which may send it to any server without asking."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = dict(scope)
+            if len(path := scope["path"]) > 1:
+                scope["path"] = path.rstrip("/") or "/"
+            if scope["method"] == "HEAD":
+                scope["method"] = "GET"
+            if scope["method"] == "POST" and not _header(scope, b"content-type") and not _header(scope, b"origin"):
+                others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+                scope["headers"] = [*others, (b"content-type", b"application/json")]
+        await self._app(scope, receive, send)
+
 
 class RequireKey:
-    """Refuses /v1 without the key; `key` None lets everyone pass."""
+    """Refuses all but the page, the checks and preflights without the key; `key` None lets everyone pass."""
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
         self._app, self._key = app, key
@@ -20,18 +62,16 @@ class RequireKey:
         if self._may_pass(scope):
             await self._app(scope, receive, send)
             return
-        body = error_body(
-            "The API key is missing or wrong; send it as Authorization: Bearer KEY.",
-            "authentication_error",
-            "invalid_api_key",
-        )
+        message = "The API key is missing or wrong; send it as Authorization: Bearer KEY."
+        body = error_body(message, "authentication_error", "invalid_api_key")
         await JSONResponse(body, 401)(scope, receive, send)
 
     def _may_pass(self, scope: Scope) -> bool:
-        if scope["type"] != "http" or self._key is None or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http" or self._key is None or scope["path"] in OPEN_PATHS:
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, b"Bearer " + self._key.encode())
+        scheme, _, bearer = _header(scope, b"authorization").partition(" ")
+        given = bearer.strip() if scheme.lower() == "bearer" else _header(scope, b"x-api-key")
+        return hmac.compare_digest(given.encode(), self._key.encode())
 
 
 class _TooLargeError(Exception):
@@ -48,7 +88,7 @@ class LimitBody:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        length = dict(scope["headers"]).get(b"content-length", b"0")
+        length = _header(scope, b"content-length") or "0"
         received, started = 0, False
 
         async def counting() -> Message:
@@ -73,3 +113,14 @@ class LimitBody:
                 raise
             message = f"The body is larger than {self._limit:,} bytes; send smaller media."
             await JSONResponse(error_body(message, "invalid_request_error"), 413)(scope, receive, send)
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    return dict(scope["headers"]).get(name, b"").decode("latin-1")
+
+
+def _host_of(header: str) -> str:
+    """A Host header without its port, an IPv6 address without its brackets."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0]
+    return header.partition(":")[0].lower()

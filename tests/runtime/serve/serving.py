@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from gemma3n_onnx.runtime import FetchPolicy
-from gemma3n_onnx.runtime.serve.app import create_app
+from gemma3n_onnx.runtime.serve.app import Access, create_app
 from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions
 from gemma3n_onnx.runtime.serve.service import Limits
 
@@ -37,18 +37,20 @@ def data_url(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def serving(folders, options: ServeOptions | None = None, api_key: str | None = None, aliases=(), **limits):
+def serving(
+    folders: list[Path], options: ServeOptions | None = None, access: Access | None = None, aliases=(), **limits
+):
     """The application on a port of its own: `url`, `client` and `pool`."""
     fetch = FetchPolicy(allow_private=True, files_under=DEMO)
     pool = ModelPool(folders, options or ServeOptions(rows=4, context=1024), {"fetch": fetch, "threads": 1}, aliases)
-    app = create_app(pool, Limits(**limits), api_key)
+    app = create_app(pool, Limits(**limits), access)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=(access and access.api_key) or "none", max_retries=0)
     try:
         yield SimpleNamespace(url=url, client=client, pool=pool)
     finally:

@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from gemma3n_onnx.runtime.serve.app import Access
 from gemma3n_onnx.runtime.serve.model_pool import ServeOptions
 from serving import E2B, LONG_ANSWER, SUM, chat, eventually, message, serving
 
@@ -52,7 +53,7 @@ def test_many_at_once_answer_as_one(server, model):
 
 
 def test_the_key_is_asked_for(demo_artifact):
-    with serving([demo_artifact("E2B")], api_key="secret") as running:
+    with serving([demo_artifact("E2B")], access=Access(api_key="secret")) as running:
         assert [of.id for of in running.client.models.list()] == [E2B]
         stranger = openai.OpenAI(base_url=f"{running.url}/v1", api_key="guess", max_retries=0)
         with pytest.raises(openai.AuthenticationError):
