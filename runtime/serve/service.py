@@ -25,8 +25,11 @@ from .metrics import Metrics
 from .model_pool import ModelPool, Served
 
 _POLL_SECONDS = 0.25
+# A comment that keeps proxies from closing a stream that is silent while a long prompt runs.
+KEEP_ALIVE = ": keep-alive\n\n"
+KEEP_ALIVE_SECONDS = 15.0
 _Request = TypeVar("_Request")
-_Parsed = TypeVar("_Parsed", bound=ParsedRequest)
+_Parsed = TypeVar("_Parsed")
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,24 @@ class Limits:
     reading: int = 8
 
 
+class ServerSentEvents:
+    """OpenAI's form: nameless events, and a last one [DONE]."""
+
+    end = "data: [DONE]\n\n"
+
+    def event(self, value: Any) -> str:
+        return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+    def error(self, error: Gemma3nError) -> str:
+        return self.event(status_and_body(error)[1])
+
+
 class StreamFormat(Protocol):
     """The chunks of a streamed answer, as JSON values."""
+
+    @property
+    def sse(self) -> ServerSentEvents:
+        """How they are written."""
 
     def first(self) -> Iterable[Any]:
         """Before the first event."""
@@ -101,25 +120,43 @@ class Service:
             answering.cancel()
 
     def stream(self, parsed: ParsedRequest, served: Served, chunks: StreamFormat) -> StreamingResponse:
+        """The answer as server-sent events in the form of `chunks`."""
         answering = self._begin(parsed, served)
+
+        async def events() -> AsyncIterator[Any]:
+            for chunk in chunks.first():
+                yield chunk
+            async for index, event in answering.events():
+                for chunk in chunks.next(index, event):
+                    yield chunk
+            for chunk in chunks.last():
+                yield chunk
+
+        return self.stream_events(events(), served, chunks.sse, answering.cancel)
+
+    def stream_events(
+        self,
+        events: AsyncIterator[Any],
+        served: Served,
+        sse: ServerSentEvents | None = None,
+        cancel: Callable[[], None] | None = None,
+    ) -> StreamingResponse:
+        """Server-sent events; holds the model until the stream ends, and calls `cancel` then."""
+        sse = sse or ServerSentEvents()
         self.pool.retain(served)
 
         async def lines() -> AsyncIterator[str]:
             try:
-                for chunk in chunks.first():
-                    yield _sse(chunk)
-                async for index, event in answering.events():
-                    for chunk in chunks.next(index, event):
-                        yield _sse(chunk)
-                for chunk in chunks.last():
-                    yield _sse(chunk)
-                yield "data: [DONE]\n\n"
+                async for event in _with_pauses(events, KEEP_ALIVE_SECONDS):
+                    yield KEEP_ALIVE if event is None else sse.event(event)
+                yield sse.end
             except Gemma3nError as error:
                 self.metrics.failed(error)
-                yield _sse(status_and_body(error)[1])
+                yield sse.error(error)
 
         def done() -> None:
-            answering.cancel()
+            if cancel is not None:
+                cancel()
             self.pool.release(served)
 
         return _Stream(lines(), done)
@@ -142,5 +179,19 @@ class _Stream(StreamingResponse):
             self._done()
 
 
-def _sse(value: Any) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+async def _with_pauses(events: AsyncIterator[Any], seconds: float) -> AsyncIterator[Any]:
+    """The events, and None whenever none has come for so long."""
+    ended = object()
+    coming = asyncio.ensure_future(anext(events, ended))
+    try:
+        while True:
+            await asyncio.wait([coming], timeout=seconds)
+            if not coming.done():
+                yield None
+            elif (event := coming.result()) is ended:
+                return
+            else:
+                coming = asyncio.ensure_future(anext(events, ended))
+                yield event
+    finally:
+        coming.cancel()

@@ -16,7 +16,7 @@ from gemma3n_onnx.runtime.generation.result import RowTimings, batch_timings
 from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
 from gemma3n_onnx.runtime.serve.answering import Choice, ParsedRequest
 from gemma3n_onnx.runtime.serve.model_pool import Served
-from gemma3n_onnx.runtime.serve.service import Service
+from gemma3n_onnx.runtime.serve.service import ServerSentEvents, Service
 
 from .requests import SamplingRequest
 
@@ -28,6 +28,7 @@ class StreamChunks(ABC, Generic[Parsed]):
 
     object: str
     prefix: str
+    sse = ServerSentEvents()
 
     def __init__(self, parsed: Parsed, served: Served, *, with_usage: bool) -> None:
         self._parsed, self._served, self._with_usage = parsed, served, with_usage
