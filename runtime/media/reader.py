@@ -52,11 +52,13 @@ class MediaOptions:
 
 @dataclass(frozen=True)
 class Item:
-    """One image or clip. Equal keys mean equal contents; `inputs()` makes the encoder's inputs, for a batch of one."""
+    """One image, or a clip of `seconds`. Equal keys mean equal contents; `inputs()` makes the encoder's inputs, for a
+    batch of one."""
 
     modality: str
     key: bytes
     inputs: Callable[[], Mapping[str, np.ndarray]]
+    seconds: float = 0.0
 
 
 class MediaReader:
@@ -90,7 +92,10 @@ class MediaReader:
         info = self._audio.log_mel
         samples = load_audio(source, self._policy, info.sample_rate_hz, rate)
         log_mel = LogMel(info)
-        return [self._clip_item(self._audio, *log_mel(clip)) for clip in fit(samples, info, options.long_audio)]
+        return [
+            self._clip_item(self._audio, *log_mel(clip), len(clip) / info.sample_rate_hz)
+            for clip in fit(samples, info, options.long_audio)
+        ]
 
     def _image_item(self, vision: VisionInfo, image: Any, size: int) -> Item:
         resized = resize(image, size)
@@ -102,10 +107,10 @@ class MediaReader:
         key = hashlib.sha256(resized.tobytes()).digest() + size.to_bytes(4, "little")
         return Item("vision", key, inputs)
 
-    def _clip_item(self, audio: AudioInfo, features: np.ndarray, mask: np.ndarray) -> Item:
+    def _clip_item(self, audio: AudioInfo, features: np.ndarray, mask: np.ndarray, seconds: float) -> Item:
         names = [tensor.name for tensor in audio.graph.inputs]
         key = hashlib.sha256(features.tobytes()).digest()
-        return Item("audio", key, lambda: dict(zip(names, (features[None], mask[None]), strict=True)))
+        return Item("audio", key, lambda: dict(zip(names, (features[None], mask[None]), strict=True)), seconds)
 
     def _need_vision(self, what: str) -> VisionInfo:
         if self._vision is None:

@@ -1,43 +1,170 @@
-"""POST /v1/audio/transcriptions: a question about the file, put to the model."""
+"""POST /v1/audio/transcriptions and /v1/audio/translations: an instruction to the model about each clip of a file."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from fastapi import FastAPI, Form, UploadFile
+from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from starlette.exceptions import HTTPException
+from pydantic import Field
+from starlette.datastructures import UploadFile
 
+from gemma3n_onnx.runtime.errors import OptionError
+from gemma3n_onnx.runtime.generation.options import GenerationOptions
+from gemma3n_onnx.runtime.media.reader import Item, MediaOptions
+from gemma3n_onnx.runtime.serve.answering import Choice, ParsedRequest
+from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
 
-from .chat import ChatRequest, read_chat
+from .completion import usage
+from .requests import ApiRequest, new_tokens
 
 TRANSCRIBE = "Transcribe the speech."
 TRANSCRIBE_IN = "Transcribe the speech, which is in the language {language}."
+TRANSLATE = "Translate the speech into English."
+
+
+class TranscriptionRequest(ApiRequest):
+    """Fields of the form beside `file`. `prompt` takes the place of the instruction."""
+
+    language: str | None = None
+    prompt: str | None = None
+    response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
+    temperature: float = 0.0
+    stream: bool = False
+    chunking_strategy: Literal["auto"] | None = None
+    timestamp_granularities: list[Literal["segment"]] = Field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What was said between two times, in seconds."""
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True)
+class ParsedFile(ParsedRequest):
+    """A prompt for each clip of a file. `seconds`: where the clips begin, and where the last one ends."""
+
+    seconds: Sequence[float] = ()
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/audio/transcriptions")
-    async def transcriptions(
-        http: HttpRequest,
-        file: UploadFile,
-        model: Annotated[str, Form()],
-        language: Annotated[str | None, Form()] = None,
-        prompt: Annotated[str | None, Form()] = None,
-        response_format: Annotated[str, Form()] = "json",
-        temperature: Annotated[float, Form()] = 0.0,
-    ) -> Response:
-        if response_format not in ("json", "text"):
-            raise HTTPException(400, f"response_format is {response_format!r}; choose json or text.")
-        ask = prompt or (TRANSCRIBE if language is None else TRANSCRIBE_IN.format(language=language))
-        content = [{"type": "audio", "audio": await file.read()}, {"type": "text", "text": ask}]
-        request = ChatRequest(
-            model=model,
-            messages=[{"role": "user", "content": content}],
-            temperature=temperature,
-            long_audio="split",
-        )
-        async with service.held(model) as served:
-            (choice,) = await service.answer(await service.read(read_chat, request, served), served, http)
-        return PlainTextResponse(choice.text) if response_format == "text" else JSONResponse({"text": choice.text})
+    async def transcriptions(http: HttpRequest) -> Response:
+        request, data = await _read_form(http)
+        spoken = TRANSCRIBE if request.language is None else TRANSCRIBE_IN.format(language=request.language)
+        return await _answer("transcribe", spoken, request, data, service, http)
+
+    @app.post("/v1/audio/translations")
+    async def translations(http: HttpRequest) -> Response:
+        request, data = await _read_form(http)
+        return await _answer("translate", TRANSLATE, request, data, service, http)
+
+
+async def _read_form(http: HttpRequest) -> tuple[TranscriptionRequest, bytes]:
+    async with http.form() as form:
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise OptionError("The form needs a file; send it as multipart/form-data in the field file.")
+        fields: dict[str, Any] = {key: value for key, value in form.items() if key != "file" and not key.endswith("[]")}
+        fields |= {key[:-2]: form.getlist(key) for key in form if key.endswith("[]")}
+        return TranscriptionRequest.model_validate(fields), await file.read()
+
+
+async def _answer(
+    task: str, instruction: str, request: TranscriptionRequest, data: bytes, service: Service, http: HttpRequest
+) -> Response:
+    async with service.held(request.model) as served:
+        parsed = await service.read(lambda _, model: _parse(request, data, instruction, model), request, served)
+        if request.stream:
+            return service.stream_events(_events(parsed, served, service, http), served)
+        segments, choices = [], []
+        async for segment, choice in _segments(parsed, served, service, http, served.options.rows):
+            segments.append(segment)
+            choices.append(choice)
+    return _formatted(task, request, segments, usage(choices, parsed))
+
+
+def _parse(request: TranscriptionRequest, data: bytes, instruction: str, served: Served) -> ParsedFile:
+    """Cuts a file into clips. Raises Gemma3nError: what is wrong with it."""
+    ask = {"type": "text", "text": request.prompt or instruction}
+    file = [{"role": "user", "content": [{"type": "audio", "audio": data}]}]
+    items: list[Item] = [
+        part["audio"] for part in served.model.read(file, MediaOptions(long_audio="split"))[0]["content"]
+    ]
+    prompts = [
+        served.model.encode([{"role": "user", "content": [{"type": "audio", "audio": item}, ask]}]) for item in items
+    ]
+    seconds = [0.0]
+    for item in items:
+        seconds.append(seconds[-1] + item.seconds)
+    options = GenerationOptions(max_new_tokens=new_tokens(served, prompts, None), temperature=request.temperature)
+    return ParsedFile(prompts, options, seconds=seconds)
+
+
+async def _segments(
+    parsed: ParsedFile, served: Served, service: Service, http: HttpRequest, at_once: int
+) -> AsyncIterator[tuple[Segment, Choice]]:
+    """Answers a few clips at a time, so that a long file leaves room in the queue."""
+    for start in range(0, len(parsed.prompts), at_once):
+        part = replace(parsed, prompts=parsed.prompts[start : start + at_once])
+        for number, choice in enumerate(await service.answer(part, served, http), start):
+            yield Segment(parsed.seconds[number], parsed.seconds[number + 1], choice.text.strip()), choice
+
+
+async def _events(
+    parsed: ParsedFile, served: Served, service: Service, http: HttpRequest
+) -> AsyncIterator[Mapping[str, Any]]:
+    """OpenAI's events: a delta for each clip."""
+    texts: list[str] = []
+    choices: list[Choice] = []
+    async for segment, choice in _segments(parsed, served, service, http, 1):
+        texts.append(segment.text)
+        choices.append(choice)
+        yield {"type": "transcript.text.delta", "delta": segment.text if len(texts) == 1 else f" {segment.text}"}
+    yield {"type": "transcript.text.done", "text": " ".join(texts), "usage": usage(choices, parsed)}
+
+
+def _formatted(
+    task: str, request: TranscriptionRequest, segments: Sequence[Segment], used: Mapping[str, Any]
+) -> Response:
+    text = " ".join(segment.text for segment in segments)
+    match request.response_format:
+        case "text":
+            return PlainTextResponse(text)
+        case "srt":
+            return PlainTextResponse("".join(map(_srt, range(1, len(segments) + 1), segments)))
+        case "vtt":
+            return PlainTextResponse("WEBVTT\n\n" + "".join(map(_vtt, segments)), media_type="text/vtt")
+        case "verbose_json":
+            listed = [
+                {"id": i, "start": segment.start, "end": segment.end, "text": segment.text}
+                for i, segment in enumerate(segments)
+            ]
+            whole = {"task": task, "language": request.language, "duration": segments[-1].end}
+            return JSONResponse({**whole, "text": text, "segments": listed, "usage": used})
+    return JSONResponse({"text": text, "usage": used})
+
+
+def _srt(number: int, segment: Segment) -> str:
+    return f"{number}\n{_time(segment.start, ',')} --> {_time(segment.end, ',')}\n{segment.text}\n\n"
+
+
+def _vtt(segment: Segment) -> str:
+    return f"{_time(segment.start, '.')} --> {_time(segment.end, '.')}\n{segment.text}\n\n"
+
+
+def _time(seconds: float, point: str) -> str:
+    """Hours, minutes, seconds and milliseconds."""
+    milliseconds = round(seconds * 1000)
+    minutes, rest = divmod(milliseconds, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    whole, fraction = divmod(rest, 1000)
+    return f"{hours:02}:{minutes:02}:{whole:02}{point}{fraction:03}"
