@@ -1,0 +1,69 @@
+"""POST /tokenize and /detokenize, in the forms of llama.cpp and vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import ConfigDict
+
+from gemma3n_onnx.runtime.errors import OptionError, PromptError
+from gemma3n_onnx.runtime.prompt.encoder import TemplateOptions
+from gemma3n_onnx.runtime.serve.model_pool import Served
+from gemma3n_onnx.runtime.serve.service import Service
+
+from .requests import ApiModel
+
+
+class TokenizeRequest(ApiModel):
+    """`content` and `add_special` are llama.cpp's, `prompt`, `messages` and `add_special_tokens` vLLM's."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = ""
+    content: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special: bool | None = None
+    add_special_tokens: bool | None = None
+    with_pieces: bool = False
+
+
+class DetokenizeRequest(ApiModel):
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = ""
+    tokens: list[int]
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize")
+    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
+        async with service.held(request.model) as served:
+            ids = await service.read(_ids, request, served)
+            tokenizer = served.model.tokenizer
+            pieces = [{"id": i, "piece": tokenizer.decode([i], skip_special=False)} for i in ids]
+            limit = served.worker.context
+        return {"tokens": pieces if request.with_pieces else ids, "count": len(ids), "max_model_len": limit}
+
+    @app.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
+        async with service.held(request.model) as served:
+            size = served.model.tokenizer.vocab_size
+            if unknown := [token for token in request.tokens if not 0 <= token < size]:
+                raise OptionError(f"{unknown[0]} is not a token id from 0 to {size - 1}.")
+            text = served.model.tokenizer.decode(request.tokens, skip_special=False)
+        return {"content": text, "prompt": text}
+
+
+def _ids(request: TokenizeRequest, served: Served) -> list[int]:
+    if request.messages is not None:
+        options = TemplateOptions(control_tokens=served.options.control_tokens)
+        return served.model.encode(request.messages, template=options).ids
+    text = request.content if request.prompt is None else request.prompt
+    if text is None:
+        raise PromptError("There is nothing to tokenize; send content, prompt or messages.")
+    # llama.cpp adds no <bos> by default, and vLLM does.
+    default = request.prompt is not None
+    wanted = [flag for flag in (request.add_special, request.add_special_tokens) if flag is not None]
+    return served.model.tokenizer.encode(text, add_bos=wanted[0] if wanted else default)
