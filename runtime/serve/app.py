@@ -15,10 +15,10 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from .errors import handle_errors
 from .middleware import Lenient, LimitBody, RequireHost, RequireKey
 from .model_pool import ModelPool
-from .openai import chat, completions, embeddings, models, tokenize, transcriptions
+from .openai import chat, completions, embeddings, models, responses, tokenize, transcriptions
 from .service import Limits, Service
 
-ENDPOINTS = (models, chat, completions, transcriptions, tokenize, embeddings)
+ENDPOINTS = (models, chat, completions, responses, transcriptions, tokenize, embeddings)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,7 +25,16 @@ from .grammar import AnswerSchemaError
 from .model_pool import UnknownModelError
 from .worker import BusyError
 
+ANTHROPIC_TYPES = {"server_error": "api_error"}
+
 log = logging.getLogger(__name__)
+
+
+class NotFoundError(Gemma3nError, KeyError):
+    """The server has no such thing."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def error_body(error: Gemma3nError | str, kind: str, code: str | None = None) -> dict[str, Any]:
@@ -35,6 +45,8 @@ def status_and_body(error: Gemma3nError) -> tuple[int, dict[str, Any]]:
     match error:
         case UnknownModelError():
             return 404, error_body(error, "invalid_request_error", "model_not_found")
+        case NotFoundError():
+            return 404, error_body(error, "invalid_request_error", "not_found")
         case AnswerSchemaError():
             return 422, error_body(error, "invalid_response_error", "answer_breaks_schema")
         case ContextLengthError():
@@ -49,26 +61,36 @@ def status_and_body(error: Gemma3nError) -> tuple[int, dict[str, Any]]:
             return 400, error_body(error, "invalid_request_error")
 
 
+def anthropic_body(body: Mapping[str, Any]) -> dict[str, Any]:
+    """An error in Anthropic's form."""
+    told = body["error"]
+    return {
+        "type": "error",
+        "error": {"type": ANTHROPIC_TYPES.get(told["type"], told["type"]), "message": told["message"]},
+    }
+
+
 def handle_errors(app: FastAPI) -> None:
     """Adds the exception handlers to an application."""
 
-    def answer(status: int, body: dict[str, Any]) -> JSONResponse:
+    def answer(request: Request, status: int, body: dict[str, Any]) -> JSONResponse:
         headers = {"Retry-After": "1"} if status == 429 else None
-        return JSONResponse(body, status, headers)
+        shaped = anthropic_body(body) if request.url.path.startswith("/v1/messages") else body
+        return JSONResponse(shaped, status, headers)
 
     @app.exception_handler(Gemma3nError)
-    async def of_ours(_: Request, error: Gemma3nError) -> JSONResponse:
-        return answer(*status_and_body(error))
+    async def of_ours(request: Request, error: Gemma3nError) -> JSONResponse:
+        return answer(request, *status_and_body(error))
 
     @app.exception_handler(ValidationError)
     @app.exception_handler(RequestValidationError)
-    async def of_validation(_: Request, error: ValidationError | RequestValidationError) -> JSONResponse:
+    async def of_validation(request: Request, error: ValidationError | RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"] if part != "body")
         reason = first["msg"].removeprefix("Value error, ")
         body = error_body(f"{field or 'The body'}: {reason}.", "invalid_request_error")
         body["error"]["param"] = field or None
-        return answer(400, body)
+        return answer(request, 400, body)
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> JSONResponse:
@@ -77,9 +99,9 @@ def handle_errors(app: FastAPI) -> None:
             405: f"{request.url.path} does not accept {request.method}.",
         }
         message = known.get(error.status_code, error.detail)
-        return answer(error.status_code, error_body(message, "invalid_request_error"))
+        return answer(request, error.status_code, error_body(message, "invalid_request_error"))
 
     @app.exception_handler(Exception)
-    async def of_bug(_: Request, error: Exception) -> JSONResponse:
+    async def of_bug(request: Request, error: Exception) -> JSONResponse:
         log.error("a request failed", exc_info=error)
-        return answer(500, error_body("The server failed on this request; see its log.", "server_error"))
+        return answer(request, 500, error_body("The server failed on this request; see its log.", "server_error"))

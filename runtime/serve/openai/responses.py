@@ -1,0 +1,335 @@
+"""POST /v1/responses, and the responses that are kept for `previous_response_id`."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+from pydantic import ConfigDict, Field
+
+from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError, PromptError
+from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
+from gemma3n_onnx.runtime.serve.answering import Choice
+from gemma3n_onnx.runtime.serve.errors import status_and_body
+from gemma3n_onnx.runtime.serve.service import ServerSentEvents, Service
+
+from .chat import ChatRequest, ParsedChat, read_chat
+from .completion import usage
+from .outcome import Outcome, TextHolder, outcome_of
+from .requests import ApiModel, ApiRequest
+from .response_store import ResponseStore
+
+
+class TextFormat(ApiModel):
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["text", "json_object", "json_schema"]
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+
+
+class TextOptions(ApiModel):
+    model_config = ConfigDict(extra="ignore")
+
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(ApiRequest):
+    """`store` keeps the response, so that a later request can name it; other fields as of chat completions."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    stream: bool = False
+    store: bool = True
+    max_output_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float | None = None
+    text: TextOptions = Field(default_factory=TextOptions)
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tool_choice: Any = None
+    parallel_tool_calls: bool = False
+    truncation: Literal["disabled", "auto"] = "disabled"
+    background: Literal[False] = False
+    include: list[str] = Field(default_factory=list)
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    max_tool_calls: int | None = None
+    stream_options: Any = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """`items` of the input, resolved; `messages` the same in the form of chat completions."""
+
+    items: list[dict[str, Any]]
+    messages: list[dict[str, Any]]
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    store = ResponseStore()
+
+    @app.post("/v1/responses")
+    async def responses(request: ResponsesRequest, http: HttpRequest) -> Response:
+        conversation = _conversation(request, store)
+        async with service.held(request.model) as served:
+            parsed = await service.read(read_chat, _chat_request(request, conversation), served)
+            answer = ResponseBuilder(request, served.name, parsed)
+            if request.stream:
+                return service.stream(parsed, served, ResponseEvents(answer, conversation, store))
+            (choice,) = await service.answer(parsed, served, http)
+        whole = answer.finished(choice)
+        answer.keep(store, conversation, whole)
+        return JSONResponse(whole)
+
+    @app.get("/v1/responses/{response_id}")
+    async def response(response_id: str) -> dict[str, Any]:
+        return store.response(response_id)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str) -> dict[str, Any]:
+        store.delete(response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
+
+
+def _conversation(request: ResponsesRequest, store: ResponseStore) -> Conversation:
+    """Raises UnknownResponseError and PromptError."""
+    given = request.input
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if request.previous_response_id is not None:
+        items = [*store.conversation(request.previous_response_id), *items]
+    items = [store.item(item["id"]) if item.get("type") == "item_reference" else item for item in items]
+    messages = [*_messages_of(items)]
+    if request.instructions:
+        messages.insert(0, {"role": "system", "content": request.instructions})
+    return Conversation(items, messages)
+
+
+def _messages_of(items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Items as messages of chat completions; consecutive calls become one message."""
+    calls: list[dict[str, Any]] = []
+    for place, item in enumerate(items):
+        kind = item.get("type", "message")
+        if kind == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            calls.append({"id": item.get("call_id"), "type": "function", "function": function})
+            continue
+        if calls:
+            yield {"role": "assistant", "content": "", "tool_calls": calls}
+            calls = []
+        match kind:
+            case "message":
+                yield {"role": item.get("role"), "content": item.get("content")}
+            case "function_call_output":
+                yield {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
+            case "reasoning":
+                continue
+            case _:
+                raise PromptError(
+                    f"Item {place} of the input has type {kind!r}; supported are message, function_call, "
+                    "function_call_output and item_reference."
+                )
+    if calls:
+        yield {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _chat_request(request: ResponsesRequest, conversation: Conversation) -> ChatRequest:
+    fields: dict[str, Any] = {
+        "model": request.model,
+        "messages": conversation.messages,
+        "max_tokens": request.max_output_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "tools": request.tools,
+        "tool_choice": request.tool_choice,
+        "parallel_tool_calls": request.parallel_tool_calls,
+    }
+    if (wanted := request.text.format) is not None:
+        if wanted.type == "json_schema" and wanted.schema_ is None:
+            raise OptionError("text.format of type json_schema needs the field schema; add it.")
+        fields["response_format"] = {"type": wanted.type, "schema": wanted.schema_}
+    return ChatRequest.model_validate(fields)
+
+
+class ResponseBuilder:
+    """The response object in its states."""
+
+    def __init__(self, request: ResponsesRequest, model: str, parsed: ParsedChat) -> None:
+        self.request, self.parsed = request, parsed
+        self.id, self._model, self._created = _new_id("resp"), model, int(time.time())
+
+    def whole(self, status: str, output: Sequence[Mapping[str, Any]] = (), **rest: Any) -> dict[str, Any]:
+        request = self.request
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "model": self._model,
+            "output": list(output),
+            "parallel_tool_calls": request.parallel_tool_calls,
+            "previous_response_id": request.previous_response_id,
+            "reasoning": {"effort": None, "summary": None},
+            "store": request.store,
+            "temperature": request.temperature,
+            "text": {"format": _text_format(request)},
+            "tool_choice": request.tool_choice or "auto",
+            "tools": request.tools,
+            "top_p": 1.0 if request.top_p is None else request.top_p,
+            "truncation": request.truncation,
+            "usage": None,
+            "metadata": request.metadata,
+            **rest,
+        }
+
+    def finished(self, choice: Choice) -> dict[str, Any]:
+        outcome = outcome_of(choice, self.parsed.tools)
+        return self.ended(choice, outcome, _items(outcome))
+
+    def ended(self, choice: Choice, outcome: Outcome, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        cut = outcome.finish == "length"
+        return self.whole(
+            "incomplete" if cut else "completed",
+            items,
+            incomplete_details={"reason": "max_output_tokens"} if cut else None,
+            usage=_usage(choice, self.parsed),
+        )
+
+    def keep(self, store: ResponseStore, conversation: Conversation, response: Mapping[str, Any]) -> None:
+        if self.request.store:
+            store.keep(response, conversation.items)
+
+
+def _text_format(request: ResponsesRequest) -> dict[str, Any]:
+    wanted = request.text.format
+    return {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_none=True)
+
+
+def _usage(choice: Choice, parsed: ParsedChat) -> dict[str, Any]:
+    counted = usage([choice], parsed)
+    return {
+        "input_tokens": counted["prompt_tokens"],
+        "input_tokens_details": counted["prompt_tokens_details"],
+        "output_tokens": counted["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": counted["total_tokens"],
+    }
+
+
+def _items(outcome: Outcome) -> list[dict[str, Any]]:
+    status = "incomplete" if outcome.finish == "length" else "completed"
+    items = [_call_item(call, status, call["function"]["arguments"]) for call in outcome.calls]
+    return items if outcome.text is None else [_message_item(_new_id("msg"), status, [_text_part(outcome.text)])]
+
+
+def _message_item(item_id: str, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"id": item_id, "type": "message", "status": status, "role": "assistant", "content": content}
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _call_item(call: Mapping[str, Any], status: str, arguments: str) -> dict[str, Any]:
+    return {
+        "id": f"fc_{call['id'].removeprefix('call_')}",
+        "type": "function_call",
+        "status": status,
+        "call_id": call["id"],
+        "name": call["function"]["name"],
+        "arguments": arguments,
+    }
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}_{uuid.uuid4().hex}"
+
+
+class NamedEvents(ServerSentEvents):
+    """Events named by their type; an error is an event, too, and none ends the stream."""
+
+    end = ""
+
+    def event(self, value: Any) -> str:
+        return f"event: {value['type']}\n{super().event(value)}"
+
+    def error(self, error: Gemma3nError) -> str:
+        told = status_and_body(error)[1]["error"]
+        return self.event(
+            {"type": "error", "code": told["code"] or told["type"], "message": told["message"], "param": None}
+        )
+
+
+class ResponseEvents:
+    """A `StreamFormat`: the events of one response."""
+
+    sse = NamedEvents()
+
+    def __init__(self, answer: ResponseBuilder, conversation: Conversation, store: ResponseStore) -> None:
+        self._answer, self._conversation, self._store = answer, conversation, store
+        self._choice, self._holder = Choice(), TextHolder(answer.parsed.tools)
+        self._numbers = itertools.count()
+        self._message: str | None = None
+        """The id of the message item, once its text has begun."""
+
+    def first(self) -> list[dict[str, Any]]:
+        states = ("response.created", "response.in_progress")
+        return [self._event(kind, response=self._answer.whole("in_progress")) for kind in states]
+
+    def next(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
+        self._choice.add(event)
+        if isinstance(event, TokenEvent):
+            return [*self._text(self._holder.release(self._choice))]
+        outcome = outcome_of(self._choice, self._answer.parsed.tools)
+        if outcome.text is None:
+            items = _items(outcome)
+            events = [event for place, item in enumerate(items) for event in self._call(place, item)]
+        else:
+            events = [*self._text(self._holder.rest(self._choice), last=True)]
+            item = _message_item(self._message or "", "completed", [_text_part(outcome.text)])
+            items = [item | {"status": "incomplete" if outcome.finish == "length" else "completed"}]
+            events += self._text_end(items[0], outcome.text)
+        whole = self._answer.ended(self._choice, outcome, items)
+        self._answer.keep(self._store, self._conversation, whole)
+        return [*events, self._event(f"response.{whole['status']}", response=whole)]
+
+    def last(self) -> list[dict[str, Any]]:
+        return []
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        return {"type": kind, "sequence_number": next(self._numbers), **fields}
+
+    def _text(self, pieces: slice, last: bool = False) -> Iterator[dict[str, Any]]:
+        text = "".join(self._choice.pieces[pieces])
+        if self._message is None and (text or last):
+            self._message = _new_id("msg")
+            item = _message_item(self._message, "in_progress", [])
+            yield self._event("response.output_item.added", output_index=0, item=item)
+            yield self._event("response.content_part.added", **self._place(), part=_text_part(""))
+        if text:
+            yield self._event("response.output_text.delta", **self._place(), delta=text, logprobs=[])
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self._message, "output_index": 0, "content_index": 0}
+
+    def _text_end(self, item: Mapping[str, Any], text: str) -> Iterator[dict[str, Any]]:
+        yield self._event("response.output_text.done", **self._place(), text=text, logprobs=[])
+        yield self._event("response.content_part.done", **self._place(), part=_text_part(text))
+        yield self._event("response.output_item.done", output_index=0, item=item)
+
+    def _call(self, place: int, item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        arguments, where = item["arguments"], {"item_id": item["id"], "output_index": place}
+        begun = {**item, "status": "in_progress", "arguments": ""}
+        yield self._event("response.output_item.added", output_index=place, item=begun)
+        yield self._event("response.function_call_arguments.delta", **where, delta=arguments)
+        yield self._event("response.function_call_arguments.done", **where, name=item["name"], arguments=arguments)
+        yield self._event("response.output_item.done", output_index=place, item=item)
