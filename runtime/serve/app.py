@@ -12,13 +12,14 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
+from .anthropic import messages
 from .errors import handle_errors
 from .middleware import Lenient, LimitBody, RequireHost, RequireKey
 from .model_pool import ModelPool
 from .openai import chat, completions, embeddings, models, responses, tokenize, transcriptions
 from .service import Limits, Service
 
-ENDPOINTS = (models, chat, completions, responses, transcriptions, tokenize, embeddings)
+ENDPOINTS = (models, chat, completions, responses, messages, transcriptions, tokenize, embeddings)
 
 
 @dataclass(frozen=True)

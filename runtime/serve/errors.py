@@ -25,7 +25,7 @@ from .grammar import AnswerSchemaError
 from .model_pool import UnknownModelError
 from .worker import BusyError
 
-ANTHROPIC_TYPES = {"server_error": "api_error"}
+ANTHROPIC_TYPES = {"server_error": "api_error", "model_not_found": "not_found_error"}
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +64,13 @@ def status_and_body(error: Gemma3nError) -> tuple[int, dict[str, Any]]:
 def anthropic_body(body: Mapping[str, Any]) -> dict[str, Any]:
     """An error in Anthropic's form."""
     told = body["error"]
-    return {
-        "type": "error",
-        "error": {"type": ANTHROPIC_TYPES.get(told["type"], told["type"]), "message": told["message"]},
-    }
+    kind = ANTHROPIC_TYPES.get(told["code"]) or ANTHROPIC_TYPES.get(told["type"], told["type"])
+    return {"type": "error", "error": {"type": kind, "message": told["message"]}}
+
+
+def body_for(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """An error in the form of the API that the path belongs to."""
+    return anthropic_body(body) if path.startswith("/v1/messages") else body
 
 
 def handle_errors(app: FastAPI) -> None:
@@ -75,8 +78,7 @@ def handle_errors(app: FastAPI) -> None:
 
     def answer(request: Request, status: int, body: dict[str, Any]) -> JSONResponse:
         headers = {"Retry-After": "1"} if status == 429 else None
-        shaped = anthropic_body(body) if request.url.path.startswith("/v1/messages") else body
-        return JSONResponse(shaped, status, headers)
+        return JSONResponse(body_for(request.url.path, body), status, headers)
 
     @app.exception_handler(Gemma3nError)
     async def of_ours(request: Request, error: Gemma3nError) -> JSONResponse:

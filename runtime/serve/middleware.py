@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Collection
+from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import error_body
+from .errors import body_for, error_body
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Without secrets, and asked by monitors that have no key.
@@ -27,7 +28,7 @@ class RequireHost:
             host = _host_of(_header(scope, b"host"))
             if host not in self._hosts:
                 message = f"The Host {host!r} is not this server's; ask {' or '.join(self._hosts)}, or set --host."
-                await JSONResponse(error_body(message, "invalid_request_error"), 403)(scope, receive, send)
+                await _refuse(scope, receive, send, 403, error_body(message, "invalid_request_error"))
                 return
         await self._app(scope, receive, send)
 
@@ -64,7 +65,7 @@ class RequireKey:
             return
         message = "The API key is missing or wrong; send it as Authorization: Bearer KEY."
         body = error_body(message, "authentication_error", "invalid_api_key")
-        await JSONResponse(body, 401)(scope, receive, send)
+        await _refuse(scope, receive, send, 401, body)
 
     def _may_pass(self, scope: Scope) -> bool:
         if scope["type"] != "http" or self._key is None or scope["path"] in OPEN_PATHS:
@@ -112,7 +113,11 @@ class LimitBody:
             if started:
                 raise
             message = f"The body is larger than {self._limit:,} bytes; send smaller media."
-            await JSONResponse(error_body(message, "invalid_request_error"), 413)(scope, receive, send)
+            await _refuse(scope, receive, send, 413, error_body(message, "invalid_request_error"))
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, body: dict[str, Any]) -> None:
+    await JSONResponse(body_for(scope["path"], body), status)(scope, receive, send)
 
 
 def _header(scope: Scope, name: bytes) -> str:
