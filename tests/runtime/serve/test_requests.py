@@ -7,7 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serving import E2B, SUM, message
+from gemma3n_onnx.runtime.serve.model_pool import ServeOptions
+from serving import E2B, SUM, message, serving
 
 ANSWER = "3 plus 4 is 7."
 USER = {"role": "user", "content": SUM}
@@ -247,6 +248,14 @@ def test_speeds_stand_beside_openais_usage(server: Any) -> None:
     usage = post(server).json()["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert usage["completion_tokens_per_second"] > 0 and usage["time_to_first_token"] > 0
+
+
+def test_too_many_tokens_are_refused_on_request(demo_artifact: Any) -> None:
+    options = ServeOptions(rows=1, context=128, clamp_max_tokens=False)
+    with serving([demo_artifact("E2B")], options) as running:
+        body = {"messages": message(SUM), "max_tokens": 500}
+        response = httpx.post(f"{running.url}/v1/chat/completions", json=body)
+        assert response.status_code == 400 and "shorten the prompt" in response.json()["error"]["message"]
 
 
 # --- completions -----------------------------------------------------------------------------------------------
