@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import SplitResult, quote, unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
 from gemma3n_onnx.runtime.errors import MediaError, MediaNotFoundError, UrlRefusedError
 
@@ -67,7 +67,7 @@ class FetchPolicy:
 def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
     """Opens `source` as a seekable binary file, which the caller closes.
 
-    A str is an http(s) URL, a data URL, a path, or base64 of the file itself.
+    A str is an http(s) URL, a data URL, a path, or base64 of the file itself; a file URL is read inside `files_under`.
 
     Raises:
         MediaNotFoundError: no such file, or nothing at the URL.
@@ -90,6 +90,8 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
         return io.BytesIO(fetch_url(source.strip(), policy))
     if scheme == "data" and colon:
         return io.BytesIO(decode_data_url(source.strip(), policy))
+    if scheme == "file" and rest.startswith("//") and policy.allow_files and policy.files_under is not None:
+        return _open_file_url(source.strip(), policy)
     if rest.startswith("//") and scheme.isalnum():
         raise UrlRefusedError(f"{shorten(source)!r} is neither an http nor an https URL; give one, or a local path.")
     if policy.allow_files and (path := _allowed_path(source, policy)) is not None and _exists(path):
@@ -192,6 +194,15 @@ def _allowed_path(path: str, policy: FetchPolicy) -> str | None:
     except (OSError, ValueError):
         return None
     return str(found) if found.is_relative_to(folder) else None
+
+
+def _open_file_url(url: str, policy: FetchPolicy) -> BinaryIO:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise UrlRefusedError(f"{shorten(url)!r} names a file of another machine; send its content instead.")
+    if (path := _allowed_path(unquote(parts.path), policy)) is None:
+        raise UrlRefusedError(f"{shorten(url)!r} is not in {policy.files_under}; move it there.")
+    return _open_file(path, policy)
 
 
 def _exists(path: str) -> bool:

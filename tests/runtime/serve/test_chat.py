@@ -30,13 +30,16 @@ def test_a_stream_holds_the_same(server):
     assert chunks[-1].usage.completion_tokens > 3 and not chunks[-1].choices
 
 
-@pytest.mark.parametrize("source", ["picture.png", str(DEMO / "picture.png"), data_url(DEMO / "picture.png")])
+@pytest.mark.parametrize(
+    "source",
+    ["picture.png", str(DEMO / "picture.png"), (DEMO / "picture.png").as_uri(), data_url(DEMO / "picture.png")],
+)
 def test_a_picture_by_path_and_as_data(server, source):
     answer = chat(server, message("What is in the picture?", image(source)))
     assert answer.choices[0].message.content == "A red circle, a yellow star and a blue square."
 
 
-@pytest.mark.parametrize("source", ["/etc/hostname", "../README.md", "file:///etc/hostname"])
+@pytest.mark.parametrize("source", ["/etc/hostname", "../README.md", "file:///etc/hostname", "file://host/x.png"])
 def test_files_elsewhere_are_not_read(server, source):
     with pytest.raises(openai.BadRequestError):
         chat(server, message("What is in the picture?", image(source)))
