@@ -1,18 +1,13 @@
 // Drives the page as a person would: attaches, records, asks, reads the answers; every request must go to the server.
 // The microphone is Chromium's fake one, which plays the sound.
 import assert from "node:assert";
-import chromium from "@sparticuz/chromium";
-import puppeteer from "puppeteer-core";
+import { launch } from "./browser.mjs";
 
 const [url, picture, sound, screenshot] = process.argv.slice(2);
-const browser = await puppeteer.launch({
-  args: [
-    ...chromium.args, "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
-    `--use-file-for-fake-audio-capture=${sound}%noloop`,
-  ],
-  executablePath: await chromium.executablePath(), headless: "shell",
-  defaultViewport: { width: 900, height: 700 },
-});
+const browser = await launch(
+  "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+  `--use-file-for-fake-audio-capture=${sound}%noloop`,
+);
 try {
   const page = await browser.newPage();
   const elsewhere = [];

@@ -17,5 +17,5 @@ for _ in $(seq 100); do
   if python3 -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8765/health')" 2>/dev/null; then break; fi
   sleep 0.2
 done
-cp "$here/chat.mjs" .
+cp "$here"/*.mjs .
 node chat.mjs http://127.0.0.1:8765 "$root/demo/picture.png" "$root/demo/sound.wav" "$screenshot"
