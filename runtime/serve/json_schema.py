@@ -1,7 +1,7 @@
 """JSON schemas as clients write them, for llguidance.
 
-The grammar's schema has only what llguidance enforces, and never forbids what the client's schema allows; keywords that
-it leaves out are checked after generation.
+The grammar's schema has only what llguidance enforces; keywords that it leaves out are checked after generation. It
+forbids what the client's schema allows in one case: properties that an object does not list (`json_closed.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from urllib.parse import quote
 from gemma3n_onnx.runtime.errors import OptionError
 
 from .json_check import Checker, Violation, parse
+from .json_closed import close_objects
 from .json_dialects import IN_PLACE, TYPES, Reader, Schema, everything, name_of, parts, refused
 from .json_enforced import Enforcing
 
@@ -51,6 +52,7 @@ def prepare(schema: Any, *, counts_properties: bool = True) -> Prepared:
         OptionError: the schema is invalid, or has keywords that can be neither enforced nor checked.
     """
     _require_size(schema)
+    schema = close_objects(schema)
     reader = Reader(schema)
     whole = reader.read_all()
     for each in everything(whole, reader.defs):
