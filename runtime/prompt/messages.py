@@ -20,7 +20,7 @@ TEMPLATE_ROLES = {
 TOOL_ROLES = {"tool": "tool"}
 TOOL_KEYS = ("tool_calls", "tool_call_id", "name")
 # Types of OpenAI's Responses API, and the same of chat completions.
-SAME_TYPES = {"input_text": "text", "output_text": "text", "input_image": "image_url"}
+SAME_TYPES = {"input_text": "text", "output_text": "text", "refusal": "text", "input_image": "image_url"}
 # Keys of a part's source, by part type; OpenAI's types nest it in an object.
 SOURCE_KEYS = {
     "image": ("image", "url", "path", "base64"),
@@ -94,7 +94,7 @@ class MessageReader:
         for part in content:
             kind = _type_of(part, index)
             if kind == "text":
-                parts.append({"type": "text", "text": self._text(part.get("text"), index, hide)})
+                parts.append({"type": "text", "text": self._text(part.get("text", part.get("refusal")), index, hide)})
             elif role != "user":
                 raise PromptError(f"Message {index} of role {written} has {kind}; only user messages may have media.")
             else:

@@ -35,7 +35,7 @@ class RequireHost:
 
 class Lenient:
     """Accepts what clients write in different ways: a trailing slash, HEAD for GET (the server drops the body), and a
-    body without Content-Type as JSON, except from a browser, which may send it to any server without asking."""
+    body of another Content-Type as JSON, as curl sends it; not from a web page, which may send it without asking."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -47,7 +47,12 @@ class Lenient:
                 scope["path"] = path.rstrip("/") or "/"
             if scope["method"] == "HEAD":
                 scope["method"] = "GET"
-            if scope["method"] == "POST" and not _header(scope, b"content-type") and not _header(scope, b"origin"):
+            kind = _header(scope, b"content-type")
+            if scope["method"] == "POST" and not ("json" in kind or kind.startswith("multipart/")):
+                if _header(scope, b"origin"):
+                    message = f"The Content-Type is {kind!r}; send application/json."
+                    await _refuse(scope, receive, send, 415, error_body(message, "invalid_request_error"))
+                    return
                 others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
                 scope["headers"] = [*others, (b"content-type", b"application/json")]
         await self._app(scope, receive, send)

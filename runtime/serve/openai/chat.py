@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from gemma3n_onnx.runtime.errors import OptionError
 from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
@@ -28,10 +28,15 @@ from .response_format import ConstrainedRequest, constrained, constraint_of
 from .tools import NO_TOOLS, CallableTools, Function, Tool
 
 
+def _any_number(value: Any) -> Any:
+    """Together's `logprobs` is a number."""
+    return value > 0 if type(value) is int else value
+
+
 class ChatRequest(ConstrainedRequest):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: int | None = None
-    logprobs: bool | None = None
+    logprobs: Annotated[bool | None, BeforeValidator(_any_number)] = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     tools: list[Tool] = Field(default_factory=list)
     tool_choice: Any = None

@@ -22,17 +22,20 @@ IGNORED = {
     *("cache_prompt", "id_slot", "reasoning_format", "return_progress", "slot_id", "timings_per_token"),  # llama.cpp
     *("cache_salt", "include_reasoning", "priority", "request_id"),  # vLLM
     *("keep_alive", "think", "thinking", "ttl"),  # Ollama, LM Studio
-    *("cache_control", "diagnostics", "inference_geo", "speed"),  # Anthropic
+    *("cache_control", "context_management", "diagnostics", "inference_geo", "speed"),  # Anthropic
 }
 # Fields that would change the answer, and the values at which they do not.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "best_of": (1,),
+    "context_length_exceeded_behavior": ("error",),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
+    "echo": (False,),
     "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
+    "mcp_servers": ([],),
     "min_tokens": (0,),
     "mirostat": (0,),
     "modalities": (["text"],),

@@ -57,7 +57,7 @@ class ResponsesRequest(ApiRequest):
     parallel_tool_calls: bool = False
     truncation: Literal["disabled", "auto"] = "disabled"
     background: Literal[False] = False
-    include: list[str] = Field(default_factory=list)
+    include: list[Literal["reasoning.encrypted_content"]] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
     max_tool_calls: int | None = None
     stream_options: Any = None
@@ -88,7 +88,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return JSONResponse(whole)
 
     @app.get("/v1/responses/{response_id}")
-    async def response(response_id: str) -> dict[str, Any]:
+    async def response(response_id: str, stream: bool = False) -> dict[str, Any]:
+        if stream:
+            raise OptionError("A stored response is not streamed again; leave out stream.")
         return store.response(response_id)
 
     @app.delete("/v1/responses/{response_id}")

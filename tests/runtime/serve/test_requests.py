@@ -53,6 +53,8 @@ def test_null_is_absence(server: Any, name: str) -> None:
     [
         {"reasoning_effort": "low", "verbosity": "low", "modalities": ["text"], "store": True, "service_tier": "auto"},
         {"prompt_cache_retention": "24h", "prompt_cache_key": "x", "safety_identifier": "x", "metadata": {"a": "b"}},
+        {"logprobs": 1, "safety_model": None, "context_length_exceeded_behavior": "error", "echo": False},
+        {"context_management": {"edits": []}, "mcp_servers": []},
         {"cache_prompt": True, "id_slot": -1, "timings_per_token": False, "n_predict": 24},
         {"skip_special_tokens": True, "min_tokens": 0, "length_penalty": 1.0, "ignore_eos": False, "priority": 1},
         {"keep_alive": "5m", "think": False, "repeat_penalty": 1.0, "ttl": 60},
@@ -108,6 +110,7 @@ def test_what_would_change_the_answer_is_refused_by_name(server: Any, fields: di
         [USER, {"role": "assistant", "content": ANSWER}, {"role": "system", "content": "Be brief."}, USER],
         [{"role": "developer", "content": [{"type": "text", "text": "Be brief."}]}, USER],
         [{"role": "user", "content": [{"type": "input_text", "text": SUM}]}],
+        [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, USER],
         [{"role": "user", "content": [{"type": "text", "text": "What is 3"}, {"type": "text", "text": " plus 4?"}]}],
     ],
 )
@@ -331,7 +334,7 @@ def test_tokens_and_back(server: Any) -> None:
 
 def test_embeddings_are_refused_by_a_sentence(server: Any) -> None:
     response = httpx.post(f"{server.url}/v1/embeddings", json={"model": E2B, "input": "x"})
-    assert response.status_code == 501 and "no embeddings" in response.json()["error"]["message"]
+    assert response.status_code == 400 and "no embeddings" in response.json()["error"]["message"]
 
 
 # --- control tokens --------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ def test_a_conversation_goes_on(server: Any) -> None:
     )
     assert second.usage.input_tokens == alone.usage.input_tokens and second.output_text == alone.output_text
     assert server.client.responses.retrieve(first.id).output_text == first.output_text
+    with pytest.raises(openai.BadRequestError, match="not streamed again"):
+        [*server.client.responses.retrieve(first.id, stream=True)]
     server.client.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError, match="not kept"):
         ask(server, SUM, previous_response_id=first.id)
@@ -110,6 +112,7 @@ def test_a_conversation_goes_on(server: Any) -> None:
         ({"tools": [{"type": "web_search"}]}, "not supported"),
         ({"input": [{"type": "computer_call"}]}, "has type 'computer_call'"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "needs the field schema"),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"input": []}, "at least 1"),
         ({"temperature": -1}, "temperature must be"),
     ],
