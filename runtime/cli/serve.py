@@ -84,17 +84,19 @@ def serve(
     A request's "model" is a folder as given here, or its last part; the model is loaded at its first request.
     """
     from gemma3n_onnx.runtime.serve.app import Access, create_app
-    from gemma3n_onnx.runtime.serve.middleware import LOOPBACK
+    from gemma3n_onnx.runtime.serve.middleware import LOOPBACK, host_of
     from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in
-    from gemma3n_onnx.runtime.serve.run import run_app
+    from gemma3n_onnx.runtime.serve.run import is_loopback, run_app
     from gemma3n_onnx.runtime.serve.service import Limits
 
-    folders = [*artifacts, *(artifacts_in(slice_dir) if slice_dir is not None else ())]
+    # Absolute paths: the artifacts of a folder go by their own names.
+    folders = [*artifacts, *(artifacts_in(slice_dir.absolute()) if slice_dir is not None else ())]
     load["fetch"] = FetchPolicy(
         allow_private=allow_private_urls, allow_files=media_folder is not None, files_under=media_folder
     )
     pool = ModelPool(folders, ServeOptions(memory_budget=gigabytes_to_bytes(models_memory), **options), load, aliases)
     # Only a browser on this machine reaches a loopback address, and a page's name may resolve to it (DNS rebinding).
-    hosts = (*LOOPBACK, host, *allow_hosts) if host in LOOPBACK else None
+    known = tuple(dict.fromkeys([*LOOPBACK, *map(host_of, [host, *allow_hosts])]))
+    hosts = known if allow_hosts or is_loopback(host) else None
     access = Access(api_key, tuple(allow_origins), hosts)
     run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), access), host, port)

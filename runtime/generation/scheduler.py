@@ -71,7 +71,7 @@ class Request:
 
     The scheduler calls `on_event` for each token, then with a FinishEvent or a FailureEvent; never after `cancel`.
     `sample` numbers the continuations of one prompt. `deadline` is a time of `time.monotonic`. The first new tokens are
-    those of `forced`; only the last of them can end the sequence.
+    those of `forced`; they end nothing.
     """
 
     prompt: PromptTokens
@@ -351,7 +351,7 @@ class Scheduler:
         state.new_ids.append(token)
         self.counts.new_tokens += 1
         reason = self._finish_reason(state, token)
-        spelled = token not in request.options.stop_token_ids
+        spelled = token not in request.options.stop_token_ids or len(state.new_ids) <= len(request.forced)
         text, reason = state.text.push(token if spelled else None, reason)
         if len(state.new_ids) == 1:
             request.timings.time_to_first_token = time.monotonic() - request.submitted
@@ -364,9 +364,9 @@ class Scheduler:
             _emit(request, FinishEvent(reason, *counts, timings, matched))
 
     def _finish_reason(self, state: _Row, token: int) -> str | None:
-        if len(state.new_ids) < len(state.request.forced):
-            return None
-        if token in self._engine.manifest.eos_token_ids or token in state.request.options.stop_token_ids:
+        is_forced = len(state.new_ids) <= len(state.request.forced)
+        end_ids = (*self._engine.manifest.eos_token_ids, *state.request.options.stop_token_ids)
+        if token in end_ids and not is_forced:
             return "stop"
         return "length" if len(state.new_ids) == state.request.options.max_new_tokens else None
 

@@ -197,7 +197,10 @@ def _allowed_path(path: str, policy: FetchPolicy) -> str | None:
 
 
 def _open_file_url(url: str, policy: FetchPolicy) -> BinaryIO:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise MediaError(f"{shorten(url)!r} is not a valid URL; check its host and path.") from error
     if parts.netloc not in ("", "localhost"):
         raise UrlRefusedError(f"{shorten(url)!r} names a file of another machine; send its content instead.")
     if (path := _allowed_path(unquote(parts.path), policy)) is None:

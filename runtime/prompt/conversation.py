@@ -31,12 +31,11 @@ def merge_turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def holds_every_text(rendered: str, messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether each text of the messages, without surrounding whitespace, is part of a rendered prompt."""
-    return all(
-        part["text"].strip() in rendered
-        for message in messages
-        for part in _parts_of(message["content"])
-        if part["type"] == "text"
-    )
+    return all(text.strip() in rendered for message in messages for text in texts_of(message["content"]))
+
+
+def texts_of(content: str | Sequence[Mapping[str, Any]]) -> list[str]:
+    return [part["text"] for part in _parts_of(content) if part["type"] == "text"]
 
 
 def _append(turns: list[dict[str, Any]], role: str, content: str | Sequence[Mapping[str, Any]]) -> None:

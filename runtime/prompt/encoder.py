@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from gemma3n_onnx.runtime.media.reader import MediaOptions, MediaReader
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .chat_template import ChatTemplate
-from .conversation import holds_every_text, merge_turns
+from .conversation import holds_every_text, merge_turns, texts_of
 from .messages import TOOL_KEYS, MessageReader, items_of
 from .plain_text import PlainText
 from .soft_tokens import Placeholders
@@ -86,7 +87,7 @@ class PromptEncoder:
     ) -> list[dict[str, Any]]:
         """Validates messages, reads their media, and returns them in the chat template's form. Without
         `control_tokens`, the spellings of control tokens are hidden from the template and the tokenizer."""
-        return self._messages.read(messages, media, None if control_tokens else self._plain_text.hide)
+        return self._messages.read(messages, media, None if control_tokens else self._plain_text.hide_all)
 
     def render(self, messages: Sequence[Mapping[str, Any]], options: TemplateOptions | None = None) -> str:
         """The prompt text of messages from `read`, soft tokens included.
@@ -96,6 +97,9 @@ class PromptEncoder:
         if self.template is None:
             raise PromptError("This artifact has no chat template, so the prompt must be text or token ids.")
         options = options or TemplateOptions()
+        if not options.control_tokens:
+            hide = self._plain_text.hide_all
+            options = replace(options, tools=hide(options.tools), variables=hide(dict(options.variables)))
         return self._placeholders.expand(_render(self.template, messages, options), items_of(messages))
 
     def locate(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> PromptTokens:
@@ -107,6 +111,8 @@ def _render(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], optio
     if any(key in message for message in messages for key in TOOL_KEYS):
         return _render_as_given(template, messages, options)
     merged = merge_turns(messages)
+    if options.continue_final_message or merged == messages:
+        messages = merged
     if merged == messages:
         return _render_as_given(template, messages, options)
     try:
@@ -121,18 +127,26 @@ def _render_as_given(template: ChatTemplate, messages: Sequence[Mapping[str, Any
         return template.render(messages, options.add_generation_prompt, options.tools, options.variables)
     if messages[-1]["role"] != "assistant":
         raise PromptError("continue_final_message needs an assistant message last; add one, or leave it out.")
-    if not (final := _last_text(messages[-1]["content"]).strip()):
+    if not any(text.strip() for text in texts_of(messages[-1]["content"])):
         return template.render(messages[:-1], True, options.tools, options.variables)
-    rendered = template.render(messages, False, options.tools, options.variables)
-    if (start := rendered.rfind(final)) < 0:
-        raise PromptError("The chat template changes the last message, so it cannot be continued; send it whole.")
-    return rendered[: start + len(final)]
+    marked = [*messages[:-1], {**messages[-1], "content": _ended(messages[-1]["content"], _END)}]
+    rendered = template.render(marked, False, options.tools, options.variables)
+    if _END not in rendered:
+        raise PromptError("The chat template drops the last message, so it cannot be continued; send it whole.")
+    return rendered[: rendered.rindex(_END)]
 
 
-def _last_text(content: str | Sequence[Mapping[str, Any]]) -> str:
+# Ends the message that is continued; in no text by chance.
+_END = f"\ue002{secrets.token_hex(8)}\ue003"
+
+
+def _ended(content: str | Sequence[Mapping[str, Any]], mark: str) -> Any:
+    """Content whose last text that is not blank ends with a mark, without whitespace before it: templates trim it."""
     if isinstance(content, str):
-        return content
-    return next((part["text"] for part in reversed(content) if part["type"] == "text"), "")
+        return content.rstrip() + mark
+    parts = [part for part in content if part["type"] != "text" or part["text"].strip()]
+    last = max(place for place, part in enumerate(parts) if part["type"] == "text")
+    return [*parts[:last], {"type": "text", "text": parts[last]["text"].rstrip() + mark}, *parts[last + 1 :]]
 
 
 def is_messages(prompt: Any) -> bool:

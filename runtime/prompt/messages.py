@@ -53,11 +53,11 @@ class MessageReader:
         self,
         messages: Sequence[Mapping[str, Any]],
         options: MediaOptions,
-        hide: Callable[[str], str] | None = None,
+        hide: Callable[[Any], Any] | None = None,
     ) -> list[dict[str, Any]]:
         """Messages in the template's form; content that is null, missing or an empty list becomes empty text.
 
-        `hide` is applied to every text.
+        `hide` is applied to every text, and to all that a template with tools is given.
 
         Media become parts {"type": "image" | "audio", <type>: Item}, one for each video frame and each piece of a
         long clip. `read` is idempotent. The parts of a system message are joined, because Gemma's template reads
@@ -74,7 +74,7 @@ class MessageReader:
         return read
 
     def _message(
-        self, message: Any, index: int, options: MediaOptions, hide: Callable[[str], str] | None
+        self, message: Any, index: int, options: MediaOptions, hide: Callable[[Any], Any] | None
     ) -> dict[str, Any]:
         if not isinstance(message, Mapping):
             raise PromptError(f"Message {index} must be a mapping with role and content, not {_shown(message)}.")
@@ -83,6 +83,8 @@ class MessageReader:
         if role is None:
             raise PromptError(f"Message {index} has role {written!r}; use one of {', '.join(self._roles)}.")
         kept = {key: message[key] for key in self._kept_keys if message.get(key) is not None}
+        if hide is not None and kept:
+            kept = hide(kept)
         content = message.get("content")
         if content is None or content == []:
             content = ""
@@ -103,7 +105,7 @@ class MessageReader:
             parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
         return {"role": role, "content": parts, **kept}
 
-    def _text(self, text: Any, index: int, hide: Callable[[str], str] | None) -> str:
+    def _text(self, text: Any, index: int, hide: Callable[[Any], Any] | None) -> str:
         if not isinstance(text, str):
             raise PromptError(f"A text part of message {index} must have a string as its text.")
         if hide is not None:

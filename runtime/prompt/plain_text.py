@@ -2,42 +2,57 @@
 
 Text is hidden before a template sees it, and tokenized without special tokens afterwards. What stands between two
 control tokens of the template is tokenized as a whole, as `split_special_tokens` of transformers' tokenizers does it.
+
+The characters that special tokens begin with are hidden, wherever they stand, so that no template can put a token
+together from pieces of text.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
+from typing import Any
 
 from .tokenizer import Tokenizer
 
 
 class PlainText:
-    """Hides the spellings of special tokens in text."""
+    """Hides the first characters of special tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._spellings = tokenizer.special_spellings
-        self._pattern = re.compile("|".join(map(re.escape, sorted(self._spellings, key=len, reverse=True))))
-        # Private-use characters around a number that nobody can guess: no text spells it.
-        nonce = secrets.token_hex(8)
-        self._mark = f"\ue000{nonce}:{{}}\ue001"
-        self._hidden = re.compile(f"\ue000{nonce}:(\\d+)\ue001")
+        spellings = sorted(tokenizer.special_spellings, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, spellings)))
+        firsts = sorted({spelling[0] for spelling in spellings})
+        # A mark that is not in the text by chance; it would be shown as another character, and never as a token.
+        nonce = secrets.token_hex(4)
+        self._marks = {char: f"\ue000{nonce}{number}\ue001" for number, char in enumerate(firsts)}
+        self._shown = {mark: char for char, mark in self._marks.items()}
+        self._first = re.compile("|".join(map(re.escape, firsts)))
+        self._hidden = re.compile("|".join(map(re.escape, self._shown)))
 
     def hide(self, text: str) -> str:
-        return self._pattern.sub(lambda found: self._mark.format(self._spellings.index(found[0])), text)
+        return self._first.sub(lambda found: self._marks[found[0]], text)
+
+    def hide_all(self, value: Any) -> Any:
+        """Hides in every string of a JSON value, keys included."""
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, dict):
+            return {self.hide(str(key)): self.hide_all(each) for key, each in value.items()}
+        return [self.hide_all(each) for each in value] if isinstance(value, list | tuple) else value
 
     def show(self, text: str) -> str:
         """Undoes `hide`."""
-        return self._hidden.sub(lambda found: self._spellings[int(found[1])], text)
+        return self._hidden.sub(lambda found: self._shown[found[0]], text)
 
     def encode(self, rendered: str) -> list[int]:
-        """Token ids of a rendered prompt after one <bos>; hidden spellings become ordinary text."""
+        """Token ids of a rendered prompt after one <bos>; hidden text stays ordinary text."""
         if not self._hidden.search(rendered):
             return self._tokenizer.encode(rendered, add_bos=True)
         ids: list[int] = []
         start = 0
-        for control in self._pattern.finditer(rendered):
+        for control in self._control.finditer(rendered):
             ids += self._encode_between(rendered[start : control.start()])
             ids.append(self._tokenizer.token_id(control[0]))
             start = control.end()
@@ -45,4 +60,4 @@ class PlainText:
         return ids if ids[:1] == [self._tokenizer.bos_id] else [self._tokenizer.bos_id, *ids]
 
     def _encode_between(self, text: str) -> list[int]:
-        return self._tokenizer.encode(self.show(text), add_bos=False, special=not self._hidden.search(text))
+        return self._tokenizer.encode(self.show(text), add_bos=False, special=False)

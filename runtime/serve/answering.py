@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -44,6 +44,7 @@ class Answering:
         loop = asyncio.get_running_loop()
         self._end_ids = {*served.model.manifest.eos_token_ids, *parsed.options.stop_token_ids}
         self._check, self._texts = parsed.check, defaultdict[int, str](str)
+        self._forced, self._received = len(parsed.forced), Counter[int]()
         self._on_first_token = on_first_token
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
@@ -88,8 +89,9 @@ class Answering:
             return event
         if self._check is not None:
             self._texts[index] += event.text
-        ends = event.token_id in self._end_ids and event.logprob is not None
-        return replace(event, logprob=None) if ends else event
+        self._received[index] += 1
+        ends = event.token_id in self._end_ids and self._received[index] > self._forced
+        return replace(event, logprob=None) if ends and event.logprob is not None else event
 
     def cancel(self) -> None:
         for request in self.requests:

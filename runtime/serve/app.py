@@ -50,7 +50,7 @@ def create_app(pool: ModelPool, limits: Limits, access: Access | None = None) ->
     # The last one added is the first that a request meets.
     app.add_middleware(LimitBody, limit=limits.body_bytes)
     app.add_middleware(RequireKey, key=access.api_key)
-    app.add_middleware(Lenient)
+    app.add_middleware(Lenient, origins=access.origins)
     if access.origins:
         app.add_middleware(
             CORSMiddleware,

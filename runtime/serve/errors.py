@@ -84,6 +84,11 @@ def handle_errors(app: FastAPI) -> None:
     async def of_ours(request: Request, error: Gemma3nError) -> JSONResponse:
         return answer(request, *status_and_body(error))
 
+    @app.exception_handler(UnicodeEncodeError)
+    async def of_text(request: Request, _: UnicodeEncodeError) -> JSONResponse:
+        message = "The request contains a lone surrogate; send valid Unicode."
+        return answer(request, 400, error_body(message, "invalid_request_error"))
+
     @app.exception_handler(ValidationError)
     @app.exception_handler(RequestValidationError)
     async def of_validation(request: Request, error: ValidationError | RequestValidationError) -> JSONResponse:

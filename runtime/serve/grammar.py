@@ -28,6 +28,7 @@ _CONTROL_CHARACTER = re.compile(r"\\u00[01]|\x7f")  # in JSON
 _MAX_GRAMMAR = 32 * 1024  # characters; llguidance follows chains of rules recursively
 _MAX_RULES = 500
 _MAX_CHOICES = 10_000
+_MAX_CHOICE_CHARACTERS = 200_000
 _STEPS = 4  # llguidance meets some of its limits only after the first tokens
 _LIMITS = LLParserLimits(verbose_errors=False)
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # in a regular expression
@@ -98,6 +99,10 @@ class Grammars:
         """
         if not texts or not all(isinstance(text, str) and text for text in texts) or len(texts) > _MAX_CHOICES:
             raise OptionError(f"A choice needs between 1 and {_MAX_CHOICES} texts that are not empty.")
+        if sum(map(len, texts)) > _MAX_CHOICE_CHARACTERS:
+            raise OptionError(
+                f"A choice has at most {_MAX_CHOICE_CHARACTERS:,} characters; send fewer or shorter texts."
+            )
         pattern = "|".join(_SPECIAL.sub(r"\\\g<0>", text) for text in texts)
         return Constraint(self._processor(LLMatcher.grammar_from_regex(pattern), "This choice"))
 

@@ -17,6 +17,8 @@ _EXACT_INTEGERS = 2**53  # llguidance keeps bounds as doubles
 _MAX_LISTED = 64  # values of an integer that are listed, to leave some out
 _MAX_DEPENDENT = 4  # each doubles the alternatives
 _MAX_ALTERNATIVES = 32
+_MAX_MULTIPLE = 1000
+_MAX_COMPARED = 20_000  # values that all ifs of a schema compare
 
 
 class Enforcing:
@@ -26,6 +28,7 @@ class Enforcing:
         self.unenforced: set[str] = set()
         self._defs, self._finite, self._counts_properties = defs, finite, counts_properties
         self._checker = Checker(defs)
+        self._compared = 0
 
     def enforced(self, schema: Schema, around: Mapping[str, Any] | None = None) -> Schema:
         """`around`: the schema whose allOf has this one."""
@@ -39,20 +42,31 @@ class Enforcing:
             if keyword == "if":
                 also += self._alternatives(schema, around or schema)
             else:
-                self._add(keyword, value, schema, made, also)
+                self._add(keyword, value, schema, made, also, around)
         if also:
             made["allOf"] = [*made.get("allOf", []), *also]
         return made
 
     def _add(
-        self, keyword: str, value: Any, schema: Mapping[str, Any], made: dict[str, Any], also: list[Schema]
+        self,
+        keyword: str,
+        value: Any,
+        schema: Mapping[str, Any],
+        made: dict[str, Any],
+        also: list[Schema],
+        around: Mapping[str, Any] | None,
     ) -> None:
         """Adds one keyword to `made`, or an equivalent to `also`, of which every one has to match."""
         match keyword:
             case "$ref" if name_of(schema) not in self._finite:
                 also.append(False)
-            case "$ref" | "type" | "required" | "minLength" | "maxLength" | "maxItems" | "multipleOf":
+            case "$ref" | "type" | "required" | "minLength" | "maxLength" | "maxItems":
                 made[keyword] = value
+            case "multipleOf":
+                # Its automaton has a state for each remainder, and allOf multiplies them.
+                if around is None and isinstance(value, int) and value <= _MAX_MULTIPLE:
+                    made[keyword] = value
+                self._leave_out(keyword, keyword not in made)
             case "minItems":
                 made["minItems"] = max(value, made.get("minItems", 0))
             case "allOf":
@@ -124,7 +138,9 @@ class Enforcing:
         test = schema["if"]
         names = [*test.get("properties", {})] if isinstance(test, dict) else []
         listed = self._followed(around.get("properties", {}).get(names[0], True)) if len(names) == 1 else True
-        if not _compares(test, names) or around.get("type") != "object" or not _is_enum(listed):
+        self._compared += len(listed["enum"]) if _is_enum(listed) else 0
+        too_many = self._compared > _MAX_COMPARED
+        if too_many or not _compares(test, names) or around.get("type") != "object" or not _is_enum(listed):
             self._leave_out("if", True)
             return []
         name, requires, compared = names[0], test.get("required", []), test["properties"][names[0]]

@@ -20,6 +20,7 @@ from .json_enforced import Enforcing
 
 _MAX_DEPTH = 100  # of JSON; llguidance stops at 128
 _MAX_VALUES = 20_000
+_MAX_CHARACTERS = 500_000  # of names and values
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def prepare(schema: Any, *, counts_properties: bool = True) -> Prepared:
 
 
 def _require_size(schema: Any) -> None:
-    waiting, count = [(schema, 0)], 0
+    waiting, count, characters = [(schema, 0)], 0, 0
     while waiting:
         value, depth = waiting.pop()
         count += 1
@@ -79,6 +80,9 @@ def _require_size(schema: Any) -> None:
             raise OptionError(f"This JSON schema nests deeper than {_MAX_DEPTH} levels; move parts of it to $defs.")
         if count > _MAX_VALUES:
             raise OptionError(f"This JSON schema has more than {_MAX_VALUES} values; send a smaller one.")
+        characters += len(value) if isinstance(value, str) else sum(map(len, value)) if isinstance(value, dict) else 0
+        if characters > _MAX_CHARACTERS:
+            raise OptionError(f"This JSON schema has more than {_MAX_CHARACTERS:,} characters; send a smaller one.")
         if isinstance(value, (dict, list)):
             parts = value.values() if isinstance(value, dict) else value
             waiting += [(part, depth + 1) for part in parts]

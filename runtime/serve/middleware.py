@@ -13,6 +13,7 @@ from .errors import body_for, error_body
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Without secrets, and asked by monitors that have no key.
+FORM_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 OPEN_PATHS = ("/", "/health", "/healthz", "/metrics")
 
 
@@ -25,9 +26,9 @@ class RequireHost:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._hosts is not None:
-            host = _host_of(_header(scope, b"host"))
+            host = host_of(_header(scope, b"host"))
             if host not in self._hosts:
-                message = f"The Host {host!r} is not this server's; ask {' or '.join(self._hosts)}, or set --host."
+                message = f"The Host {host!r} is not this server's; use {', '.join(self._hosts)}, or --allow-hosts."
                 await _refuse(scope, receive, send, 403, error_body(message, "invalid_request_error"))
                 return
         await self._app(scope, receive, send)
@@ -37,8 +38,8 @@ class Lenient:
     """Accepts what clients write in different ways: a trailing slash, HEAD for GET (the server drops the body), and a
     body of another Content-Type as JSON, as curl sends it; not from a web page, which may send it without asking."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
+        self._app, self._origins = app, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -48,14 +49,21 @@ class Lenient:
             if scope["method"] == "HEAD":
                 scope["method"] = "GET"
             kind = _header(scope, b"content-type")
-            if scope["method"] == "POST" and not ("json" in kind or kind.startswith("multipart/")):
-                if _header(scope, b"origin"):
-                    message = f"The Content-Type is {kind!r}; send application/json."
-                    await _refuse(scope, receive, send, 415, error_body(message, "invalid_request_error"))
-                    return
+            if scope["method"] == "POST" and not _is_json(kind) and self._is_foreign(scope):
+                message = f"The Content-Type is {kind!r}; send application/json, or allow this page's origin."
+                await _refuse(scope, receive, send, 415, error_body(message, "invalid_request_error"))
+                return
+            form = kind.startswith("multipart/") and scope["path"] in FORM_PATHS
+            if scope["method"] == "POST" and not (_is_json(kind) or form):
                 others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
                 scope["headers"] = [*others, (b"content-type", b"application/json")]
         await self._app(scope, receive, send)
+
+    def _is_foreign(self, scope: Scope) -> bool:
+        """Whether a page of another origin sends the request, which browsers allow without asking for some types."""
+        origin = _header(scope, b"origin")
+        allowed = "*" in self._origins or origin in self._origins
+        return bool(origin) and not allowed and origin.partition("://")[2] != _header(scope, b"host")
 
 
 class RequireKey:
@@ -129,7 +137,12 @@ def _header(scope: Scope, name: bytes) -> str:
     return dict(scope["headers"]).get(name, b"").decode("latin-1")
 
 
-def _host_of(header: str) -> str:
+def _is_json(content_type: str) -> bool:
+    main, _, subtype = content_type.partition(";")[0].strip().lower().partition("/")
+    return main == "application" and (subtype == "json" or subtype.endswith("+json"))
+
+
+def host_of(header: str) -> str:
     """A Host header without its port, an IPv6 address without its brackets."""
     if header.startswith("["):
         return header[1:].partition("]")[0]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, MANIFEST, Manifest, load_manifest
@@ -252,11 +253,11 @@ class ModelPool:
 def _name_of(folder: Path) -> str:
     """A relative folder inside the current one as it was given, such as google/gemma-3n-E4B-it; else its last part."""
     inside = not folder.is_absolute() and ".." not in folder.parts and folder.parts
-    return folder.as_posix() if inside else folder.resolve().name
+    return folder.as_posix() if inside else folder.name or folder.resolve().name
 
 
 def _names(folders: Mapping[str, Path], aliases: Sequence[str]) -> dict[str, str]:
-    """The model that each name means; the last part of a name does, too, where it is no other model's."""
+    """The model that each name means; the last part of a name does, too, if it is no other model's."""
     names = {name: name for name in folders}
     for given in aliases:
         name, equals, alias = given.partition("=")
@@ -268,8 +269,10 @@ def _names(folders: Mapping[str, Path], aliases: Sequence[str]) -> dict[str, str
             )
         if names.setdefault(alias, name) != name:
             raise OptionError(f"The alias {alias!r} is another model's name; choose another one.")
-    for name, folder in folders.items():
-        names.setdefault(folder.resolve().name, name)
+    shorts = Counter(PurePosixPath(name).name for name in folders)
+    for name in folders:
+        if shorts[short := PurePosixPath(name).name] == 1:
+            names.setdefault(short, name)
     return names
 
 

@@ -18,6 +18,7 @@ from gemma3n_onnx.runtime.errors import OptionError
 
 _LIMITS = LLParserLimits(initial_lexer_fuel=200_000, verbose_errors=False)
 _MAX_DEPTH = 50
+_MAX_PATTERN = 8_192  # characters
 _MAX_REPETITIONS = 10_000
 _GROUP = re.compile(r"\((?:\?(?P<kind>=|!|<=|<!)|\?(?::|P?<\w+>|[a-z]*(?:-[a-z]+)?:?))?")
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{\d+(?:,\d*)?\})\??")
@@ -54,6 +55,8 @@ class Pattern:
 
     def __init__(self, pattern: str, *, whole: bool = False) -> None:
         """Raises OptionError if the pattern is invalid or not supported; its message lacks the place."""
+        if len(pattern) > _MAX_PATTERN:
+            raise OptionError(f"it has more than {_MAX_PATTERN:,} characters; write a shorter one")
         self._options, self._whole = _Parser(pattern).parse(), whole
         if _repetitions(self._options) > _MAX_REPETITIONS:
             raise OptionError(f"repetitions multiply to more than {_MAX_REPETITIONS}; write smaller ones")

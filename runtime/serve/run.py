@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 
 import uvicorn
@@ -15,6 +16,15 @@ def run_app(app: FastAPI, host: str, port: int) -> None:
     """Raises OptionError if the address cannot be used."""
     sockets = [_listen(host, port)]
     uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=5)).run(sockets)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is reachable from this machine only."""
+    try:
+        address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        return False
+    return ipaddress.ip_address(address).is_loopback
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -47,7 +47,7 @@ class ServerSentEvents:
     end = "data: [DONE]\n\n"
 
     def event(self, value: Any) -> str:
-        return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(value)}\n\n"
 
     def error(self, error: Gemma3nError) -> str:
         return self.event(status_and_body(error)[1])

@@ -80,7 +80,7 @@ def _chat_request(request: MessagesRequest) -> ChatRequest:
         "top_k": request.top_k,
         "stop": request.stop_sequences,
         "tools": [_tool(tool) for tool in request.tools],
-        "tool_choice": TOOL_CHOICES.get(choice.get("type", "auto"), named),
+        "tool_choice": TOOL_CHOICES.get(str(choice.get("type", "auto")), named),
         "parallel_tool_calls": choice.get("disable_parallel_tool_use") is False,
     }
     if (wanted := request.output_config.format) is not None:
@@ -103,6 +103,8 @@ def _messages_of(place: int, message: Mapping[str, Any]) -> Iterator[dict[str, A
     if not isinstance(content, list):
         yield {"role": role, "content": content}
         return
+    if not all(isinstance(block, dict) for block in content):
+        raise PromptError(f"The content of message {place} must be text or a list of blocks.")
     blocks = [block for block in content if block.get("type") not in ("thinking", "redacted_thinking")]
     calls = [
         {"id": block.get("id"), "function": {"name": block.get("name"), "arguments": block.get("input")}}
@@ -112,7 +114,7 @@ def _messages_of(place: int, message: Mapping[str, Any]) -> Iterator[dict[str, A
     for block in blocks:
         if block.get("type") == "tool_result":
             result = block.get("content")
-            parts = result if isinstance(result, str) or result is None else [_part(each, place) for each in result]
+            parts = [_part(each, place) for each in result] if isinstance(result, list) else result
             yield {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": parts}
     rest = [_part(block, place) for block in blocks if block.get("type") not in ("tool_use", "tool_result")]
     if calls:
@@ -121,7 +123,7 @@ def _messages_of(place: int, message: Mapping[str, Any]) -> Iterator[dict[str, A
         yield {"role": role, "content": rest}
 
 
-def _part(block: Mapping[str, Any], place: int) -> dict[str, Any]:
+def _part(block: Any, place: int) -> dict[str, Any]:
     match block:
         case {"type": "text", "text": text}:
             return {"type": "text", "text": text}
@@ -130,9 +132,13 @@ def _part(block: Mapping[str, Any], place: int) -> dict[str, Any]:
         case {"type": "image", "source": {"type": "url", "url": url}}:
             return {"type": "image", "url": url}
     raise PromptError(
-        f"Message {place} has an unsupported block of type {block.get('type')!r}; send text, images (base64 or url), "
+        f"Message {place} has an unsupported block of type {_type_of(block)!r}; send text, images (base64 or url), "
         "tool_use and tool_result."
     )
+
+
+def _type_of(block: Any) -> Any:
+    return block.get("type") if isinstance(block, Mapping) else type(block).__name__
 
 
 def _blocks(outcome: Outcome) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import FastAPI
@@ -107,7 +107,10 @@ def read_chat(request: ChatRequest, served: Served) -> ParsedChat:
     if callable_tools.forced:
         schema = tools.schema_of(callable_tools.tools, parallel=callable_tools.parallel)
         return constrained(parsed, served.grammars.json_of(schema))
-    return constrained(parsed, constraint_of(request, served.grammars))
+    constraint = constraint_of(request, served.grammars)
+    if constraint is not None:
+        parsed = replace(parsed, tools=NO_TOOLS)  # the answer has the form asked for, so it is no call
+    return constrained(parsed, constraint)
 
 
 def _continues(request: ChatRequest) -> bool:

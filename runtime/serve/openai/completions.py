@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Annotated, Any
 
 from fastapi import FastAPI
@@ -96,15 +97,20 @@ def _choice(index: int, choice: Choice, echo: str, logprobs: dict[str, Any] | No
 def _logprobs(echo: Sequence[int], found: Sequence[TokenLogprob], start: int, served: Served) -> dict[str, Any]:
     """`echo`: tokens before the first that has a log-probability. `start`: where the text begins in the answer."""
     texts = [token_text(token_id, served)[0] for token_id in [*echo, *(token.token_id for token in found)]]
-    offsets = [start]
-    for text in texts[:-1]:
-        offsets.append(offsets[-1] + len(text))
+    offsets = [start, *(start + length for length in accumulate(_lengths(echo, found, served)))]
     return {
         "tokens": texts,
         "token_logprobs": [*([None] * len(echo)), *(token.logprob for token in found)],
         "top_logprobs": [*([None] * len(echo)), *(_top(token, served) for token in found)],
         "text_offset": offsets[: len(texts)],
     }
+
+
+def _lengths(echo: Sequence[int], found: Sequence[TokenLogprob], served: Served) -> list[int]:
+    """Characters that each token adds to the text, which leaves special tokens out."""
+    tokenizer = served.model.tokenizer
+    ids = [*echo, *(token.token_id for token in found)]
+    return [0 if token in tokenizer.special_ids else len(tokenizer.decode([token])) for token in ids]
 
 
 def _top(token: TokenLogprob, served: Served) -> dict[str, float]:
@@ -142,7 +148,7 @@ class CompletionChunks(StreamChunks[ParsedCompletion]):
         logprobs = None
         if self._parsed.options.logprobs is not None:
             logprobs = _logprobs(ids, now.logprobs, self._offsets[index], self._served)
-            self._offsets[index] += sum(map(len, logprobs["tokens"]))
+            self._offsets[index] += sum(_lengths(ids, now.logprobs, self._served))
         return _choice(index, now, echo, logprobs)
 
 

@@ -18,6 +18,7 @@ from gemma3n_onnx.runtime.tokens import PromptTokens
 
 IGNORED = {
     *("metadata", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning"),
+    *("max_tool_calls",),  # of tools that OpenAI runs itself
     *("reasoning_effort", "safety_identifier", "service_tier", "store", "user", "verbosity"),  # OpenAI
     *("cache_prompt", "id_slot", "reasoning_format", "return_progress", "slot_id", "timings_per_token"),  # llama.cpp
     *("cache_salt", "include_reasoning", "priority", "request_id"),  # vLLM
@@ -72,11 +73,13 @@ class ApiRequest(ApiModel):
             return data
         kept = {}
         for name, value in data.items():
+            if value is None:
+                continue
             if name in cls.model_fields:
                 kept[name] = value
             elif name in SAME and SAME[name] in cls.model_fields:
                 kept.setdefault(SAME[name], value)
-            elif name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
+            elif name in NEUTRAL and value not in NEUTRAL[name]:
                 allowed = " or ".join(map(repr, NEUTRAL[name]))
                 raise ValueError(f"{name} is {value!r}, and this server supports only {allowed}")
             elif name not in IGNORED and name not in NEUTRAL:

@@ -96,7 +96,8 @@ def _of_format(wanted: ResponseFormat | None) -> _Wanted:
         return None
     match wanted.type:
         case "json_object":
-            return "json", ANY_OBJECT if wanted.schema_ is None else wanted.schema_
+            schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
+            return "json", ANY_OBJECT if schema is None else schema
         case "json_schema":
             schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
             return "json", _given("json_schema", schema)
@@ -118,17 +119,17 @@ def _of_vllm(request: ConstrainedRequest) -> _Wanted:
     outputs = request.structured_outputs or StructuredOutputs()
     return _only(
         {
-            "json": _json_value(request.guided_json if outputs.json_ is None else outputs.json_),
-            "regex": outputs.regex or request.guided_regex,
-            "choice": outputs.choice or request.guided_choice,
-            "grammar": outputs.grammar or request.guided_grammar,
+            "json": _json_value(_one(outputs.json_, request.guided_json)),
+            "regex": _one(outputs.regex, request.guided_regex),
+            "choice": _one(outputs.choice, request.guided_choice),
+            "grammar": _one(outputs.grammar, request.guided_grammar),
         },
         ANY_OBJECT if outputs.json_object else None,
     )
 
 
 def _of_llamacpp(request: ConstrainedRequest) -> _Wanted:
-    return _only({"json": request.json_schema, "grammar": request.grammar}, None)
+    return _only({"json": request.json_schema, "grammar": request.grammar or None}, None)
 
 
 def _only(given: Mapping[str, Any], default: Any) -> _Wanted:
@@ -136,6 +137,12 @@ def _only(given: Mapping[str, Any], default: Any) -> _Wanted:
     if len(found) > 1:
         raise OptionError("The request constrains its answer twice; leave one of the constraints out.")
     return found[0] if found else ("json", default) if default is not None else None
+
+
+def _one(newer: Any, older: Any) -> Any:
+    if newer is not None and older is not None:
+        raise OptionError("The request constrains its answer twice; leave one of the constraints out.")
+    return older if newer is None else newer
 
 
 def _json_value(schema: Schema | str | None) -> Any:

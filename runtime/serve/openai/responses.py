@@ -55,12 +55,10 @@ class ResponsesRequest(ApiRequest):
     tools: list[dict[str, Any]] = Field(default_factory=list)
     tool_choice: Any = None
     parallel_tool_calls: bool = False
-    truncation: Literal["disabled", "auto"] = "disabled"
+    truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
     include: list[Literal["reasoning.encrypted_content"]] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
-    max_tool_calls: int | None = None
-    stream_options: Any = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def _conversation(request: ResponsesRequest, store: ResponseStore) -> Conversati
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if request.previous_response_id is not None:
         items = [*store.conversation(request.previous_response_id), *items]
-    items = [store.item(item["id"]) if item.get("type") == "item_reference" else item for item in items]
+    items = [store.item(str(item.get("id"))) if item.get("type") == "item_reference" else item for item in items]
     messages = [*_messages_of(items)]
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
@@ -257,29 +255,33 @@ def _new_id(prefix: str) -> str:
 
 
 class NamedEvents(ServerSentEvents):
-    """Events named by their type; an error is an event, too, and none ends the stream."""
+    """Events named by their type; none ends the stream."""
 
     end = ""
 
     def event(self, value: Any) -> str:
         return f"event: {value['type']}\n{super().event(value)}"
 
+
+class _ResponseErrors(NamedEvents):
+    """An error is an event, and then the response has failed."""
+
+    def __init__(self, events: ResponseEvents) -> None:
+        self._events = events
+
     def error(self, error: Gemma3nError) -> str:
         told = status_and_body(error)[1]["error"]
-        return self.event(
-            {"type": "error", "code": told["code"] or told["type"], "message": told["message"], "param": None}
-        )
+        return "".join(map(self.event, self._events.failed(told["code"] or told["type"], told["message"])))
 
 
 class ResponseEvents:
     """A `StreamFormat`: the events of one response."""
 
-    sse = NamedEvents()
-
     def __init__(self, answer: ResponseBuilder, conversation: Conversation, store: ResponseStore) -> None:
         self._answer, self._conversation, self._store = answer, conversation, store
         self._choice, self._holder = Choice(), TextHolder(answer.parsed.tools)
         self._numbers = itertools.count()
+        self.sse = _ResponseErrors(self)
         self._message: str | None = None
         """The id of the message item, once its text has begun."""
 
@@ -306,6 +308,11 @@ class ResponseEvents:
 
     def last(self) -> list[dict[str, Any]]:
         return []
+
+    def failed(self, code: str, message: str) -> list[dict[str, Any]]:
+        told = {"code": code, "message": message}
+        response = self._answer.whole("failed", error=told)
+        return [self._event("error", **told, param=None), self._event("response.failed", response=response)]
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         return {"type": kind, "sequence_number": next(self._numbers), **fields}

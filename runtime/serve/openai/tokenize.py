@@ -40,20 +40,29 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
         async with service.held(request.model) as served:
-            ids = await service.read(_ids, request, served)
-            tokenizer = served.model.tokenizer
-            pieces = [{"id": i, "piece": tokenizer.decode([i], skip_special=False)} for i in ids]
+            tokens = await service.read(_tokens, request, served)
             limit = served.worker.context
-        return {"tokens": pieces if request.with_pieces else ids, "count": len(ids), "max_model_len": limit}
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": limit}
 
     @app.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
         async with service.held(request.model) as served:
-            size = served.model.tokenizer.vocab_size
-            if unknown := [token for token in request.tokens if not 0 <= token < size]:
-                raise OptionError(f"{unknown[0]} is not a token id from 0 to {size - 1}.")
-            text = served.model.tokenizer.decode(request.tokens, skip_special=False)
+            text = await service.read(_text, request, served)
         return {"content": text, "prompt": text}
+
+
+def _tokens(request: TokenizeRequest, served: Served) -> list[Any]:
+    ids, tokenizer = _ids(request, served), served.model.tokenizer
+    if not request.with_pieces:
+        return list(ids)
+    return [{"id": token, "piece": tokenizer.decode([token], skip_special=False)} for token in ids]
+
+
+def _text(request: DetokenizeRequest, served: Served) -> str:
+    size = served.model.tokenizer.vocab_size
+    if unknown := [token for token in request.tokens if not 0 <= token < size]:
+        raise OptionError(f"{unknown[0]} is not a token id from 0 to {size - 1}.")
+    return served.model.tokenizer.decode(request.tokens, skip_special=False)
 
 
 def _ids(request: TokenizeRequest, served: Served) -> list[int]:

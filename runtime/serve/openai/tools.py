@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.serve.json_schema import embed
@@ -36,7 +36,7 @@ class Function(ApiModel):
     parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
 
 
-class Tool(BaseModel):
+class Tool(ApiModel):
     """Also in the flat form of the Responses API."""
 
     model_config = ConfigDict(extra="ignore")
@@ -47,9 +47,9 @@ class Tool(BaseModel):
     @classmethod
     def _from_either_form(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
-            if data.get("type", "function") != "function":
+            if (data.get("type") or "function") != "function":
                 raise ValueError(f"a tool of type {data['type']!r} is not supported; use functions")
-            if "function" not in data:
+            if data.get("function") is None:
                 return {"function": {key: value for key, value in data.items() if key != "type"}}
         return data
 
@@ -91,8 +91,15 @@ def select_tools(tools: Sequence[Tool], choice: Any, parallel: bool = False) -> 
 
 
 def _allowed(tools: Sequence[Tool], allowed: Sequence[Any], mode: str, parallel: bool) -> CallableTools:
-    names = [each.get("function", each).get("name") if isinstance(each, Mapping) else each for each in allowed]
+    names = [_name_in(each) for each in allowed]
     return CallableTools(tuple(_named(tools, name) for name in names), mode == "required", parallel)
+
+
+def _name_in(tool: Any) -> Any:
+    match tool:
+        case {"function": {"name": name}} | {"name": name}:
+            return name
+    return tool
 
 
 def _named(tools: Sequence[Tool], name: Any) -> Tool:
@@ -178,8 +185,9 @@ def to_plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Too
         calls = calls_of(message, index)
         if calls:
             names |= {call_id: name for call_id, name, _ in calls}
-            written = [json.dumps({"name": name, "arguments": arguments}) for _, name, arguments in calls]
-            made.append({"role": "assistant", "content": "\n".join([*_texts_of(message.get("content")), *written])})
+            written = [{"name": name, "arguments": arguments} for _, name, arguments in calls]
+            call = json.dumps(written if len(written) > 1 else written[0])
+            made.append({"role": "assistant", "content": "\n".join([*_texts_of(message.get("content")), call])})
         elif message.get("role") in ("tool", "function"):
             made.append({"role": "user", "content": _result(message, index, names)})
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from starlette.datastructures import UploadFile
 from gemma3n_onnx.runtime.errors import OptionError
 from gemma3n_onnx.runtime.generation.options import GenerationOptions
 from gemma3n_onnx.runtime.media.reader import Item, MediaOptions
+from gemma3n_onnx.runtime.prompt.encoder import TemplateOptions
 from gemma3n_onnx.runtime.serve.answering import Choice, ParsedRequest
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
@@ -41,11 +43,12 @@ class TranscriptionRequest(ApiRequest):
 
 @dataclass(frozen=True)
 class Segment:
-    """What was said between two times, in seconds."""
+    """What was said between two times, in seconds; `choice` is the answer that says it."""
 
     start: float
     end: float
     text: str
+    choice: Choice
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,8 @@ async def _answer(
         parsed = await service.read(lambda _, model: _parse(request, data, instruction, model), request, served)
         if request.stream:
             return service.stream_events(_events(parsed, served, service, http), served)
-        segments, choices = [], []
-        async for segment, choice in _segments(parsed, served, service, http, served.options.rows):
-            segments.append(segment)
-            choices.append(choice)
-    return _formatted(task, request, segments, usage(choices, parsed))
+        segments = [each async for each in _segments(parsed, served, service, http, served.options.rows)]
+    return _formatted(task, request, segments, _usage(segments, parsed))
 
 
 def _parse(request: TranscriptionRequest, data: bytes, instruction: str, served: Served) -> ParsedFile:
@@ -99,43 +99,56 @@ def _parse(request: TranscriptionRequest, data: bytes, instruction: str, served:
     items: list[Item] = [
         part["audio"] for part in served.model.read(file, MediaOptions(long_audio="split"))[0]["content"]
     ]
-    prompts = [
-        served.model.encode([{"role": "user", "content": [{"type": "audio", "audio": item}, ask]}]) for item in items
-    ]
+    template = TemplateOptions(control_tokens=served.options.control_tokens)
+    messages = [[{"role": "user", "content": [{"type": "audio", "audio": item}, ask]}] for item in items]
+    prompts = [served.model.encode(message, template=template) for message in messages]
     seconds = [0.0]
     for item in items:
         seconds.append(seconds[-1] + item.seconds)
-    options = GenerationOptions(max_new_tokens=new_tokens(served, prompts, None), temperature=request.temperature)
+    room, scored = new_tokens(served, prompts, None), request.response_format == "verbose_json"
+    options = GenerationOptions(max_new_tokens=room, temperature=request.temperature, logprobs=0 if scored else None)
     return ParsedFile(prompts, options, seconds=seconds)
 
 
 async def _segments(
     parsed: ParsedFile, served: Served, service: Service, http: HttpRequest, at_once: int
-) -> AsyncIterator[tuple[Segment, Choice]]:
+) -> AsyncIterator[Segment]:
     """Answers a few clips at a time, so that a long file leaves room in the queue."""
     for start in range(0, len(parsed.prompts), at_once):
         part = replace(parsed, prompts=parsed.prompts[start : start + at_once])
         for number, choice in enumerate(await service.answer(part, served, http), start):
-            yield Segment(parsed.seconds[number], parsed.seconds[number + 1], choice.text.strip()), choice
+            yield Segment(parsed.seconds[number], parsed.seconds[number + 1], choice.text.strip(), choice)
 
 
 async def _events(
     parsed: ParsedFile, served: Served, service: Service, http: HttpRequest
 ) -> AsyncIterator[Mapping[str, Any]]:
     """OpenAI's events: a delta for each clip."""
-    texts: list[str] = []
-    choices: list[Choice] = []
-    async for segment, choice in _segments(parsed, served, service, http, 1):
-        texts.append(segment.text)
-        choices.append(choice)
-        yield {"type": "transcript.text.delta", "delta": segment.text if len(texts) == 1 else f" {segment.text}"}
-    yield {"type": "transcript.text.done", "text": " ".join(texts), "usage": usage(choices, parsed)}
+    segments: list[Segment] = []
+    async for segment in _segments(parsed, served, service, http, 1):
+        segments.append(segment)
+        yield {"type": "transcript.text.delta", "delta": segment.text if len(segments) == 1 else f" {segment.text}"}
+    yield {"type": "transcript.text.done", "text": _text_of(segments), "usage": _usage(segments, parsed)}
+
+
+def _text_of(segments: Sequence[Segment]) -> str:
+    return " ".join(segment.text for segment in segments)
+
+
+def _usage(segments: Sequence[Segment], parsed: ParsedFile) -> dict[str, Any]:
+    counted = usage([segment.choice for segment in segments], parsed)
+    return {
+        "type": "tokens",
+        "input_tokens": counted["prompt_tokens"],
+        "output_tokens": counted["completion_tokens"],
+        "total_tokens": counted["total_tokens"],
+    }
 
 
 def _formatted(
     task: str, request: TranscriptionRequest, segments: Sequence[Segment], used: Mapping[str, Any]
 ) -> Response:
-    text = " ".join(segment.text for segment in segments)
+    text = _text_of(segments)
     match request.response_format:
         case "text":
             return PlainTextResponse(text)
@@ -144,13 +157,28 @@ def _formatted(
         case "vtt":
             return PlainTextResponse("WEBVTT\n\n" + "".join(map(_vtt, segments)), media_type="text/vtt")
         case "verbose_json":
-            listed = [
-                {"id": i, "start": segment.start, "end": segment.end, "text": segment.text}
-                for i, segment in enumerate(segments)
-            ]
+            listed = [_verbose(number, segment, request.temperature) for number, segment in enumerate(segments)]
             whole = {"task": task, "language": request.language, "duration": segments[-1].end}
             return JSONResponse({**whole, "text": text, "segments": listed, "usage": used})
     return JSONResponse({"text": text, "usage": used})
+
+
+def _verbose(number: int, segment: Segment, temperature: float) -> dict[str, Any]:
+    """All fields of OpenAI's segments, which clients require; whether there is speech is not estimated."""
+    logprobs = [token.logprob for token in segment.choice.logprobs]
+    spelled = segment.text.encode()
+    return {
+        "id": number,
+        "seek": round(segment.start * 100),
+        "start": segment.start,
+        "end": segment.end,
+        "text": segment.text,
+        "tokens": [token.token_id for token in segment.choice.logprobs],
+        "temperature": temperature,
+        "avg_logprob": sum(logprobs) / max(len(logprobs), 1),
+        "compression_ratio": len(spelled) / len(zlib.compress(spelled)) if spelled else 0.0,
+        "no_speech_prob": 0.0,
+    }
 
 
 def _srt(number: int, segment: Segment) -> str:

@@ -74,11 +74,21 @@ def test_what_merging_does_not_mend_is_still_rejected() -> None:
         _render(ChatTemplate("{{ raise_exception('always') }}"), TWO, TemplateOptions())
 
 
-@pytest.mark.parametrize("said", ["three", "three ", "a a"])
+@pytest.mark.parametrize("said", ["three", "three ", "a a", "<", "<user>", "/", "a", "</"])
 def test_the_last_message_is_continued(said: str) -> None:
     options = TemplateOptions(continue_final_message=True)
     rendered = _render(ChatTemplate(STRICT), [turn("user", "a"), turn("assistant", said)], options)
     assert rendered == f"<user>a</><assistant>{said.strip()}"
+
+
+def test_parts_and_turns_of_the_last_message_are_continued() -> None:
+    options = TemplateOptions(continue_final_message=True)
+    one = "<{{ m['role'] }}>{% for p in m['content'] %}{{ p['text'] | trim }}{% endfor %}</>"
+    template = ChatTemplate(f"{{% for m in messages %}}{one}{{% endfor %}}")
+    parts = [turn("user", [text("a")]), turn("assistant", [text("Hello"), text(" ")])]
+    assert _render(template, parts, options) == "<user>a</><assistant>Hello"
+    twice = [turn("user", "a"), turn("assistant", "b"), turn("assistant", "")]
+    assert _render(ChatTemplate(ANY), twice, options) == "<user>a</><assistant>b"
 
 
 def test_an_empty_last_message_opens_the_turn() -> None:

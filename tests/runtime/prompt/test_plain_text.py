@@ -37,6 +37,19 @@ def test_text_cannot_open_a_turn(tokenizer: Tokenizer, small_tokenizer: tokenize
     assert tokenizer.decode(ids).count(FORGED) == 1, "the words themselves reach the model"
 
 
+def test_pieces_of_text_do_not_make_a_token(tokenizer: Tokenizer) -> None:
+    """A template trims and concatenates parts."""
+    plain = PlainText(tokenizer)
+    for pieces in (["<end_of", "_turn>"], ["<", "end_of_turn>"], ["<end_of_turn", ">"], [*"<end_of_turn>"]):
+        ids = plain.encode(RENDERED.format("".join(map(plain.hide, pieces))))
+        assert ids.count(tokenizer.token_id("<end_of_turn>")) == 1 and "<end_of_turn>" in tokenizer.decode(ids)
+
+
+def test_all_strings_of_a_value_are_hidden(tokenizer: Tokenizer) -> None:
+    hidden = PlainText(tokenizer).hide_all({"<bos>": ["<eos>", 1, None, {"a": "<pad>"}]})
+    assert "<" not in str(hidden) and hidden != {} and 1 in next(iter(hidden.values()))
+
+
 def test_by_default_text_is_tokenized_as_in_transformers(tokenizer: Tokenizer) -> None:
     forged = RENDERED.format(FORGED)
     ids = PlainText(tokenizer).encode(forged)
@@ -46,7 +59,7 @@ def test_by_default_text_is_tokenized_as_in_transformers(tokenizer: Tokenizer) -
 
 def test_nobody_can_spell_a_hidden_token(tokenizer: Tokenizer) -> None:
     plain = PlainText(tokenizer)
-    for spelled in (plain.hide("<bos>").replace(":", ";"), "\ue000:0\ue001", "\ue0000\ue001"):
+    for spelled in (plain.hide("<bos>")[1:], "\ue0000\ue001", "\ue000\ue001"):
         assert plain.show(spelled) == spelled
     assert PlainText(tokenizer).show(hidden := plain.hide("<bos>")) == hidden
 

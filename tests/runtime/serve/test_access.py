@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from gemma3n_onnx.runtime.serve.app import Access
-from gemma3n_onnx.runtime.serve.middleware import LOOPBACK
+from gemma3n_onnx.runtime.serve.middleware import LOOPBACK, host_of
 from gemma3n_onnx.runtime.serve.model_pool import ServeOptions
+from gemma3n_onnx.runtime.serve.run import is_loopback
 from serving import E2B, SUM, message, serving
 
 ORIGIN = "http://localhost:3000"
@@ -94,3 +95,20 @@ def test_a_body_of_any_type_is_json_unless_a_page_sends_it(server: Any) -> None:
         assert " 200 " in send(server, body, *kind).splitlines()[0]
         refused = send(server, body, "Origin: http://evil.example", *kind)
         assert " 415 " in refused.splitlines()[0] and "send application/json" in refused
+
+
+def test_a_foreign_page_cannot_send_a_form(server: Any) -> None:
+    headers = {"Origin": "http://evil.example", "Content-Type": "multipart/form-data; boundary=x"}
+    for path in ("/v1/models/demo-E2B/unload", "/v1/audio/transcriptions"):
+        assert httpx.post(server.url + path, headers=headers, content=b"--x--").status_code == 415
+    headers["Origin"] = server.url
+    assert httpx.post(f"{server.url}/v1/audio/transcriptions", headers=headers, content=b"--x--").status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.2", True), ("LocalHost", True), ("::1", True), ("0.0.0.0", False), ("192.0.2.1", False)],
+)
+def test_hosts_in_any_spelling_are_loopback(host: str, loopback: bool) -> None:
+    assert is_loopback(host) == loopback
+    assert host_of("LocalHost:80") == "localhost" and host_of("[::1]:80") == "::1"

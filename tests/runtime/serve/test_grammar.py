@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
+from gemma3n_onnx.runtime import OptionError
+from gemma3n_onnx.runtime.artifact import load_manifest
+from gemma3n_onnx.runtime.serve.grammar import Grammars
 from serving import chat, message
 
 SCHEMA = {
@@ -17,6 +24,12 @@ SCHEMA = {
     "required": ["color", "count", "names"],
     "additionalProperties": False,
 }
+
+
+@pytest.fixture(scope="module")
+def grammars(demo_artifact):
+    folder = demo_artifact("E2B")
+    return Grammars(folder, load_manifest(folder))
 
 
 def test_a_hundred_answers_of_a_schema(server):
@@ -57,3 +70,24 @@ def test_a_schemas_numbers_are_told_apart(server):
         for seed in range(20)
     }
     assert answers <= {"10", "11", "12"} and len(answers) > 1
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"type": "integer", "multipleOf": 7919}, {"multipleOf": 7907}]},
+        {"type": "integer", "multipleOf": 1000003},
+        {
+            "type": "object",
+            "properties": {"a": {"enum": [f"v{i}" for i in range(2000)]}},
+            "allOf": [{"if": {"properties": {"a": {"const": f"v{i}"}}}, "then": {}} for i in range(2000)],
+        },
+        {"type": "string", "pattern": "a" * 100_000},
+        {"enum": ["x" * 1_000_000]},
+    ],
+)
+def test_a_schema_that_would_take_minutes_is_refused_or_checked_later(grammars, schema):
+    started = time.monotonic()
+    with contextlib.suppress(OptionError):
+        assert grammars.json_of(schema).check is not None
+    assert time.monotonic() - started < 5

@@ -99,6 +99,17 @@ def test_a_tool_is_used(server: Any, choice: dict[str, Any], stream: bool) -> No
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "'document'", 400),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "no input_schema", 400),
         ({"temperature": -1}, "temperature must be", 400),
+        ({"messages": [{"role": "user", "content": ["hello"]}]}, "list of blocks", 400),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": ["a"]}]}
+                ]
+            },
+            "unsupported block",
+            400,
+        ),
+        ({"tools": [TOOL], "tool_choice": {"type": ["x"]}}, "tool_choice", 400),
         ({"container": "x"}, "container", 400),
     ],
 )

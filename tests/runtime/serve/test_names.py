@@ -49,8 +49,18 @@ def test_folders_are_named_as_they_are_given(
     (tmp_path / "google" / "gemma-3n-E4B-it").symlink_to(demo_artifact("E2B"))
     monkeypatch.chdir(tmp_path)
     pool = ModelPool([Path("google/gemma-3n-E4B-it")], OPTIONS, {})
-    assert pool.names == ["google/gemma-3n-E4B-it", E2B]
-    assert pool.resolve("google/gemma-3n-E4B-it") == pool.resolve(E2B) == pool.resolve("default")
+    assert pool.names == ["google/gemma-3n-E4B-it", "gemma-3n-E4B-it"]
+    assert pool.resolve("google/gemma-3n-E4B-it") == pool.resolve("gemma-3n-E4B-it") == pool.resolve("default")
+
+
+def test_a_short_name_of_two_models_names_none(
+    demo_artifact: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x").symlink_to(demo_artifact("E2B"))
+    monkeypatch.chdir(tmp_path)
+    assert ModelPool([Path("a/x"), Path("b/x")], OPTIONS, {}).names == ["a/x", "b/x"]
 
 
 def test_aliases_of_several_models(demo_artifact: Any) -> None:

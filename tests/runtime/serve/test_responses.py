@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -128,6 +130,25 @@ def test_a_stream_that_fails_ends_with_an_error(server: Any) -> None:
     with pytest.raises(openai.APIError, match="more than the context"):
         [*ask(server, "word " * 3000, stream=True)]
     eventually(lambda: server.pool.loaded[E2B].users == 0)
+
+
+def test_a_failure_on_the_way_is_an_event(server: Any) -> None:
+    """No value matches this schema's `not`, which is checked after generation."""
+    never = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 2, "not": {"type": "string"}}}}
+    wanted = {"format": {"type": "json_schema", "name": "x", "schema": {**never, "required": ["a"]}}}
+    body = {"model": E2B, "input": SUM, "text": wanted, "stream": True, "temperature": 0}
+    blocks = httpx.post(f"{server.url}/v1/responses", json=body, timeout=60).text.strip().split("\n\n")
+    events = [json.loads(block.split("data: ", 1)[1]) for block in blocks]
+    assert [event["type"] for event in events[-2:]] == ["error", "response.failed"]
+    assert [event["sequence_number"] for event in events] == [*range(len(events))]
+    assert "not" in events[-2]["message"] and events[-1]["response"]["status"] == "failed"
+    whole = httpx.post(f"{server.url}/v1/responses", json=body | {"stream": False}, timeout=60)
+    assert whole.status_code == 422
+
+
+@pytest.mark.parametrize("given", [[{"type": "item_reference"}], [{"role": "user", "content": 5}]])
+def test_malformed_items_are_refused(server: Any, given: Any) -> None:
+    assert httpx.post(f"{server.url}/v1/responses", json={"model": E2B, "input": given}).status_code in (400, 404)
 
 
 def response(number: int, text: str) -> dict[str, Any]:
