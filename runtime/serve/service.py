@@ -102,9 +102,15 @@ class Service:
     async def read(self, reader: Callable[[_Request, Served], _Parsed], request: _Request, served: Served) -> _Parsed:
         return await asyncio.get_running_loop().run_in_executor(self._readers, reader, request, served)
 
-    async def answer(self, parsed: ParsedRequest, served: Served, http: Request) -> list[Choice]:
+    def deadline(self) -> float:
+        """When a request that arrives now has to be answered; a time of `time.monotonic`."""
+        return time.monotonic() + self._limits.seconds
+
+    async def answer(
+        self, parsed: ParsedRequest, served: Served, http: Request, deadline: float | None = None
+    ) -> list[Choice]:
         """The complete answer; cancelled when the client disconnects."""
-        answering = self._begin(parsed, served)
+        answering = self._begin(parsed, served, deadline)
         collecting = asyncio.ensure_future(collect(answering))
         try:
             while not collecting.done():
@@ -161,8 +167,8 @@ class Service:
 
         return _Stream(lines(), done)
 
-    def _begin(self, parsed: ParsedRequest, served: Served) -> Answering:
-        return Answering(parsed, served, time.monotonic() + self._limits.seconds, self.metrics.first_token)
+    def _begin(self, parsed: ParsedRequest, served: Served, deadline: float | None = None) -> Answering:
+        return Answering(parsed, served, self.deadline() if deadline is None else deadline, self.metrics.first_token)
 
 
 class _Stream(StreamingResponse):

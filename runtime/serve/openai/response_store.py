@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ class _Kept:
 
 
 class ResponseStore:
-    """In memory, up to `max_bytes` of JSON; the responses used longest ago go first."""
+    """In memory, up to `max_bytes` of text and data; the responses used longest ago go first."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes, self._bytes = max_bytes, 0
@@ -36,7 +35,7 @@ class ResponseStore:
     def keep(self, response: Mapping[str, Any], conversation: Sequence[Mapping[str, Any]]) -> None:
         """Keeps a response with the items before it; one that is larger than the store is not kept."""
         items = [*conversation, *response["output"]]
-        kept = _Kept(response, items, len(json.dumps([response, items])))
+        kept = _Kept(response, items, _characters([response, items]))
         self._kept[response["id"]] = kept
         self._bytes += kept.bytes
         while self._bytes > self._max_bytes:
@@ -68,3 +67,12 @@ class ResponseStore:
             )
         self._kept.move_to_end(response_id)
         return self._kept[response_id]
+
+
+def _characters(value: Any) -> int:
+    """Characters of all names and texts of a JSON value."""
+    if isinstance(value, Mapping):
+        return sum(_characters(key) + _characters(each) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 8

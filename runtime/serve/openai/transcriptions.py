@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +22,12 @@ from gemma3n_onnx.runtime.prompt.encoder import TemplateOptions
 from gemma3n_onnx.runtime.serve.answering import Choice, ParsedRequest
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
+from gemma3n_onnx.runtime.serve.worker import BusyError
 
 from .completion import usage
 from .requests import ApiRequest, new_tokens
 
+WAIT_SECONDS = 0.5  # for room in the queue, once a file is begun
 TRANSCRIBE = "Transcribe the speech."
 TRANSCRIBE_IN = "Transcribe the speech, which is in the language {language}."
 TRANSLATE = "Translate the speech into English."
@@ -113,10 +117,19 @@ def _parse(request: TranscriptionRequest, data: bytes, instruction: str, served:
 async def _segments(
     parsed: ParsedFile, served: Served, service: Service, http: HttpRequest, at_once: int
 ) -> AsyncIterator[Segment]:
-    """Answers a few clips at a time, so that a long file leaves room in the queue."""
+    """Answers a few clips at a time, so that a long file leaves room in the queue; one deadline holds for all."""
+    deadline = service.deadline()
     for start in range(0, len(parsed.prompts), at_once):
         part = replace(parsed, prompts=parsed.prompts[start : start + at_once])
-        for number, choice in enumerate(await service.answer(part, served, http), start):
+        while True:
+            try:
+                choices = await service.answer(part, served, http, deadline)
+                break
+            except BusyError:
+                if start == 0 or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(WAIT_SECONDS)
+        for number, choice in enumerate(choices, start):
             yield Segment(parsed.seconds[number], parsed.seconds[number + 1], choice.text.strip(), choice)
 
 

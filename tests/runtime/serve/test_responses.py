@@ -156,7 +156,7 @@ def response(number: int, text: str) -> dict[str, Any]:
 
 
 def test_the_store_forgets_what_was_used_longest_ago() -> None:
-    store = ResponseStore(max_bytes=600)
+    store = ResponseStore(max_bytes=400)
     for number in range(3):
         store.keep(response(number, "x" * 60), [])
         store.response("resp_0")
