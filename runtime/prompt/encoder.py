@@ -111,7 +111,7 @@ def _render(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], optio
     if any(key in message for message in messages for key in TOOL_KEYS):
         return _render_as_given(template, messages, options)
     merged = merge_turns(messages)
-    if options.continue_final_message or merged == messages:
+    if options.continue_final_message:
         messages = merged
     if merged == messages:
         return _render_as_given(template, messages, options)

@@ -13,6 +13,8 @@ import re
 import secrets
 from typing import Any
 
+from gemma3n_onnx.runtime.errors import PromptError
+
 from .tokenizer import Tokenizer
 
 
@@ -35,12 +37,18 @@ class PlainText:
         return self._first.sub(lambda found: self._marks[found[0]], text)
 
     def hide_all(self, value: Any) -> Any:
-        """Hides in every string of a JSON value, keys included."""
+        """Hides in every string of a JSON value, keys included. PromptError: it nests too deeply."""
+        try:
+            return self._hide_all(value)
+        except RecursionError as error:
+            raise PromptError("A value for the chat template nests too deeply; send a flatter one.") from error
+
+    def _hide_all(self, value: Any) -> Any:
         if isinstance(value, str):
             return self.hide(value)
         if isinstance(value, dict):
-            return {self.hide(str(key)): self.hide_all(each) for key, each in value.items()}
-        return [self.hide_all(each) for each in value] if isinstance(value, list | tuple) else value
+            return {self.hide(str(key)): self._hide_all(each) for key, each in value.items()}
+        return [self._hide_all(each) for each in value] if isinstance(value, list | tuple) else value
 
     def show(self, text: str) -> str:
         """Undoes `hide`."""

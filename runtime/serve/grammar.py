@@ -28,7 +28,7 @@ _CONTROL_CHARACTER = re.compile(r"\\u00[01]|\x7f")  # in JSON
 _MAX_GRAMMAR = 32 * 1024  # characters; llguidance follows chains of rules recursively
 _MAX_RULES = 500
 _MAX_CHOICES = 10_000
-_MAX_CHOICE_CHARACTERS = 200_000
+_MAX_CHOICE_CHARACTERS = 50_000
 _STEPS = 4  # llguidance meets some of its limits only after the first tokens
 _LIMITS = LLParserLimits(verbose_errors=False)
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # in a regular expression

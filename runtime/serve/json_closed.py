@@ -21,7 +21,7 @@ _IN_LIST = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 
 def close_objects(schema: Any) -> Any:
     """The schema, unchanged if schemas that apply to one value together each list properties of it."""
-    return schema if any(map(_combines, _nodes(schema))) else _closed(schema)
+    return schema if any(map(_combines, nodes_of(schema))) else _closed(schema)
 
 
 def _combines(node: dict[str, Any]) -> bool:
@@ -30,12 +30,13 @@ def _combines(node: dict[str, Any]) -> bool:
     return several or bool({"allOf", "$ref", "$dynamicRef"} & node.keys() and "properties" in node)
 
 
-def _nodes(value: Any) -> Iterator[dict[str, Any]]:
+def nodes_of(value: Any) -> Iterator[dict[str, Any]]:
+    """All objects of a JSON value."""
     if isinstance(value, dict):
         yield value
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _nodes(part)
+            yield from nodes_of(part)
 
 
 def _closed(schema: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeGuard
 
 from .json_check import Checker, parse
@@ -17,18 +17,22 @@ _EXACT_INTEGERS = 2**53  # llguidance keeps bounds as doubles
 _MAX_LISTED = 64  # values of an integer that are listed, to leave some out
 _MAX_DEPENDENT = 4  # each doubles the alternatives
 _MAX_ALTERNATIVES = 32
-_MAX_MULTIPLE = 1000
+_MAX_MULTIPLE = 1000  # states of the automaton: a remainder each, and several multiply
 _MAX_COMPARED = 20_000  # values that all ifs of a schema compare
 
 
 class Enforcing:
     """Turns schemas into what llguidance enforces, and collects in `unenforced` the keywords that it left out."""
 
-    def __init__(self, defs: Mapping[str, Schema], finite: set[str], counts_properties: bool) -> None:
+    def __init__(
+        self, defs: Mapping[str, Schema], finite: set[str], counts_properties: bool, multiples: Collection[float]
+    ) -> None:
+        """`multiples`: all values of multipleOf in the schema."""
         self.unenforced: set[str] = set()
         self._defs, self._finite, self._counts_properties = defs, finite, counts_properties
         self._checker = Checker(defs)
         self._compared = 0
+        self._enforces_multiples = math.prod({*multiples}) <= _MAX_MULTIPLE
 
     def enforced(self, schema: Schema, around: Mapping[str, Any] | None = None) -> Schema:
         """`around`: the schema whose allOf has this one."""
@@ -42,19 +46,13 @@ class Enforcing:
             if keyword == "if":
                 also += self._alternatives(schema, around or schema)
             else:
-                self._add(keyword, value, schema, made, also, around)
+                self._add(keyword, value, schema, made, also)
         if also:
             made["allOf"] = [*made.get("allOf", []), *also]
         return made
 
     def _add(
-        self,
-        keyword: str,
-        value: Any,
-        schema: Mapping[str, Any],
-        made: dict[str, Any],
-        also: list[Schema],
-        around: Mapping[str, Any] | None,
+        self, keyword: str, value: Any, schema: Mapping[str, Any], made: dict[str, Any], also: list[Schema]
     ) -> None:
         """Adds one keyword to `made`, or an equivalent to `also`, of which every one has to match."""
         match keyword:
@@ -63,8 +61,7 @@ class Enforcing:
             case "$ref" | "type" | "required" | "minLength" | "maxLength" | "maxItems":
                 made[keyword] = value
             case "multipleOf":
-                # Its automaton has a state for each remainder, and allOf multiplies them.
-                if around is None and isinstance(value, int) and value <= _MAX_MULTIPLE:
+                if self._enforces_multiples and isinstance(value, int):
                     made[keyword] = value
                 self._leave_out(keyword, keyword not in made)
             case "minItems":

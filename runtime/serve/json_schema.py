@@ -14,13 +14,14 @@ from urllib.parse import quote
 from gemma3n_onnx.runtime.errors import OptionError
 
 from .json_check import Checker, Violation, parse
-from .json_closed import close_objects
+from .json_closed import close_objects, nodes_of
 from .json_dialects import IN_PLACE, TYPES, Reader, Schema, everything, name_of, parts, refused
 from .json_enforced import Enforcing
 
 _MAX_DEPTH = 100  # of JSON; llguidance stops at 128
 _MAX_VALUES = 20_000
-_MAX_CHARACTERS = 500_000  # of names and values
+_MAX_CHARACTERS = 200_000  # of names and values
+_MAX_TEXT = 8_192  # characters of one of them
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def prepare(schema: Any, *, counts_properties: bool = True) -> Prepared:
     finite = _finite(reader.defs)
     if not _is_finite(whole, finite):
         raise _matches_nothing(whole, reader, finite)
-    enforcing = Enforcing(reader.defs, finite, counts_properties)
+    multiples = [node["multipleOf"] for node in nodes_of(schema) if isinstance(node.get("multipleOf"), int | float)]
+    enforcing = Enforcing(reader.defs, finite, counts_properties, multiples)
     grammar = enforcing.enforced(whole)
     if isinstance(grammar, bool):
         grammar = {} if grammar else {"enum": []}
@@ -80,7 +82,10 @@ def _require_size(schema: Any) -> None:
             raise OptionError(f"This JSON schema nests deeper than {_MAX_DEPTH} levels; move parts of it to $defs.")
         if count > _MAX_VALUES:
             raise OptionError(f"This JSON schema has more than {_MAX_VALUES} values; send a smaller one.")
-        characters += len(value) if isinstance(value, str) else sum(map(len, value)) if isinstance(value, dict) else 0
+        texts = [value] if isinstance(value, str) else [*value] if isinstance(value, dict) else []
+        characters += sum(map(len, texts))
+        if max(map(len, texts), default=0) > _MAX_TEXT:
+            raise OptionError(f"This JSON schema has a text of more than {_MAX_TEXT:,} characters; send a shorter one.")
         if characters > _MAX_CHARACTERS:
             raise OptionError(f"This JSON schema has more than {_MAX_CHARACTERS:,} characters; send a smaller one.")
         if isinstance(value, (dict, list)):

@@ -11,9 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import body_for, error_body
 
+FORM_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Without secrets, and asked by monitors that have no key.
-FORM_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 OPEN_PATHS = ("/", "/health", "/healthz", "/metrics")
 
 
@@ -53,7 +53,7 @@ class Lenient:
                 message = f"The Content-Type is {kind!r}; send application/json, or allow this page's origin."
                 await _refuse(scope, receive, send, 415, error_body(message, "invalid_request_error"))
                 return
-            form = kind.startswith("multipart/") and scope["path"] in FORM_PATHS
+            form = kind.lower().startswith("multipart/") and scope["path"] in FORM_PATHS
             if scope["method"] == "POST" and not (_is_json(kind) or form):
                 others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
                 scope["headers"] = [*others, (b"content-type", b"application/json")]
@@ -144,6 +144,7 @@ def _is_json(content_type: str) -> bool:
 
 def host_of(header: str) -> str:
     """A Host header without its port, an IPv6 address without its brackets."""
+    header = header.lower()
     if header.startswith("["):
         return header[1:].partition("]")[0]
-    return header.partition(":")[0].lower()
+    return header if header.count(":") > 1 else header.partition(":")[0]

@@ -85,7 +85,7 @@ def _read_echo(request: CompletionRequest, served: Served, prompts: list[PromptT
 def completion_choice(index: int, choice: Choice, parsed: ParsedCompletion, served: Served) -> dict[str, Any]:
     ids, text = parsed.echoes[index // parsed.n] if parsed.echoes else ([], "")
     return _choice(
-        index, choice, text, None if parsed.options.logprobs is None else _logprobs(ids, choice.logprobs, 0, served)
+        index, choice, text, None if parsed.options.logprobs is None else _logprobs(ids, text, choice, 0, served)
     )
 
 
@@ -94,23 +94,18 @@ def _choice(index: int, choice: Choice, echo: str, logprobs: dict[str, Any] | No
     return {"index": index, "text": echo + choice.text, "logprobs": logprobs, "finish_reason": finish}
 
 
-def _logprobs(echo: Sequence[int], found: Sequence[TokenLogprob], start: int, served: Served) -> dict[str, Any]:
+def _logprobs(echo: Sequence[int], echoed: str, choice: Choice, start: int, served: Served) -> dict[str, Any]:
     """`echo`: tokens before the first that has a log-probability. `start`: where the text begins in the answer."""
-    texts = [token_text(token_id, served)[0] for token_id in [*echo, *(token.token_id for token in found)]]
-    offsets = [start, *(start + length for length in accumulate(_lengths(echo, found, served)))]
+    texts = [token_text(token_id, served)[0] for token_id in [*echo, *(token.token_id for token in choice.logprobs)]]
+    # Each token completes a piece of the text; the first of an echo has no event of its own.
+    lengths = [len(text) for text in (*([echoed] if echo else []), *choice.pieces)]
+    offsets = [start, *(start + length for length in accumulate(lengths))]
     return {
         "tokens": texts,
-        "token_logprobs": [*([None] * len(echo)), *(token.logprob for token in found)],
-        "top_logprobs": [*([None] * len(echo)), *(_top(token, served) for token in found)],
+        "token_logprobs": [*([None] * len(echo)), *(token.logprob for token in choice.logprobs)],
+        "top_logprobs": [*([None] * len(echo)), *(_top(token, served) for token in choice.logprobs)],
         "text_offset": offsets[: len(texts)],
     }
-
-
-def _lengths(echo: Sequence[int], found: Sequence[TokenLogprob], served: Served) -> list[int]:
-    """Characters that each token adds to the text, which leaves special tokens out."""
-    tokenizer = served.model.tokenizer
-    ids = [*echo, *(token.token_id for token in found)]
-    return [0 if token in tokenizer.special_ids else len(tokenizer.decode([token])) for token in ids]
 
 
 def _top(token: TokenLogprob, served: Served) -> dict[str, float]:
@@ -147,8 +142,8 @@ class CompletionChunks(StreamChunks[ParsedCompletion]):
     def _part(self, index: int, now: Choice, ids: Sequence[int], echo: str) -> dict[str, Any]:
         logprobs = None
         if self._parsed.options.logprobs is not None:
-            logprobs = _logprobs(ids, now.logprobs, self._offsets[index], self._served)
-            self._offsets[index] += sum(_lengths(ids, now.logprobs, self._served))
+            logprobs = _logprobs(ids, echo, now, self._offsets[index], self._served)
+        self._offsets[index] += len(echo + now.text)
         return _choice(index, now, echo, logprobs)
 
 

@@ -23,7 +23,7 @@ from gemma3n_onnx.runtime.serve.service import ServerSentEvents, Service
 from .chat import ChatRequest, ParsedChat, read_chat
 from .completion import usage
 from .outcome import Outcome, TextHolder, outcome_of
-from .requests import ApiModel, ApiRequest
+from .requests import ApiModel, ApiRequest, StreamOptions
 from .response_store import ResponseStore
 
 
@@ -57,6 +57,7 @@ class ResponsesRequest(ApiRequest):
     parallel_tool_calls: bool = False
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
+    stream_options: StreamOptions | None = None
     include: list[Literal["reasoning.encrypted_content"]] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
 
@@ -86,10 +87,10 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return JSONResponse(whole)
 
     @app.get("/v1/responses/{response_id}")
-    async def response(response_id: str, stream: bool = False) -> dict[str, Any]:
+    async def response(response_id: str, stream: bool = False) -> Response:
         if stream:
             raise OptionError("A stored response is not streamed again; leave out stream.")
-        return store.response(response_id)
+        return JSONResponse(store.response(response_id))
 
     @app.delete("/v1/responses/{response_id}")
     async def delete(response_id: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.prompt.plain_text import PlainText
 from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
 
@@ -48,6 +49,14 @@ def test_pieces_of_text_do_not_make_a_token(tokenizer: Tokenizer) -> None:
 def test_all_strings_of_a_value_are_hidden(tokenizer: Tokenizer) -> None:
     hidden = PlainText(tokenizer).hide_all({"<bos>": ["<eos>", 1, None, {"a": "<pad>"}]})
     assert "<" not in str(hidden) and hidden != {} and 1 in next(iter(hidden.values()))
+
+
+def test_a_value_that_nests_too_deeply_is_told(tokenizer: Tokenizer) -> None:
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(PromptError, match="nests too deeply"):
+        PlainText(tokenizer).hide_all(deep)
 
 
 def test_by_default_text_is_tokenized_as_in_transformers(tokenizer: Tokenizer) -> None:

@@ -111,4 +111,4 @@ def test_a_foreign_page_cannot_send_a_form(server: Any) -> None:
 )
 def test_hosts_in_any_spelling_are_loopback(host: str, loopback: bool) -> None:
     assert is_loopback(host) == loopback
-    assert host_of("LocalHost:80") == "localhost" and host_of("[::1]:80") == "::1"
+    assert host_of("LocalHost:80") == "localhost" and host_of("[::1]:80") == "::1" == host_of("::1")

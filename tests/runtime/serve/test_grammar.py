@@ -77,6 +77,8 @@ def test_a_schemas_numbers_are_told_apart(server):
     [
         {"allOf": [{"type": "integer", "multipleOf": 7919}, {"multipleOf": 7907}]},
         {"type": "integer", "multipleOf": 1000003},
+        {"type": "integer", "multipleOf": 997, "anyOf": [{"multipleOf": 991}]},
+        {"enum": ["x" * 190_000]},
         {
             "type": "object",
             "properties": {"a": {"enum": [f"v{i}" for i in range(2000)]}},
