@@ -1,6 +1,6 @@
 """Sends requests as clients write them to a server of the demo, and prints what was wanted and what came.
 
-    gemma3n serve demo-E2B --context 1024 --allow-origins http://localhost:3000
+    gemma3n serve demo-E2B --context 2048 --allow-origins http://localhost:3000
     python ci/clients/send.py http://127.0.0.1:8000
 
 Reads tests/clients/requests.jsonl and, as an answer's schema and as a tool's parameters, every schema of
