@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -63,7 +62,7 @@ class ConstrainedRequest(SamplingRequest):
 
 def constraint_of(request: ConstrainedRequest, grammars: Grammars) -> Constraint | None:
     """Raises OptionError for a constraint that cannot be followed, and for two in one request."""
-    wanted = [each for each in (_of_format(request.response_format), _of_vllm(request), _of_llamacpp(request)) if each]
+    wanted = _wanted(request)
     if len(wanted) > 1:
         raise OptionError("The request constrains its answer twice; leave one of the constraints out.")
     if not wanted:
@@ -88,18 +87,34 @@ def constrained(parsed: _Parsed, constraint: Constraint | None) -> _Parsed:
     return replace(parsed, options=options, check=constraint.check)
 
 
-_Wanted = tuple[str, Any] | None
+def _wanted(request: ConstrainedRequest) -> list[tuple[str, Any]]:
+    """The constraints in all fields of a request, each with its kind."""
+    outputs = request.structured_outputs or StructuredOutputs()
+    fields = (
+        _of_format(request.response_format or ResponseFormat(type="text")),
+        ("json", _json_value(outputs.json_)),
+        ("json", ANY_OBJECT if outputs.json_object else None),
+        ("json", _json_value(request.guided_json)),
+        ("json", request.json_schema),
+        ("regex", outputs.regex),
+        ("regex", request.guided_regex),
+        ("choice", outputs.choice),
+        ("choice", request.guided_choice),
+        ("grammar", outputs.grammar),
+        ("grammar", request.guided_grammar),
+        ("grammar", request.grammar or None),
+    )
+    return [(kind, value) for kind, value in fields if value is not None]
 
 
-def _of_format(wanted: ResponseFormat | None) -> _Wanted:
-    if wanted is None or wanted.type == "text":
-        return None
+def _of_format(wanted: ResponseFormat) -> tuple[str, Any]:
+    schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
     match wanted.type:
+        case "text":
+            return "text", None
         case "json_object":
-            schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
             return "json", ANY_OBJECT if schema is None else schema
         case "json_schema":
-            schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
             return "json", _given("json_schema", schema)
         case "json":
             return "json", _given("value", wanted.value)
@@ -113,36 +128,6 @@ def _given(field: str, value: Any) -> Any:
     if value is None:
         raise OptionError(f"This type of response_format needs the field {field}; add it.")
     return value
-
-
-def _of_vllm(request: ConstrainedRequest) -> _Wanted:
-    outputs = request.structured_outputs or StructuredOutputs()
-    return _only(
-        {
-            "json": _json_value(_one(outputs.json_, request.guided_json)),
-            "regex": _one(outputs.regex, request.guided_regex),
-            "choice": _one(outputs.choice, request.guided_choice),
-            "grammar": _one(outputs.grammar, request.guided_grammar),
-        },
-        ANY_OBJECT if outputs.json_object else None,
-    )
-
-
-def _of_llamacpp(request: ConstrainedRequest) -> _Wanted:
-    return _only({"json": request.json_schema, "grammar": request.grammar or None}, None)
-
-
-def _only(given: Mapping[str, Any], default: Any) -> _Wanted:
-    found = [(kind, value) for kind, value in given.items() if value is not None]
-    if len(found) > 1:
-        raise OptionError("The request constrains its answer twice; leave one of the constraints out.")
-    return found[0] if found else ("json", default) if default is not None else None
-
-
-def _one(newer: Any, older: Any) -> Any:
-    if newer is not None and older is not None:
-        raise OptionError("The request constrains its answer twice; leave one of the constraints out.")
-    return older if newer is None else newer
 
 
 def _json_value(schema: Schema | str | None) -> Any:

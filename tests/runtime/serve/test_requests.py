@@ -95,6 +95,7 @@ def test_harmless_fields_change_nothing(server: Any, fields: dict[str, Any]) -> 
         ({"max_tokens": 0}, "max_new_tokens"),
         ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "tools": [{"function": "a"}]}}, "tool_choice"),
         ({"guided_json": {}, "structured_outputs": {"json": {}}}, "constrains its answer twice"),
+        ({"structured_outputs": {"json": {}, "json_object": True}}, "constrains its answer twice"),
         ({"messages": message("x", {"type": "image_url", "image_url": {"url": "file://[x"}})}, "not a valid URL"),
     ],
 )
