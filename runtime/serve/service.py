@@ -53,6 +53,15 @@ class ServerSentEvents:
         return self.event(status_and_body(error)[1])
 
 
+class NamedEvents(ServerSentEvents):
+    """Events named by their type; none ends the stream."""
+
+    end = ""
+
+    def event(self, value: Any) -> str:
+        return f"event: {value['type']}\n{super().event(value)}"
+
+
 class StreamFormat(Protocol):
     """The chunks of a streamed answer, as JSON values."""
 

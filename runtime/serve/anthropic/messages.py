@@ -20,8 +20,8 @@ from gemma3n_onnx.runtime.serve.openai.chat import ChatRequest, ParsedChat, read
 from gemma3n_onnx.runtime.serve.openai.completion import usage
 from gemma3n_onnx.runtime.serve.openai.outcome import Outcome, TextHolder, outcome_of
 from gemma3n_onnx.runtime.serve.openai.requests import ApiModel, ApiRequest
-from gemma3n_onnx.runtime.serve.openai.responses import NamedEvents, TextFormat
-from gemma3n_onnx.runtime.serve.service import Service
+from gemma3n_onnx.runtime.serve.openai.responses import TextFormat
+from gemma3n_onnx.runtime.serve.service import NamedEvents, Service
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}

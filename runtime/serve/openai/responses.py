@@ -18,7 +18,7 @@ from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError, PromptError
 from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
 from gemma3n_onnx.runtime.serve.answering import Choice
 from gemma3n_onnx.runtime.serve.errors import status_and_body
-from gemma3n_onnx.runtime.serve.service import ServerSentEvents, Service
+from gemma3n_onnx.runtime.serve.service import NamedEvents, Service
 
 from .chat import ChatRequest, ParsedChat, read_chat
 from .completion import usage
@@ -253,15 +253,6 @@ def _call_item(call: Mapping[str, Any], status: str, arguments: str) -> dict[str
 
 def _new_id(prefix: str) -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
-
-
-class NamedEvents(ServerSentEvents):
-    """Events named by their type; none ends the stream."""
-
-    end = ""
-
-    def event(self, value: Any) -> str:
-        return f"event: {value['type']}\n{super().event(value)}"
 
 
 class _ResponseErrors(NamedEvents):
