@@ -252,8 +252,9 @@ class ModelPool:
 
 def _name_of(folder: Path) -> str:
     """A relative folder inside the current one as it was given, such as google/gemma-3n-E4B-it; else its last part."""
-    inside = not folder.is_absolute() and ".." not in folder.parts and folder.parts
-    return folder.as_posix() if inside else folder.name if folder.name not in ("", "..") else folder.resolve().name
+    if folder.parts and not folder.is_absolute() and ".." not in folder.parts:
+        return folder.as_posix()
+    return folder.resolve().name if folder.name in ("", "..") else folder.name
 
 
 def _names(folders: Mapping[str, Path], aliases: Sequence[str]) -> dict[str, str]:
