@@ -110,16 +110,15 @@ class PromptEncoder:
 def _render(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], options: TemplateOptions) -> str:
     if any(key in message for message in messages for key in TOOL_KEYS):
         return _render_as_given(template, messages, options)
-    merged = merge_turns(messages)
     if options.continue_final_message:
-        messages = merged
-    if merged == messages:
-        return _render_as_given(template, messages, options)
+        return _render_as_given(template, merge_turns(messages), options)
     try:
         rendered = _render_as_given(template, messages, options)
+        if holds_every_text(rendered, messages):
+            return rendered
     except PromptError:
-        return _render_as_given(template, merged, options)
-    return rendered if holds_every_text(rendered, messages) else _render_as_given(template, merged, options)
+        pass
+    return _render_as_given(template, merge_turns(messages), options)
 
 
 def _render_as_given(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], options: TemplateOptions) -> str:
