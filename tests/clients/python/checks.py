@@ -26,6 +26,10 @@ SEE, SEE_ANSWER = "What is in the picture?", "A red circle, a yellow star and a 
 COUNT, COUNT_ANSWER = "How many shapes are there?", "A red circle and a yellow star and a blue square: three shapes."
 HEAR, HEAR_ANSWER = "What do you hear?", "Three high beeps."
 
+# Parts and tools of chat completions.
+IMAGE = {"type": "image_url", "image_url": {"url": PICTURE_URL}}
+AUDIO = {"type": "input_audio", "input_audio": {"data": SOUND_BASE64, "format": "wav"}}
+
 DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
 ADD = {"type": "object", "properties": {"a": DIGIT, "b": DIGIT}, "required": ["a", "b"], "additionalProperties": False}
 # What pydantic writes for a model with two fields of another model.
@@ -45,6 +49,11 @@ TRIP = {
     "additionalProperties": False,
     "$defs": {"Stop": STOP},
 }
+
+
+def tool(name: str, parameters: dict) -> dict:
+    """A function in the form of chat completions."""
+    return {"type": "function", "function": {"name": name, "description": name, "parameters": parameters}}
 
 
 def is_sum(arguments: str | dict) -> bool:

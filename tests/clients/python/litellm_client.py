@@ -6,18 +6,18 @@ import litellm
 
 from checks import (
     ADD,
+    AUDIO,
     BASE,
     COUNT,
     COUNT_ANSWER,
     HEAR,
     HEAR_ANSWER,
+    IMAGE,
     KEY,
     MODEL,
-    PICTURE_URL,
     SEE,
     SEE_ANSWER,
     SOUND,
-    SOUND_BASE64,
     SUM,
     SUM_ANSWER,
     TRIP,
@@ -25,16 +25,12 @@ from checks import (
     is_sum,
     is_trip,
     raised,
+    tool,
 )
 from models import Add, Trip
 
 check = Checks("litellm", "litellm")
 litellm.suppress_debug_info = True
-IMAGE = {"type": "image_url", "image_url": {"url": PICTURE_URL}}
-
-
-def tool(name: str, parameters: dict) -> dict:
-    return {"type": "function", "function": {"name": name, "description": name, "parameters": parameters}}
 
 
 def ask(content: str | list[dict], *before, **options):
@@ -69,8 +65,7 @@ def _() -> None:
 
 @check("audio")
 def _() -> None:
-    part = {"type": "input_audio", "input_audio": {"data": SOUND_BASE64, "format": "wav"}}
-    assert message([part, {"type": "text", "text": HEAR}]).content == HEAR_ANSWER
+    assert message([AUDIO, {"type": "text", "text": HEAR}]).content == HEAR_ANSWER
     with SOUND.open("rb") as file:
         heard = litellm.transcription(model=f"openai/{MODEL}", file=file, prompt=HEAR, api_base=BASE, api_key=KEY)
     assert heard.text == HEAR_ANSWER

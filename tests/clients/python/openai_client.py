@@ -8,18 +8,18 @@ import openai
 
 from checks import (
     ADD,
+    AUDIO,
     BASE,
     COUNT,
     COUNT_ANSWER,
     HEAR,
     HEAR_ANSWER,
+    IMAGE,
     KEY,
     MODEL,
-    PICTURE_URL,
     SEE,
     SEE_ANSWER,
     SOUND,
-    SOUND_BASE64,
     SUM,
     SUM_ANSWER,
     TRIP,
@@ -28,16 +28,12 @@ from checks import (
     is_sum,
     is_trip,
     raised,
+    tool,
 )
 from models import Add, Trip
 
 client = openai.OpenAI(base_url=BASE, api_key=KEY, max_retries=0)
 check = Checks("openai", "openai")
-IMAGE = {"type": "image_url", "image_url": {"url": PICTURE_URL}}
-
-
-def tool(name: str, parameters: dict) -> dict:
-    return {"type": "function", "function": {"name": name, "description": name, "parameters": parameters}}
 
 
 def ask(content: str | list[dict], *before: dict, **options):
@@ -68,8 +64,7 @@ def _() -> None:
 
 @check("audio")
 def _() -> None:
-    part = {"type": "input_audio", "input_audio": {"data": SOUND_BASE64, "format": "wav"}}
-    assert ask([part, {"type": "text", "text": HEAR}]).content == HEAR_ANSWER
+    assert ask([AUDIO, {"type": "text", "text": HEAR}]).content == HEAR_ANSWER
     assert client.audio.transcriptions.create(model=MODEL, file=SOUND, prompt=HEAR).text == HEAR_ANSWER
 
 

@@ -6,6 +6,7 @@ import openai
 
 from checks import (
     ADD,
+    AUDIO,
     BASE,
     COUNT,
     COUNT_ANSWER,
@@ -16,7 +17,6 @@ from checks import (
     PICTURE_URL,
     SEE,
     SEE_ANSWER,
-    SOUND_BASE64,
     SUM,
     SUM_ANSWER,
     TRIP,
@@ -69,8 +69,7 @@ def _() -> None:
 
 @check("audio")
 def _() -> None:
-    part = {"type": "input_audio", "input_audio": {"data": SOUND_BASE64, "format": "wav"}}
-    assert ask([{"role": "user", "content": [part, {"type": "input_text", "text": HEAR}]}]).output_text == HEAR_ANSWER
+    assert ask([{"role": "user", "content": [AUDIO, {"type": "input_text", "text": HEAR}]}]).output_text == HEAR_ANSWER
 
 
 @check("tools offered")

@@ -6,13 +6,14 @@ import together
 
 from checks import (
     ADD,
+    AUDIO,
     COUNT,
     COUNT_ANSWER,
     HEAR,
     HEAR_ANSWER,
+    IMAGE,
     KEY,
     MODEL,
-    PICTURE_URL,
     SEE,
     SEE_ANSWER,
     SOUND,
@@ -25,16 +26,12 @@ from checks import (
     is_sum,
     is_trip,
     raised,
+    tool,
 )
 from models import Add, Trip
 
 check = Checks("together", "together")
 client = together.Together(base_url=URL, api_key=KEY, max_retries=0)
-IMAGE = {"type": "image_url", "image_url": {"url": PICTURE_URL}}
-
-
-def tool(name: str, parameters: dict) -> dict:
-    return {"type": "function", "function": {"name": name, "description": name, "parameters": parameters}}
 
 
 def ask(content: str | list[dict], *before, **options):
@@ -63,7 +60,7 @@ def _() -> None:
 @check("audio")
 def _() -> None:
     parts = (
-        {"type": "input_audio", "input_audio": {"data": SOUND_BASE64, "format": "wav"}},
+        AUDIO,
         {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{SOUND_BASE64}"}},
     )
     for part in parts:
