@@ -62,6 +62,9 @@ def _text_graphs(plan: ExportPlan) -> dict[str, BuiltGraph]:
     }
     if plan.argmax_in_decoder:
         graphs["candidates"] = BuiltGraph(candidates(config.vocab_size, trace.OPSET), {})
+    if plan.scores:
+        scorer = trace.trace_scorer(config, precision.compute)
+        graphs["scorer"] = BuiltGraph(scorer, graphs["decoder"].weights)
     if plan.prefill_weights:
         prefill = trace.trace_decoder(config, plan.logits, precision.compute, plan.windowed_caches)
         CacheOnlyDecoder()(prefill)

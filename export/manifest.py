@@ -66,6 +66,7 @@ def manifest_of(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo], enco
         embedding=graphs["embedding"],
         prefill=graphs.get("prefill"),
         candidates=graphs.get("candidates"),
+        scorer=graphs.get("scorer"),
         caches=_cache_infos(plan),
         step_bytes=_step_bytes(plan),
         mmlu=plan.slice.mmlu,

@@ -68,6 +68,11 @@ class ExportPlan:
         return self.precision.device and self.logits == "last"
 
     @property
+    def scores(self) -> bool:
+        """Whether a second graph over the decoder's weights gives log-probabilities of given tokens."""
+        return "scorer" in self.layout.graph_files(self.precision_name)
+
+    @property
     def needed_bytes(self) -> int:
         """An upper bound of the artifact's size."""
         text = sum(stored.nbytes for stored in chain(self.text_weights.values(), self.prefill_weights.values()))

@@ -10,6 +10,8 @@ POSITION_IDS = "position_ids"
 LOGITS = "logits"
 
 NEXT_TOKEN, NEXT_LOGIT = "next_token", "next_logit"
+TARGETS, TARGET_LOGPROBS = "targets", "target_logprobs"
+TOP_LOGPROBS, TOP_IDS = "top_logprobs", "top_ids"
 CANDIDATE_LOGITS, CANDIDATE_IDS = "candidate_logits", "candidate_ids"
 
 PIXEL_VALUES = "pixel_values"
@@ -18,6 +20,7 @@ INPUT_FEATURES, INPUT_FEATURES_MASK = "input_features", "input_features_mask"
 AUDIO_FEATURES = "audio_features"
 
 BATCH, NEW_TOKENS, TOTAL_LENGTH = "batch", "new_tokens", "total_length"
+SCORED_TOKENS = "scored_tokens"
 CAPACITY, WINDOW_CAPACITY = "capacity", "window_capacity"
 
 

@@ -20,13 +20,16 @@ from typing import Any
 from .errors import ArtifactError, ArtifactNotFoundError
 
 FORMAT = "gemma3n-onnx"
-FORMAT_VERSION = "5.0"
+FORMAT_VERSION = "5.1"
 MANIFEST = "manifest.json"
 
 INPUTS_EMBEDS, PER_LAYER_INPUTS = "inputs_embeds", "per_layer_inputs"
 POSITION_IDS, ATTENTION_MASK = "position_ids", "attention_mask"
 """Decoder inputs, without the KV caches, whose names are in the manifest."""
 LOGITS = "logits"
+TARGETS, TARGET_LOGPROBS = "targets", "target_logprobs"
+TOP_LOGPROBS, TOP_IDS = "top_logprobs", "top_ids"
+"""Input and outputs of a scorer."""
 NEXT_TOKEN, NEXT_LOGIT = "next_token", "next_logit"
 """Outputs [B, 1, 1] of a decoder with a built-in argmax: the most likely token's id and logit."""
 
@@ -199,7 +202,8 @@ class Manifest:
 
     `quantization` lists the quantized matrices; all others are stored as `storage`. `prefill`: a decoder without
     logits and with int8 matrices, faster on prompts. `candidates`: the graph that selects the top logits on the
-    device. `step_bytes`: bytes in memory of the weights that a decode step reads. `mmlu`: the slice's published MMLU,
+    device. `scorer`: a decoder that returns log-probabilities of given tokens; artifacts before format 5.1 have none.
+    `step_bytes`: bytes in memory of the weights that a decode step reads. `mmlu`: the slice's published MMLU,
     in percent.
     """
 
@@ -235,6 +239,7 @@ class Manifest:
     vision: VisionInfo | None
     audio: AudioInfo | None
     files: Mapping[str, FileInfo]
+    scorer: GraphInfo | None = None
 
     @property
     def encoders(self) -> dict[str, VisionInfo | AudioInfo]:
@@ -332,7 +337,7 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
         require(getattr(manifest, name) > 0, f"{name} is {getattr(manifest, name)}, but must be positive")
     for token_id in (manifest.bos_token_id, manifest.pad_token_id, *manifest.eos_token_ids):
         require(0 <= token_id < manifest.vocab_size, f"token id {token_id} is outside the vocabulary")
-    for graph in filter(None, (manifest.decoder, manifest.embedding, manifest.prefill)):
+    for graph in filter(None, (manifest.decoder, manifest.embedding, manifest.prefill, manifest.scorer)):
         require(graph.file in manifest.files, f"the graph {graph.file!r} is not among the files")
     for table in (manifest.token_embeddings, manifest.per_layer_embeddings):
         require(table.file in manifest.files, f"the table {table.file!r} is not among the files")
@@ -380,9 +385,11 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise _mismatch(where, "an object", value)
         hints = typing.get_type_hints(kind)
-        if missing := hints.keys() - value.keys():
+        optional = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
+        if missing := hints.keys() - optional - value.keys():
             raise ArtifactError(f"{where} has no {sorted(missing)[0]!r}; export the artifact again.")
-        return kind(**{name: _parse(hint, value[name], f"{where}: {name}") for name, hint in hints.items()})  # type: ignore[operator]
+        given = {name: hint for name, hint in hints.items() if name in value}
+        return kind(**{name: _parse(hint, value[name], f"{where}: {name}") for name, hint in given.items()})  # type: ignore[operator]
     if origin is tuple:
         if not isinstance(value, list):
             raise _mismatch(where, "a list", value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,6 +16,7 @@ from .engine.prefix_cache import PrefixCache
 from .engine.providers.base import DeviceOptions
 from .engine.providers.select import select_provider
 from .errors import ArtifactError, PromptError
+from .generation.likelihood import LogLikelihood, token_logprobs
 from .generation.options import GenerationOptions
 from .generation.result import GenerationResult
 from .generation.scheduler import Scheduler, check_context
@@ -185,6 +187,50 @@ class OnnxGemma3n:
             prefix_cache=self._prefix_cache,
         )
         return GenerationStream(scheduler, encoded, options)
+
+    @overload
+    def log_likelihood(self, prompt: Prompt, continuation: str | Sequence[int], **media: Any) -> LogLikelihood: ...
+    @overload
+    def log_likelihood(
+        self, prompt: Prompt, continuation: Sequence[str | Sequence[int]], **media: Any
+    ) -> list[LogLikelihood]: ...
+    def log_likelihood(self, prompt: Any, continuation: Any, **media: Any) -> LogLikelihood | list[LogLikelihood]:
+        """Natural-log probability of a continuation of a prompt, or of each of several continuations.
+
+        Args:
+            prompt: as for `generate`.
+            continuation: text or token ids, or a list of these. After a text prompt, both texts are tokenized together,
+                without the prompt's trailing whitespace as its end, as lm-evaluation-harness does.
+            media: the fields of `MediaOptions`.
+
+        Raises:
+            ArtifactError: the artifact is of a version that has no scorer. PromptError: an empty continuation. Others
+            as for `generate`.
+        """
+        if _is_batch(continuation):
+            return [self.log_likelihood(prompt, each, **media) for each in continuation]
+        whole, first = self._continued(prompt, continuation, MediaOptions(**media))
+        check_context(self.manifest.max_context, len(whole), 0)
+        return LogLikelihood(token_logprobs(whole.ids[first:], self.engine.score(whole, first), 1))
+
+    def _continued(self, prompt: Any, continuation: Any, media: MediaOptions) -> tuple[PromptTokens, int]:
+        """Prompt and continuation, and the position of the continuation's first token."""
+        if isinstance(prompt, str) and isinstance(continuation, str):
+            kept = prompt.rstrip()
+            begin, whole = self.encode(kept) if kept else self._beginning, self.encode(prompt + continuation)
+            first = len(begin)
+        else:
+            begin = self.encode(prompt, media)
+            text = isinstance(continuation, str)
+            ids = self.tokenizer.encode(continuation, add_bos=False) if text else self.encode([*continuation]).ids
+            whole, first = replace(begin, ids=[*begin.ids, *ids]), len(begin)
+        if first >= len(whole):
+            raise PromptError("The continuation is empty; give the text to score.")
+        return whole, first
+
+    @property
+    def _beginning(self) -> PromptTokens:
+        return PromptTokens([self.manifest.bos_token_id])
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation whose KV cache is kept from turn to turn."""

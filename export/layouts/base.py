@@ -30,7 +30,7 @@ class Requested:
     modalities: tuple[str, ...] | None
 
 
-GRAPHS = ("decoder", "embedding", "prefill", "candidates", "vision", "audio")
+GRAPHS = ("decoder", "embedding", "prefill", "scorer", "candidates", "vision", "audio")
 """Keys of `Layout.graph_files`."""
 
 

@@ -20,7 +20,7 @@ class NativeLayout(Layout):
     writes_manifest = True
 
     def graph_files(self, precision: str) -> Mapping[str, str]:
-        text = {name: f"{name}.onnx" for name in ("decoder", "prefill", "embedding", "candidates")}
+        text = {name: f"{name}.onnx" for name in ("decoder", "prefill", "scorer", "embedding", "candidates")}
         return text | {modality: f"{modality}_encoder.onnx" for modality in ("vision", "audio")}
 
     def config_files(self, model_config: Mapping[str, Any], manifest: Manifest, config: TextConfig) -> ConfigFiles:

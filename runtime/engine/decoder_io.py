@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from gemma3n_onnx.runtime.artifact import (
     ATTENTION_MASK,
     INPUTS_EMBEDS,
@@ -14,17 +17,29 @@ from gemma3n_onnx.runtime.errors import ArtifactError
 
 from .ort import Session
 
+Widths = Mapping[str, tuple[str, int | None]]
+"""Dtype and width, None for any, by name."""
 
-def check_decoder(session: Session, manifest: Manifest, file: str, *, logits: bool) -> None:
-    """Raises ArtifactError if the inputs and outputs of the decoder in `file` do not match the manifest."""
+
+def logits_of(manifest: Manifest) -> Widths:
+    """The outputs of a decoder, without its KV caches."""
+    return {LOGITS: ("fp32", manifest.vocab_size)}
+
+
+def check_decoder(
+    session: Session, manifest: Manifest, file: str, outputs: Widths, more_inputs: Widths = MappingProxyType({})
+) -> None:
+    """Raises ArtifactError if the inputs and outputs of the decoder in `file` do not match the manifest. `outputs` are
+    those beside the KV caches, `more_inputs` those beside the ones that every decoder has."""
     compute = manifest.compute_dtype
     inputs = {
         INPUTS_EMBEDS: (compute, manifest.token_embeddings.width),
         PER_LAYER_INPUTS: (compute, manifest.per_layer_embeddings.width),
         POSITION_IDS: ("int64", None),
         ATTENTION_MASK: ("int64", None),
+        **more_inputs,
     }
-    outputs: dict[str, tuple[str, int | None]] = {LOGITS: ("fp32", manifest.vocab_size)} if logits else {}
+    outputs = dict(outputs)
     for cache in manifest.caches:
         inputs |= dict.fromkeys((cache.past_key, cache.past_value), (cache.dtype, cache.head_dim))
         outputs |= dict.fromkeys((cache.present_key, cache.present_value), (cache.dtype, cache.head_dim))

@@ -17,18 +17,20 @@ from gemma3n_onnx.runtime.artifact import (
     LOGITS,
     PER_LAYER_INPUTS,
     POSITION_IDS,
+    TARGETS,
     Manifest,
 )
 from gemma3n_onnx.runtime.checks import require_integer
 from gemma3n_onnx.runtime.errors import ArtifactError, no_token
-from gemma3n_onnx.runtime.tokens import SoftTokenSpan, fill
+from gemma3n_onnx.runtime.tokens import PromptTokens, SoftTokenSpan, fill
 
 from .candidates import Candidates, Chosen
-from .decoder_io import check_decoder
+from .decoder_io import check_decoder, logits_of
 from .kv_cache import CacheMemory, KVCache, MemoryPool
 from .ort import Binding, Session
 from .prefill_graph import PrefillGraph
 from .providers.base import ExecutionProvider
+from .scorer import SCORED_AT_ONCE, ScoreBuffers, Scorer, TokenScores, joined
 from .steps import Steps
 from .tables import EmbeddingTable, to_compute_dtype
 
@@ -56,8 +58,9 @@ class Engine:
         self._session = Session(
             folder / manifest.decoder.file, provider, threads, quantized=quantized, captures=provider.captures_steps
         )
-        check_decoder(self._session, manifest, manifest.decoder.file, logits=True)
+        check_decoder(self._session, manifest, manifest.decoder.file, logits_of(manifest))
         self.prefill_graph = PrefillGraph(folder, manifest, provider, threads, memory_budget)
+        self._scorer = Scorer(folder, manifest, provider, threads)
         self._allocate = functools.partial(CacheMemory.allocate, manifest.caches, provider)
         self._pool = MemoryPool(self._allocate, manifest.max_context)
         self._candidates = Candidates(folder, manifest, provider)
@@ -69,8 +72,9 @@ class Engine:
         return KVCache(self._allocate(rows, capacity))
 
     def release(self) -> None:
-        """Frees the prefill graph and idle KV caches; both return at the next prompt."""
+        """Frees the prefill graph, the scorer and idle KV caches; they return when needed."""
         self.prefill_graph.release()
+        self._scorer.release()
         self._pool.clear()
 
     def prefill(
@@ -110,6 +114,46 @@ class Engine:
             self._run(binding, np.array([ids[chunk.start : chunk.stop]]), embeds, cache.lengths)
         return np.concatenate(parts, axis=1)[0]
 
+    def score(
+        self,
+        prompt: PromptTokens,
+        first: int,
+        *,
+        and_next: bool = False,
+        after_chunk: Callable[[int], None] | None = None,
+    ) -> TokenScores:
+        """Scores the tokens of a prompt from position `first`, at least 1, on. `and_next` adds the position after the
+        last token, whose target is token 0. `after_chunk` receives the number of tokens run, after each chunk.
+
+        The prefix that the prompt shares with the one scored before is not run again.
+
+        Raises:
+            ArtifactError: the artifact has no scorer. ProviderError: a score is NaN.
+        """
+        session = self._scorer.load()
+        keys = prompt.keys()[: len(prompt) if and_next else -1]
+        cache = self._scorer.prepare(keys, first - 1)
+        begin = int(cache.lengths[0])
+        rest = prompt.after(begin)
+        targets = np.array([*prompt.ids[first:], *([0] if and_next else [])])
+        binding = self._bind(session, cache, 0, 1)
+        parts = []
+        for chunk, embeds in self._chunks(rest.ids[: len(keys) - begin], rest.spans, first - 1 - begin, SCORED_AT_ONCE):
+            asked = chunk.start - (first - 1 - begin)
+            wanted = targets[asked : asked + len(chunk)] if asked >= 0 else np.zeros(1, np.int64)
+            buffers = ScoreBuffers(binding, len(wanted), self._scorer.top)
+            binding.input(TARGETS, wanted[None], "int64")
+            self._run(binding, np.array([rest.ids[chunk.start : chunk.stop]]), embeds, cache.lengths)
+            self._scorer.keys = keys[: int(cache.lengths[0])]
+            if asked >= 0:
+                parts.append(buffers.scores())
+            if after_chunk is not None:
+                after_chunk(int(cache.lengths[0]))
+        scores = joined(parts, self._scorer.top)
+        if np.isnan(scores.logprobs).any():
+            raise no_token(float("nan"))
+        return scores
+
     def step_runner(self, cache: KVCache, rows: int | None = None) -> StepRunner:
         """Decode steps over the first `rows` of a cache, or all."""
         return StepRunner(self, cache, cache.rows if rows is None else rows)
@@ -122,17 +166,19 @@ class Engine:
             )
 
     def _chunks(
-        self, ids: Sequence[int], spans: Sequence[SoftTokenSpan], border: int
+        self, ids: Sequence[int], spans: Sequence[SoftTokenSpan], border: int, after: int | None = None
     ) -> Iterator[tuple[range, np.ndarray]]:
-        """Ranges of up to `prefill_chunk` positions, none across `border`, with their embeddings [1, S, H]."""
+        """Ranges of up to `prefill_chunk` positions, and of up to `after` from `border` on, none across it, with their
+        embeddings [1, S, H]."""
 
         @functools.lru_cache(maxsize=1)  # a span may extend over consecutive chunks
         def features(span: SoftTokenSpan) -> np.ndarray:
             return to_compute_dtype(span.features(), self.manifest.compute_dtype)
 
-        for part in (range(border), range(border, len(ids))):
-            for first in part[:: self.prefill_chunk]:
-                chunk = range(first, min(first + self.prefill_chunk, part.stop))
+        sizes = (self.prefill_chunk, min(after or self.prefill_chunk, self.prefill_chunk))
+        for part, size in zip((range(border), range(border, len(ids))), sizes):
+            for first in part[::size]:
+                chunk = range(first, min(first + size, part.stop))
                 embeds = self._embed(np.array(ids[chunk.start : chunk.stop], dtype=np.int64))
                 fill(embeds, first, spans, features)
                 yield chunk, embeds[None]

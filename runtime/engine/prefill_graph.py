@@ -50,7 +50,7 @@ class PrefillGraph:
         info = self._manifest.prefill
         assert info is not None
         session = Session(self._folder / info.file, self._provider, self._threads, quantized=True)
-        check_decoder(session, self._manifest, info.file, logits=False)
+        check_decoder(session, self._manifest, info.file, outputs={})
         self._session = session
 
     def release(self) -> None:
