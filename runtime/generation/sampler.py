@@ -6,7 +6,6 @@ Legend: V = vocabulary, n = remaining candidates; logits are float32 [V] or [n] 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -117,35 +116,33 @@ class Sampler:
 
 class SamplerState:
     """A row's sampler with its state: token counts, a random stream and a logits processor. `sample` numbers the
-    continuations of one prompt. The first tokens are those of `forced`, whatever the logits (teacher forcing)."""
+    continuations of one prompt."""
 
-    def __init__(
-        self, options: GenerationOptions, prompt: Sequence[int], sample: int = 0, forced: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, options: GenerationOptions, prompt: Sequence[int], sample: int = 0) -> None:
         self.options, self._sampler = options, Sampler(options)
         self._counts = TokenCounts(prompt)
         self._random = rng_for(options.seed, sample)
-        self._forced = deque(forced)
         self._processor = None if options.logits_processor is None else options.logits_processor()
 
     @property
+    def takes_argmax(self) -> bool:
+        """As `Sampler.is_greedy`."""
+        return self._sampler.is_greedy
+
+    @property
     def is_greedy(self) -> bool:
-        """Whether the argmax of the logits suffices."""
-        return self._sampler.is_greedy and self.options.logprobs is None and not self._forced
+        """Whether the argmax of the logits suffices, and no log-probability is requested."""
+        return self.takes_argmax and self.options.logprobs is None
 
     @property
     def candidates(self) -> int | None:
         """As in `Sampler`; also None if log-probabilities are requested, which need all logits."""
-        return None if self.options.logprobs is not None or self._forced else self._sampler.candidates
+        return None if self.options.logprobs is not None else self._sampler.candidates
 
     def sample(self, logits: np.ndarray) -> tuple[int, TokenLogprob | None]:
         """Samples and accepts a token from logits float32 [V]; errors as in `Sampler.sample`."""
-        if self._forced:
-            token = self._forced.popleft()
-            self._counts.add(token)
-        else:
-            processed = logits if self._processor is None else self._processor.process(logits)
-            token = self.accept(self._sampler.sample(processed, self._counts, self._random))
+        processed = logits if self._processor is None else self._processor.process(logits)
+        token = self.accept(self._sampler.sample(processed, self._counts, self._random))
         count = self.options.logprobs
         return token, None if count is None else log_probabilities(logits, token, count)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -22,6 +22,7 @@ from gemma3n_onnx.runtime.errors import ContextLengthError, Gemma3nError
 from gemma3n_onnx.runtime.tokens import PromptTokens, shared_prefix
 
 from .detokenizer import TokenDecoder
+from .likelihood import token_logprobs
 from .logprobs import TokenLogprob
 from .options import GenerationOptions
 from .result import RowTimings
@@ -33,6 +34,13 @@ log = logging.getLogger(__name__)
 
 class DeadlineError(Gemma3nError, TimeoutError):
     """A request exceeded its deadline."""
+
+
+@dataclass(frozen=True)
+class PromptEvent:
+    """Log-probabilities of a prompt's tokens, from the second on."""
+
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class FailureEvent:
     error: Exception
 
 
-Event = TokenEvent | FinishEvent | FailureEvent
+Event = PromptEvent | TokenEvent | FinishEvent | FailureEvent
 
 
 @dataclass(eq=False)
@@ -70,8 +78,10 @@ class Request:
     """One sequence to generate.
 
     The scheduler calls `on_event` for each token, then with a FinishEvent or a FailureEvent; never after `cancel`.
-    `sample` numbers the continuations of one prompt. `deadline` is a time of `time.monotonic`. The first new tokens are
-    those of `forced`; they end nothing.
+    `sample` numbers the continuations of one prompt. `deadline` is a time of `time.monotonic`.
+
+    With `prompt_logprobs`, the first event is a PromptEvent, whose positions list so many of the most likely tokens.
+    Unless it `generates`, the request ends there.
     """
 
     prompt: PromptTokens
@@ -79,7 +89,8 @@ class Request:
     on_event: Callable[[Event], None]
     sample: int = 0
     deadline: float = float("inf")
-    forced: Sequence[int] = ()
+    prompt_logprobs: int | None = None
+    generates: bool = True
     submitted: float = field(default_factory=time.monotonic)
     timings: RowTimings = field(default_factory=RowTimings)
     cancelled: bool = False
@@ -193,7 +204,9 @@ class Scheduler:
     def _admit(self, request: Request) -> None:
         try:
             self._require_wanted(request)
-            sampler = SamplerState(request.options, request.prompt.ids, request.sample, request.forced)
+            sampler = SamplerState(request.options, request.prompt.ids, request.sample)
+            if request.prompt_logprobs is not None and self._score(request, request.prompt_logprobs, sampler):
+                return
         except _CancelledError:
             return
         except Exception as error:
@@ -216,6 +229,37 @@ class Scheduler:
             raise
         finally:
             self._prefilling = None
+
+    def _score(self, request: Request, top: int, sampler: SamplerState) -> bool:
+        """Emits the log-probabilities of a prompt; True if that ends the request. The other rows continue."""
+        started = time.perf_counter()
+        request.prompt = prompt = self._encode(request.prompt, request)
+        encoded = time.perf_counter()
+
+        def after_chunk(_: int) -> None:
+            self._require_wanted(request)
+            if self._overlaps and self._running:
+                self._step()
+
+        one_more = request.generates and request.options.max_new_tokens == 1 and sampler.takes_argmax
+        scores = self._engine.score(prompt, 1, and_next=one_more, after_chunk=after_chunk)
+        timings = request.timings
+        timings.prefill_tokens, timings.encoder_seconds = len(prompt), encoded - started
+        timings.prefill_seconds = time.perf_counter() - encoded
+        _emit(request, PromptEvent(token_logprobs(prompt.ids[1:], scores, top)))
+        if one_more:
+            token = int(scores.top_ids[-1, 0])
+            wanted = request.options.logprobs
+            (logprob,) = token_logprobs([token], scores.last(), wanted or 0)
+            state = _Row(request, sampler, TextAssembler(self._tokenizer, request.options.stop))
+            for event in self._events(state, token, None if wanted is None else logprob):
+                _emit(request, event)
+        elif not request.generates:
+            _emit(request, FinishEvent("length", len(prompt), 0, 0, timings))
+        ended = one_more or not request.generates
+        if ended:
+            self.counts.prompt_tokens += len(prompt)
+        return ended
 
     def _free_row(self, keys: list[Hashable]) -> int:
         """The free row with a prefix worth reusing; else the first empty row, else the first free one.
@@ -347,26 +391,31 @@ class Scheduler:
     def _push(self, row: int, token: int, logprob: TokenLogprob | None) -> None:
         """Emits a sampled token, and ends its request if it is the last."""
         state = self._running[row]
+        events = self._events(state, token, logprob)
+        if len(events) > 1:
+            self._leave(row, state.keys)
+        for event in events:
+            _emit(state.request, event)
+
+    def _events(self, state: _Row, token: int, logprob: TokenLogprob | None) -> list[Event]:
+        """The event of a sampled token, and a FinishEvent if it is the last."""
         request = state.request
         state.new_ids.append(token)
         self.counts.new_tokens += 1
         reason = self._finish_reason(state, token)
-        spelled = token not in request.options.stop_token_ids or len(state.new_ids) <= len(request.forced)
-        text, reason = state.text.push(token if spelled else None, reason)
+        text, reason = state.text.push(None if token in request.options.stop_token_ids else token, reason)
         if len(state.new_ids) == 1:
             request.timings.time_to_first_token = time.monotonic() - request.submitted
-        if reason is not None:
-            self._leave(row, state.keys)
-        _emit(request, TokenEvent(token, text, logprob))
+        events: list[Event] = [TokenEvent(token, text, logprob)]
         if reason is not None:
             timings, matched = request.timings, state.text.stop_string
             counts = len(request.prompt), timings.cached_tokens, len(state.new_ids)
-            _emit(request, FinishEvent(reason, *counts, timings, matched))
+            events.append(FinishEvent(reason, *counts, timings, matched))
+        return events
 
     def _finish_reason(self, state: _Row, token: int) -> str | None:
-        is_forced = len(state.new_ids) <= len(state.request.forced)
         end_ids = (*self._engine.manifest.eos_token_ids, *state.request.options.stop_token_ids)
-        if token in end_ids and not is_forced:
+        if token in end_ids:
             return "stop"
         return "length" if len(state.new_ids) == state.request.options.max_new_tokens else None
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
 from gemma3n_onnx.runtime.generation.options import GenerationOptions
-from gemma3n_onnx.runtime.generation.scheduler import Event, FailureEvent, FinishEvent, Request, TokenEvent
+from gemma3n_onnx.runtime.generation.scheduler import (
+    Event,
+    FailureEvent,
+    FinishEvent,
+    PromptEvent,
+    Request,
+    TokenEvent,
+)
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .model_pool import Served
 from .worker import to_gemma3n_error
 
+AnswerEvent = PromptEvent | TokenEvent | FinishEvent
+
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """Each of its prompts is answered `n` times, each answer beginning with the tokens `forced`.
+    """Each of its prompts is answered `n` times. `prompt_logprobs` and `generates` as in `Request`.
 
     `check` raises a Gemma3nError for a complete answer that it does not accept.
     """
@@ -27,7 +36,8 @@ class ParsedRequest:
     prompts: list[PromptTokens]
     options: GenerationOptions
     n: int = 1
-    forced: Sequence[int] = ()
+    prompt_logprobs: int | None = None
+    generates: bool = True
     check: Callable[[str], None] | None = None
 
 
@@ -44,7 +54,6 @@ class Answering:
         loop = asyncio.get_running_loop()
         self._end_ids = {*served.model.manifest.eos_token_ids, *parsed.options.stop_token_ids}
         self._check, self._texts = parsed.check, defaultdict[int, str](str)
-        self._forced, self._received = len(parsed.forced), Counter[int]()
         self._on_first_token = on_first_token
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
@@ -58,7 +67,8 @@ class Answering:
                 partial(put, index),
                 sample=index % parsed.n,
                 deadline=deadline,
-                forced=parsed.forced,
+                prompt_logprobs=parsed.prompt_logprobs,
+                generates=parsed.generates,
             )
             for index, prompt in enumerate(prompt for prompt in parsed.prompts for _ in range(parsed.n))
         ]
@@ -67,7 +77,7 @@ class Answering:
     def __len__(self) -> int:
         return len(self.requests)
 
-    async def events(self) -> AsyncIterator[tuple[int, TokenEvent | FinishEvent]]:
+    async def events(self) -> AsyncIterator[tuple[int, AnswerEvent]]:
         """With the index of the choice, in order of time; ends when all choices have. End tokens report no
         log-probability. Raises the first failure as a Gemma3nError."""
         unfinished = len(self.requests)
@@ -76,21 +86,22 @@ class Answering:
             index, event = await self._events.get()
             if isinstance(event, FailureEvent):
                 raise to_gemma3n_error(event.error)
-            if index not in started:
+            if index not in started and not isinstance(event, PromptEvent):
                 started.add(index)
                 self._on_first_token(self.requests[index].timings.time_to_first_token)
             yield index, self._checked(index, event)
             unfinished -= isinstance(event, FinishEvent)
 
-    def _checked(self, index: int, event: TokenEvent | FinishEvent) -> TokenEvent | FinishEvent:
+    def _checked(self, index: int, event: AnswerEvent) -> AnswerEvent:
+        if isinstance(event, PromptEvent):
+            return event
         if isinstance(event, FinishEvent):
             if self._check is not None and event.reason == "stop":
                 self._check(self._texts[index])
             return event
         if self._check is not None:
             self._texts[index] += event.text
-        self._received[index] += 1
-        ends = event.token_id in self._end_ids and self._received[index] > self._forced
+        ends = event.token_id in self._end_ids
         return replace(event, logprob=None) if ends and event.logprob is not None else event
 
     def cancel(self) -> None:
@@ -104,15 +115,19 @@ class Choice:
 
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     end: FinishEvent | None = None
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
 
-    def add(self, event: TokenEvent | FinishEvent) -> None:
+    def add(self, event: AnswerEvent) -> None:
         if isinstance(event, FinishEvent):
             self.end = event
+            return
+        if isinstance(event, PromptEvent):
+            self.prompt_logprobs = event.logprobs
             return
         self.pieces.append(event.text)
         if event.logprob is not None:

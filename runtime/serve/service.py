@@ -17,9 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from gemma3n_onnx.runtime.errors import Gemma3nError
-from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
 
-from .answering import Answering, Choice, ParsedRequest, collect
+from .answering import AnswerEvent, Answering, Choice, ParsedRequest, collect
 from .errors import status_and_body
 from .metrics import Metrics
 from .model_pool import ModelPool, Served
@@ -72,7 +71,7 @@ class StreamFormat(Protocol):
     def first(self) -> Iterable[Any]:
         """Before the first event."""
 
-    def next(self, index: int, event: TokenEvent | FinishEvent) -> Iterable[Any]:
+    def next(self, index: int, event: AnswerEvent) -> Iterable[Any]:
         """After an event of the choice `index`."""
 
     def last(self) -> Iterable[Any]:

@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, Field
 
 from gemma3n_onnx.runtime.errors import Gemma3nError, PromptError
-from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
-from gemma3n_onnx.runtime.serve.answering import Choice
+from gemma3n_onnx.runtime.generation.scheduler import TokenEvent
+from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice
 from gemma3n_onnx.runtime.serve.errors import anthropic_body, status_and_body
 from gemma3n_onnx.runtime.serve.openai.chat import ChatRequest, ParsedChat, read_chat
 from gemma3n_onnx.runtime.serve.openai.completion import usage
@@ -211,7 +211,7 @@ class MessageEvents:
         used = {"input_tokens": len(self._parsed.prompts[0]), "output_tokens": 0}
         return [{"type": "message_start", "message": _message(self._model, [], (None, None), used)}]
 
-    def next(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
+    def next(self, index: int, event: AnswerEvent) -> list[dict[str, Any]]:
         self._choice.add(event)
         if isinstance(event, TokenEvent):
             return [*self._text(self._holder.release(self._choice))]

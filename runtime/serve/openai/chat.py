@@ -13,10 +13,10 @@ from pydantic import BeforeValidator, Field
 
 from gemma3n_onnx.runtime.errors import OptionError
 from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
-from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
+from gemma3n_onnx.runtime.generation.scheduler import FinishEvent
 from gemma3n_onnx.runtime.media.reader import MediaOptions
 from gemma3n_onnx.runtime.prompt.encoder import TemplateOptions
-from gemma3n_onnx.runtime.serve.answering import Choice, ParsedRequest
+from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice, ParsedRequest
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
 
@@ -163,7 +163,7 @@ class ChatChunks(StreamChunks[ParsedChat]):
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(_delta(index, delta)) for index in range(len(self._choices))]
 
-    def _parts(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
+    def _parts(self, index: int, event: AnswerEvent) -> list[dict[str, Any]]:
         choice = self._choices[index]
         if isinstance(event, FinishEvent):
             return self._end(index, choice)

@@ -13,8 +13,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from gemma3n_onnx.runtime.generation.result import RowTimings, batch_timings
-from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
-from gemma3n_onnx.runtime.serve.answering import Choice, ParsedRequest
+from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice, ParsedRequest
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import ServerSentEvents, Service
 
@@ -38,7 +37,7 @@ class StreamChunks(ABC, Generic[Parsed]):
     def first(self) -> list[dict[str, Any]]:
         return []
 
-    def next(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
+    def next(self, index: int, event: AnswerEvent) -> list[dict[str, Any]]:
         self._choices[index].add(event)
         return [self._chunk(choice) for choice in self._parts(index, event)]
 
@@ -52,7 +51,7 @@ class StreamChunks(ABC, Generic[Parsed]):
         return {**chunk, "usage": None} if self._with_usage else chunk
 
     @abstractmethod
-    def _parts(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
+    def _parts(self, index: int, event: AnswerEvent) -> list[dict[str, Any]]:
         """Choices of the chunks to send after an event."""
 
 
@@ -84,10 +83,10 @@ def envelope(kind: str, prefix: str, model: str) -> dict[str, Any]:
 
 
 def usage(choices: Sequence[Choice], parsed: ParsedRequest) -> dict[str, Any]:
-    """A prompt counts once for its answers, and forced tokens count as the prompt's."""
-    ends, n, forced = [choice.end for choice in choices if choice.end is not None], parsed.n, len(parsed.forced)
-    prompt = sum(end.prompt_tokens + forced for end in ends[::n])
-    made = sum(end.new_tokens - forced for end in ends)
+    """A prompt counts once for its answers."""
+    ends, n = [choice.end for choice in choices if choice.end is not None], parsed.n
+    prompt = sum(end.prompt_tokens for end in ends[::n])
+    made = sum(end.new_tokens for end in ends)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": made,

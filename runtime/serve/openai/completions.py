@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Annotated, Any
 
 from fastapi import FastAPI
@@ -13,15 +13,15 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from gemma3n_onnx.runtime.errors import OptionError
+from gemma3n_onnx.runtime.generation.detokenizer import IncrementalDetokenizer
 from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
-from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
-from gemma3n_onnx.runtime.serve.answering import Choice, ParsedRequest
+from gemma3n_onnx.runtime.generation.scheduler import PromptEvent, TokenEvent
+from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice, ParsedRequest
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
-from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .completion import CompletionKind, StreamChunks, complete, token_text
-from .requests import generation_options, new_tokens
+from .requests import generation_options
 from .response_format import ConstrainedRequest, constrained, constraint_of
 
 
@@ -33,10 +33,26 @@ class CompletionRequest(ConstrainedRequest):
 
 
 @dataclass(frozen=True)
-class ParsedCompletion(ParsedRequest):
-    """`echoes`: each prompt's ids and text, where they begin the answer."""
+class Echo:
+    """A prompt at the beginning of its answer: token ids, and the text that each of them completes."""
 
-    echoes: Sequence[tuple[list[int], str]] = ()
+    ids: Sequence[int] = ()
+    pieces: Sequence[str] = ()
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+@dataclass(frozen=True)
+class ParsedCompletion(ParsedRequest):
+    """`echoes`: of each prompt, if the answers begin with them."""
+
+    echoes: Sequence[Echo] = ()
+
+    def echo_of(self, index: int) -> Echo:
+        """The echo that the choice `index` begins with, which may be empty."""
+        return self.echoes[index // self.n] if self.echoes else Echo()
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -50,43 +66,32 @@ def read_completion(request: CompletionRequest, served: Served) -> ParsedComplet
     given = request.prompt
     several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
     prompts = [served.model.encode(prompt) for prompt in (given if several else [given])]
-    if request.echo:
-        return _read_echo(request, served, prompts)
-    if request.max_tokens == 0:
+    if request.max_tokens == 0 and not request.echo:
         raise OptionError("max_tokens 0 needs echo; give at least 1.")
-    options = generation_options(request, served, prompts, request.max_tokens, request.logprobs)
-    return constrained(ParsedCompletion(prompts, options, request.n), constraint_of(request, served.grammars))
+    scores = request.echo and (request.logprobs is not None or request.max_tokens == 0)
+    parsed = ParsedCompletion(
+        prompts,
+        generation_options(
+            request, served, prompts, 1 if request.max_tokens == 0 else request.max_tokens, request.logprobs
+        ),
+        request.n,
+        prompt_logprobs=(request.logprobs or 0) if scores else None,
+        generates=request.max_tokens != 0,
+        echoes=[_echo(prompt.ids, served) for prompt in prompts] if request.echo else (),
+    )
+    return constrained(parsed, constraint_of(request, served.grammars))
 
 
-def _read_echo(request: CompletionRequest, served: Served, prompts: list[PromptTokens]) -> ParsedCompletion:
-    """The answer begins with the prompt. Log-probabilities of its tokens take a decode step each, because the artifact
-    computes logits of the last position only: all but the first token are forced."""
-    if request.logprobs is None and request.max_tokens != 0:
-        options = generation_options(request, served, prompts, request.max_tokens, None)
-        echoes: list[tuple[list[int], str]] = [([], served.model.tokenizer.decode(prompt.ids)) for prompt in prompts]
-        return constrained(
-            ParsedCompletion(prompts, options, request.n, echoes=echoes), constraint_of(request, served.grammars)
-        )
-    if len(prompts) > 1 or request.stop or constraint_of(request, served.grammars) is not None:
-        raise OptionError(
-            "echo with logprobs, or with max_tokens 0, takes one prompt and neither stop nor a constraint."
-        )
-    (prompt,) = prompts
-    first, forced = prompt.ids[:1], prompt.ids[1:]
-    more = new_tokens(served, prompts, request.max_tokens) if request.max_tokens != 0 else 0
-    options = generation_options(request, served, prompts, 1, request.logprobs)
-    if not forced and not more:
-        raise OptionError("The prompt has a single token and max_tokens is 0; there is nothing to compute.")
-    options = replace(options, max_new_tokens=len(forced) + more)
-    text = served.model.tokenizer.decode(first)
-    return ParsedCompletion([PromptTokens(first)], options, request.n, forced=forced, echoes=[(first, text)])
+def _echo(ids: Sequence[int], served: Served) -> Echo:
+    detokenizer = IncrementalDetokenizer(served.model.tokenizer)
+    pieces = [detokenizer.push(token) for token in ids]
+    return Echo(ids, [*pieces[:-1], pieces[-1] + detokenizer.flush()])
 
 
 def completion_choice(index: int, choice: Choice, parsed: ParsedCompletion, served: Served) -> dict[str, Any]:
-    ids, text = parsed.echoes[index // parsed.n] if parsed.echoes else ([], "")
-    return _choice(
-        index, choice, text, None if parsed.options.logprobs is None else _logprobs(ids, text, choice, 0, served)
-    )
+    echo = parsed.echo_of(index)
+    logprobs = None if parsed.options.logprobs is None else _logprobs(echo, choice, 0, served)
+    return _choice(index, choice, echo.text, logprobs)
 
 
 def _choice(index: int, choice: Choice, echo: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
@@ -94,17 +99,17 @@ def _choice(index: int, choice: Choice, echo: str, logprobs: dict[str, Any] | No
     return {"index": index, "text": echo + choice.text, "logprobs": logprobs, "finish_reason": finish}
 
 
-def _logprobs(echo: Sequence[int], echoed: str, choice: Choice, start: int, served: Served) -> dict[str, Any]:
-    """`echo`: tokens before the first that has a log-probability. `start`: where the text begins in the answer."""
-    texts = [token_text(token_id, served)[0] for token_id in [*echo, *(token.token_id for token in choice.logprobs)]]
-    # Each token completes a piece of the text; the first of an echo has no event of its own.
-    lengths = [len(text) for text in (*([echoed] if echo else []), *choice.pieces)]
-    offsets = [start, *(start + length for length in accumulate(lengths))]
+def _logprobs(echo: Echo, choice: Choice, start: int, served: Served) -> dict[str, Any]:
+    """Of the echo, whose first token has none, and of the answer. `start`: where the text begins in the whole."""
+    scored = [*choice.prompt_logprobs, *choice.logprobs]
+    ids = [*echo.ids[:1], *(token.token_id for token in scored)]
+    unscored = [None] * len(echo.ids[:1])
+    offsets = accumulate(map(len, (*echo.pieces, *choice.pieces)), initial=start)
     return {
-        "tokens": texts,
-        "token_logprobs": [*([None] * len(echo)), *(token.logprob for token in choice.logprobs)],
-        "top_logprobs": [*([None] * len(echo)), *(_top(token, served) for token in choice.logprobs)],
-        "text_offset": offsets[: len(texts)],
+        "tokens": [token_text(token_id, served)[0] for token_id in ids],
+        "token_logprobs": [*unscored, *(token.logprob for token in scored)],
+        "top_logprobs": [*unscored, *(_top(token, served) for token in scored)],
+        "text_offset": [*islice(offsets, len(ids))],
     }
 
 
@@ -125,26 +130,25 @@ class CompletionChunks(StreamChunks[ParsedCompletion]):
         self._offsets = [0] * len(self._choices)
 
     def first(self) -> list[dict[str, Any]]:
-        echoed = enumerate(self._parsed.echoes[index // self._parsed.n] for index in range(len(self._choices)))
-        return (
-            [self._chunk(self._part(index, Choice(), ids, text)) for index, (ids, text) in echoed]
-            if self._parsed.echoes
-            else []
-        )
+        if not self._parsed.echoes or self._parsed.options.logprobs is not None:
+            return []
+        return [self._chunk(self._part(i, Choice(), self._parsed.echo_of(i))) for i in range(len(self._choices))]
 
-    def _parts(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
+    def _parts(self, index: int, event: AnswerEvent) -> list[dict[str, Any]]:
         if isinstance(event, TokenEvent) and not event.text and event.logprob is None:
+            return []
+        if isinstance(event, PromptEvent) and self._parsed.options.logprobs is None:
             return []
         now = Choice()
         now.add(event)
-        return [self._part(index, now, [], "")]
+        return [self._part(index, now, self._parsed.echo_of(index) if isinstance(event, PromptEvent) else Echo())]
 
-    def _part(self, index: int, now: Choice, ids: Sequence[int], echo: str) -> dict[str, Any]:
+    def _part(self, index: int, now: Choice, echo: Echo) -> dict[str, Any]:
         logprobs = None
         if self._parsed.options.logprobs is not None:
-            logprobs = _logprobs(ids, echo, now, self._offsets[index], self._served)
-        self._offsets[index] += len(echo + now.text)
-        return _choice(index, now, echo, logprobs)
+            logprobs = _logprobs(echo, now, self._offsets[index], self._served)
+        self._offsets[index] += len(echo.text + now.text)
+        return _choice(index, now, echo.text, logprobs)
 
 
 COMPLETION = CompletionKind("text_completion", "cmpl", read_completion, completion_choice, CompletionChunks)

@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, Field
 
 from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError, PromptError
-from gemma3n_onnx.runtime.generation.scheduler import FinishEvent, TokenEvent
-from gemma3n_onnx.runtime.serve.answering import Choice
+from gemma3n_onnx.runtime.generation.scheduler import TokenEvent
+from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice
 from gemma3n_onnx.runtime.serve.errors import status_and_body
 from gemma3n_onnx.runtime.serve.service import NamedEvents, Service
 
@@ -281,7 +281,7 @@ class ResponseEvents:
         states = ("response.created", "response.in_progress")
         return [self._event(kind, response=self._answer.whole("in_progress")) for kind in states]
 
-    def next(self, index: int, event: TokenEvent | FinishEvent) -> list[dict[str, Any]]:
+    def next(self, index: int, event: AnswerEvent) -> list[dict[str, Any]]:
         self._choice.add(event)
         if isinstance(event, TokenEvent):
             return [*self._text(self._holder.release(self._choice))]

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from gemma3n_onnx.runtime.engine.scorer import TokenScores
+
 END = 1
 FIRST_LETTER = 4
 VOCABULARY = FIRST_LETTER + len(string.ascii_lowercase)
@@ -86,6 +88,21 @@ class FakeEngine:
                 after_chunk(int(cache.lengths[row]))
         return self._logits(cache, row)
 
+    def score(self, prompt, first, *, and_next=False, after_chunk=None) -> TokenScores:
+        for span in prompt.spans:
+            span.features()
+        places = range(first, len(prompt) + and_next)
+        for start in places[:: self._chunk]:
+            self.log.append(("score", prompt.ids[start - 1 : min(start - 1 + self._chunk, places.stop - 1)]))
+            if after_chunk is not None:
+                after_chunk(start)
+        logits = np.array([self._logits_after(prompt.ids[:place]) for place in places]).reshape(-1, VOCABULARY)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        top = np.argsort(-logprobs, axis=1, kind="stable")[:, :5]
+        targets = [*prompt.ids[first:], *([0] if and_next else [])]
+        picked = logprobs[np.arange(len(targets)), targets]
+        return TokenScores(picked, np.take_along_axis(logprobs, top, 1), top)
+
     def step_runner(self, cache: FakeCache, rows: int) -> FakeEngine:
         self._cache = cache
         return self
@@ -112,7 +129,9 @@ class FakeEngine:
         return [(ids, row[ids]) for ids, row in zip(best, logits)]
 
     def _logits(self, cache: FakeCache, row: int) -> np.ndarray:
-        tokens = cache.tokens[row][: int(cache.lengths[row])]
+        return self._logits_after(cache.tokens[row][: int(cache.lengths[row])])
+
+    def _logits_after(self, tokens: Sequence[int]) -> np.ndarray:
         given = self._script(tokens) if tokens else np.zeros(VOCABULARY, dtype=np.float32)  # an idle row
         if isinstance(given, np.ndarray):
             return given

@@ -20,6 +20,7 @@ from gemma3n_onnx.runtime.generation.scheduler import (
     DeadlineError,
     FailureEvent,
     FinishEvent,
+    PromptEvent,
     Request,
     Scheduler,
     TokenEvent,
@@ -177,21 +178,76 @@ def test_a_stop_token_ends_the_answer_and_is_not_in_it():
     assert told.events[-2].token_id == ids_of("e")[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"logprobs": 0}, {"temperature": 1.0, "top_k": 1}, {"logit_bias": {Z: -100}}])
-def test_forced_tokens_come_first_and_end_nothing(options):
-    told = Told("a", max_new_tokens=5, **options)
-    told.request.forced = [*ids_of("x"), END, *ids_of("b")]
-    run(schedule(FakeEngine(alphabet)), told)
-    assert [event.token_id for event in told.events[:3]] == told.request.forced
-    assert told.text == "xbcd"
-    assert told.last == FinishEvent("length", prompt_tokens=1, cached_tokens=0, new_tokens=5)
+@pytest.mark.parametrize("options", [{}, {"logprobs": 2}, {"temperature": 1.0, "top_k": 1}, {"max_new_tokens": 1}])
+def test_log_probabilities_of_a_prompt_come_first(options):
+    told, plain = Told("abx", **options), Told("abx", **options)
+    told.request.prompt_logprobs = 2
+    run(schedule(FakeEngine(alphabet)), told, plain)
+    (scored, *rest) = told.events
+    assert isinstance(scored, PromptEvent) and [each.token_id for each in scored.logprobs] == ids_of("bx")
+    likely, unlikely = scored.logprobs
+    assert likely.top[0] == (likely.token_id, pytest.approx(likely.logprob)) and len(likely.top) == 2
+    assert unlikely.top[0][0] == ids_of("c")[0] and unlikely.logprob == pytest.approx(likely.logprob - 20)
+    assert [event.token_id for event in rest[:-1]] == [event.token_id for event in plain.events[:-1]]
+    assert rest[-1].new_tokens == plain.last.new_tokens and told.text == plain.text
+    if "logprobs" in options:
+        assert rest[0].logprob.logprob == pytest.approx(plain.events[0].logprob.logprob)
 
 
-def test_log_probabilities_of_forced_tokens_are_the_models():
-    told = Told("a", max_new_tokens=2, logprobs=0)
-    told.request.forced = ids_of("xy")
-    run(schedule(FakeEngine(uniform)), told)
-    assert [event.logprob.logprob for event in told.events[:2]] == pytest.approx([-np.log(VOCABULARY)] * 2)
+def test_one_greedy_token_after_a_scored_prompt_needs_no_prefill():
+    engine, told = FakeEngine(alphabet), Told("abc", max_new_tokens=1, logprobs=1)
+    told.request.prompt_logprobs = 0
+    run(schedule(engine), told)
+    assert {kind for kind, _ in engine.log} == {"score"} and told.text == "d"
+    assert told.events[1].logprob.top == ((ids_of("d")[0], told.events[1].logprob.logprob),)
+    assert told.last == FinishEvent("length", prompt_tokens=3, cached_tokens=0, new_tokens=1)
+
+
+@pytest.mark.parametrize("prompt", ["a", "abcdefghij"])
+def test_a_request_that_only_scores_its_prompt(prompt):
+    engine, told = FakeEngine(uniform), Told(prompt)
+    told.request.prompt_logprobs, told.request.generates = 0, False
+    scheduler = schedule(engine)
+    run(scheduler, told)
+    scored, end = told.events
+    assert [each.logprob for each in scored.logprobs] == pytest.approx([-np.log(VOCABULARY)] * (len(prompt) - 1))
+    assert end == FinishEvent("length", prompt_tokens=len(prompt), cached_tokens=0, new_tokens=0)
+    assert scheduler.counts.prompt_tokens == len(prompt)
+
+
+def test_other_rows_continue_while_a_prompt_is_scored():
+    engine = FakeEngine(alphabet)
+    scheduler = schedule(engine, interleave=True)
+    running, scored = Told("a", max_new_tokens=20), Told("abcdefghijkl")
+    scored.request.prompt_logprobs, scored.request.generates = 0, False
+    run(scheduler, running, scored)
+    kinds = [kind for kind, _ in engine.log]
+    first, last = kinds.index("score"), len(kinds) - 1 - kinds[::-1].index("score")
+    assert "greedy" in kinds[first:last] and len(running.text) == 20
+
+
+def test_a_prompt_that_cannot_be_scored_fails_alone():
+    engine = FakeEngine(alphabet)
+    engine.score = lambda *_, **__: (_ for _ in ()).throw(ProviderError("no"))
+    scored, other = Told("abc"), Told("abc")
+    scored.request.prompt_logprobs = 0
+    run(schedule(engine), scored, other)
+    assert isinstance(scored.last, FailureEvent) and other.text == "defg"
+
+
+def test_cancelling_a_prompt_while_it_is_scored():
+    engine = FakeEngine(alphabet)
+    scheduler, told = schedule(engine), Told("abcdefghijkl")
+    told.request.prompt_logprobs = 0
+    score = engine.score
+
+    def cancelled(prompt, first, *, and_next, after_chunk):
+        told.request.cancel()
+        return score(prompt, first, and_next=and_next, after_chunk=after_chunk)
+
+    engine.score = cancelled
+    run(scheduler, told)
+    assert told.events == [] and len(engine.log) == 1 and scheduler.counts.cancelled == 1
 
 
 def test_text_held_for_a_stop_string_comes_at_the_end():
