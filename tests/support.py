@@ -6,7 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.metadata import EntryPoint, EntryPoints
+from inspect import isabstract
+from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -46,6 +50,13 @@ ENTRY_POINTS = EntryPoints(
 
 def fake_entry_points(**selection: Any) -> EntryPoints:
     return ENTRY_POINTS.select(**selection)
+
+
+def concrete_subclasses(base: type, package: ModuleType) -> set[type]:
+    """The subclasses of `base` that the modules of a package define, abstract ones left out."""
+    modules = [import_module(f"{package.__name__}.{info.name}") for info in iter_modules(package.__path__)]
+    defined = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
+    return {each for each in defined if issubclass(each, base) and not isabstract(each)}
 
 
 @dataclass(frozen=True)

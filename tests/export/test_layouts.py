@@ -10,13 +10,16 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from gemma3n_onnx.export import layouts
 from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.layouts import select
 from gemma3n_onnx.export.layouts.base import GRAPHS, ConfigFiles, Layout, Requested
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.passes.name_axes import NameAxes
 from gemma3n_onnx.runtime.artifact import Manifest
-from support import Outcome, run_command
+from support import Outcome, concrete_subclasses, run_command
+
+ROOT = Path(__file__).parents[2]
 
 
 class FakeLayout(Layout):
@@ -115,3 +118,11 @@ def test_a_layout_without_a_prefill_graph_has_no_weights_of_one(
     outcome = run_export(monkeypatch, small_checkpoint, output, "--layout", "fake", "--precision", "int4")
     assert outcome.code == 0, outcome.err
     assert not [path.name for path in output.rglob("prefill*")]
+
+
+def test_every_layout_is_in_the_table_and_in_the_pages() -> None:
+    assert {type(layout) for layout in select.BUILT_IN} == concrete_subclasses(Layout, layouts)
+    for page in ("README.md", "docs/formats.md"):
+        text = (ROOT / page).read_text()
+        named = [name for name in select.LAYOUTS if name not in (select.DEFAULT, FakeLayout.name)]
+        assert [name for name in named if f"--layout {name}" not in text] == [], page

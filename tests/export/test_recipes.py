@@ -100,3 +100,18 @@ def test_help_and_page_name_every_recipe(monkeypatch: pytest.MonkeyPatch) -> Non
     while (row := next(rows)).startswith("|"):
         names += re.findall(r"^\| `([^`]+)` \|", row)
     assert sorted(names) == sorted(RECIPES)
+
+
+def test_the_readme_lists_every_recipe() -> None:
+    """In the options of the exporter, and by target in the table of support."""
+    rows = [
+        line.split("|")[2:] for line in (ROOT / "README.md").read_text().splitlines() if "| `--precision` |" in line
+    ]
+    assert len(rows) == 2
+
+    def names(cell: str) -> set[str]:
+        return {*re.findall(r"`(\S+?)`", cell)}
+
+    assert names(rows[0][0]) == RECIPES.keys()
+    for target, cell in zip(TARGETS, rows[1]):
+        assert names(cell) == {name for name, by_target in RECIPES.items() if target in by_target}, target

@@ -12,13 +12,15 @@ from fake_provider import FakeProvider
 from gemma3n_onnx.runtime import GenerationOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.cli.measure import Sizes, measure
+from gemma3n_onnx.runtime.engine import providers
 from gemma3n_onnx.runtime.engine.prefix_cache import WORTH_SHARING
 from gemma3n_onnx.runtime.engine.providers import select
-from gemma3n_onnx.runtime.engine.providers.base import DeviceOptions
+from gemma3n_onnx.runtime.engine.providers.base import DeviceOptions, ExecutionProvider
 from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
 from gemma3n_onnx.runtime.engine.providers.select import AUTO, PROVIDERS, choices, select_provider
 from gemma3n_onnx.runtime.errors import OptionError, ProviderError
 from gemma3n_onnx.runtime.generation.scheduler import Request, Scheduler, TokenEvent
+from support import concrete_subclasses
 
 SUM = [{"role": "user", "content": "What is 3 plus 4?"}]
 
@@ -124,3 +126,7 @@ def test_what_cannot_be_selected(folder):
         select_provider("fake", manifest, DeviceOptions(4))
     with pytest.raises(ProviderError, match="computes in bf16, which CPUExecutionProvider does not support"):
         select_provider("fake", replace(manifest, compute_dtype="bf16"))
+
+
+def test_every_provider_is_in_the_table():
+    assert {*select.BUILT_IN} == concrete_subclasses(ExecutionProvider, providers)
