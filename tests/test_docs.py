@@ -24,7 +24,7 @@ PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
 )
-EXPORTING = ("README.md", "docs/quick-start.md")
+EXPORTING = ("README.md", "docs/evaluation.md", "docs/quick-start.md")
 NOT_HERE = {
     "bash ci/quickstart.sh",
     "bash ci/test.sh",

@@ -121,7 +121,8 @@ MAY_ENTER = {
     "model": CONVERSATION | {"chat", "options"},
     "": FRONT,
     "serve": FRONT,
-    "cli": FRONT | {"serve"},
+    "evaluation": FRONT,
+    "cli": FRONT | {"evaluation", "serve"},
 }
 
 

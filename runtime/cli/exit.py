@@ -49,5 +49,5 @@ def _complain(sentence: str) -> int:
 
 def missing_package(error: ImportError) -> str:
     """The message for a command whose package is not installed."""
-    extra = "serve" if error.name in _SERVING else "export"
+    extra = "serve" if error.name in _SERVING else "evaluate" if error.name == "lm_eval" else "export"
     return f'This command needs {error.name or error}; install it with: pip install "gemma3n-onnx[{extra}]".'

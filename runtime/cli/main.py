@@ -9,8 +9,10 @@ import click
 
 from .bench import bench
 from .chat import chat
+from .evaluate import evaluate
 from .exit import exit_with_message, missing_package
 from .inspect import inspect
+from .perplexity import perplexity
 from .run import run
 from .serve import serve
 
@@ -49,7 +51,7 @@ def cli() -> None:
     """Gemma 3n on ONNX Runtime."""
 
 
-for _command in (bench, chat, inspect, run, serve):
+for _command in (bench, chat, evaluate, inspect, perplexity, run, serve):
     cli.add_command(_command)
 
 

@@ -1,0 +1,105 @@
+"""lm-evaluation-harness over an artifact against its own `hf` model of the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import numpy as np
+import pytest
+from harness.make_tasks import make_tasks
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+from gemma3n_onnx.runtime import OnnxGemma3n
+from gemma3n_onnx.runtime.evaluation.harness import HarnessModel
+from support import run_command
+
+DEMO = Path(__file__).parents[2] / "demo"
+ITEMS = 4
+TOLERANCE = 1e-4  # nats of an item, fp32
+
+
+@pytest.fixture(scope="module")
+def model(exported: Callable[..., Path]) -> OnnxGemma3n:
+    return OnnxGemma3n.from_pretrained(exported(DEMO))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("tasks")
+    return folder, make_tasks(folder, ITEMS)
+
+
+@pytest.fixture(scope="module")
+def hf() -> Any:
+    return get_model("hf").create_from_arg_string(f"pretrained={DEMO},dtype=float32,device=cpu,add_bos_token=True")
+
+
+def evaluated(model: Any, tasks: tuple[Path, list[str]], **options: Any) -> dict[str, Any]:
+    folder, names = tasks
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    return lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, bootstrap_iters=0, **options)
+
+
+def answers(found: dict[str, Any], task: str) -> list[Any]:
+    return [item["resps"] for item in sorted(found["samples"][task], key=lambda item: item["doc_id"])]
+
+
+def test_log_likelihoods_and_answers_are_those_of_the_hf_model(model, hf, tasks):
+    ours, theirs = evaluated(HarnessModel(model, 2048, quiet=True), tasks), evaluated(hf, tasks)
+    assert_same_log_likelihoods(ours, theirs, tasks[1][:2])
+    assert answers(ours, tasks[1][2]) == answers(theirs, tasks[1][2])
+    assert ours["results"][tasks[1][2]]["exact_match,none"] == 1, "the demo can add"
+
+
+def test_long_items_are_cut_as_the_hf_model_cuts_them(model, hf, tasks, monkeypatch):
+    monkeypatch.setattr(hf, "_max_length", 24)
+    scored = tasks[0], tasks[1][:2]
+    ours, theirs = evaluated(HarnessModel(model, 24, quiet=True), scored), evaluated(hf, scored)
+    assert_same_log_likelihoods(ours, theirs, tasks[1][:2])
+
+
+def assert_same_log_likelihoods(ours: dict[str, Any], theirs: dict[str, Any], names: list[str]) -> None:
+    for name in names:
+        mine, other = ([*map(flat, answers(found, name))] for found in (ours, theirs))
+        numbers = [np.array([x for item in items for x in item if not isinstance(x, bool)]) for items in (mine, other)]
+        error = np.abs(numbers[0] - numbers[1]).max()
+        print(f"{name}: error {error:.1e} nats of up to {-numbers[1].min():.0f} (tolerance {TOLERANCE:.0e})")
+        assert error <= TOLERANCE
+        assert [[x for x in item if isinstance(x, bool)] for item in mine] == [
+            [x for x in item if isinstance(x, bool)] for item in other
+        ]
+        for metric, value in theirs["results"][name].items():
+            if isinstance(value, float):
+                assert ours["results"][name][metric] == pytest.approx(value, rel=1e-4), (name, metric)
+
+
+def flat(values: Any) -> list[Any]:
+    return [leaf for each in values for leaf in flat(each)] if isinstance(values, list | tuple) else [values]
+
+
+def test_on_the_command_line(model, tasks, monkeypatch, tmp_path):
+    folder, names = tasks
+    command = ["gemma3n", "evaluate", str(model.folder), "--include-path", str(folder), "--limit", "3"]
+    shown = run_command(monkeypatch, [*command, "--tasks", ",".join(names), "--output", str(tmp_path / "out")])
+    assert shown.code == 0, shown.err
+    assert all(name in shown.out for name in names)
+    assert len([*(tmp_path / "out").rglob("samples_*.jsonl")]) == 3
+    figures = json.loads(run_command(monkeypatch, [*command, "--tasks", names[0], "--json"]).out)
+    assert figures[str(model.folder)][names[0]]["sample_len"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--tasks", "no_such_task"], "has no task 'no_such_task'"),
+        (["--tasks", "x", "--max-length", "1000000"], "use less"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_in_a_sentence(model, monkeypatch, options, told):
+    outcome = run_command(monkeypatch, ["gemma3n", "evaluate", str(model.folder), *options])
+    assert outcome.code == 1 and told in outcome.err and outcome.err.count("\n") == 1
