@@ -15,6 +15,7 @@ from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
 from gemma3n_onnx.graphs.config import ConfigError, TextConfig
 
 from .hub import SLICE_TABLE, find_folder
+from .peft_names import ADAPTER_CONFIG, MERGE, plain_names
 from .safetensors_file import NUMPY_DTYPES, SafetensorsFile, TensorSpec
 
 WEIGHTS = "model.safetensors"
@@ -37,7 +38,10 @@ class TensorNaming:
 FULL_NAMING = TensorNaming("model.language_model.", "model.", "lm_head.weight")
 TEXT_ONLY_NAMING = TensorNaming("model.", None, "lm_head.weight")
 TRANSFORMERS_4_NAMING = TensorNaming("language_model.model.", "", "language_model.lm_head.weight")
-NAMINGS = (FULL_NAMING, TRANSFORMERS_4_NAMING, TEXT_ONLY_NAMING)
+# Of models saved without their head: Gemma3nModel and Gemma3nTextModel.
+HEADLESS_NAMING = TensorNaming("language_model.", "", "lm_head.weight")
+HEADLESS_TEXT_NAMING = TensorNaming("", None, "lm_head.weight")
+NAMINGS = (FULL_NAMING, TRANSFORMERS_4_NAMING, TEXT_ONLY_NAMING, HEADLESS_NAMING, HEADLESS_TEXT_NAMING)
 # The modules of each modality besides text.
 ENCODER_MODULES = {"vision": ("vision_tower", "embed_vision"), "audio": ("audio_tower", "embed_audio")}
 TOKENIZER_FILES = (
@@ -59,7 +63,8 @@ class Checkpoint:
     """The config and the tensors of one checkpoint folder.
 
     Methods take names relative to the text decoder (`layers.0.mlp.gate_proj.weight`), whatever the file's prefix; the
-    `raw_` methods take the names in the file and reach every tensor. Arrays are read-only views of the file.
+    `raw_` methods take the names in the file, without PEFT's additions, and reach every tensor. Arrays are read-only
+    views of the file.
 
     Attributes:
         folder: where the files are.
@@ -75,7 +80,7 @@ class Checkpoint:
         self.folder = folder
         self.name = name or folder.resolve().name
         if not (folder / "config.json").is_file():
-            raise CheckpointNotFoundError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint.")
+            raise _not_found(folder, "config.json; give the folder of a Hugging Face checkpoint")
         self.config = _read_json(folder / "config.json")
         try:
             self.text_config = TextConfig.from_hf(self.config)
@@ -83,7 +88,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder / 'config.json'}: {str(error).rstrip('.')}; give an unchanged checkpoint of Gemma 3n."
             ) from error
-        self._files = _open_files(folder)
+        self._tensors = _open_tensors(folder)
         self.naming = self._find_naming()
         self.modalities = ("text", *(m for m in ENCODER_MODULES if self.encoder_names(m)))
         self._check_dtypes()
@@ -108,12 +113,13 @@ class Checkpoint:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The raw names of all tensors, sorted."""
-        return tuple(sorted(self._files))
+        return tuple(sorted(self._tensors))
 
     def text_names(self) -> tuple[str, ...]:
         """Names of the text decoder's tensors, sorted; without the head."""
         prefix = self.naming.text
-        return tuple(name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
+        names = (name for name in self.names if name.startswith(prefix) and name != self.naming.head)
+        return tuple(name.removeprefix(prefix) for name in names)
 
     def encoder_names(self, modality: str) -> tuple[str, ...]:
         """Names of a modality's encoder and embedder tensors, starting with the module (`audio_tower.…`), sorted."""
@@ -127,7 +133,7 @@ class Checkpoint:
     def head(self) -> str | None:
         """The raw name of the output head, a copy of the token embedding that some files have."""
         name = self.naming.head
-        return name if name in self._files else None
+        return name if name in self._tensors else None
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a text tensor.
@@ -146,13 +152,16 @@ class Checkpoint:
         return self.raw_read_rows(self.naming.text + name, start, stop)
 
     def raw_spec(self, name: str) -> TensorSpec:
-        return self._file(name).spec(name)
+        tensor = self._tensor(name)
+        return tensor.file.spec(tensor.name)
 
     def raw_read(self, name: str) -> np.ndarray:
-        return self._file(name).read(name)
+        tensor = self._tensor(name)
+        return tensor.file.read(tensor.name)
 
     def raw_read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._file(name).read_rows(name, start, stop)
+        tensor = self._tensor(name)
+        return tensor.file.read_rows(tensor.name, start, stop)
 
     def encoder_raw_name(self, name: str) -> str:
         """The raw name of a tensor that `encoder_names` lists."""
@@ -225,9 +234,9 @@ class Checkpoint:
             )
         self.chat_template()
 
-    def _file(self, name: str) -> SafetensorsFile:
+    def _tensor(self, name: str) -> _Tensor:
         try:
-            return self._files[name]
+            return self._tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.folder} has no tensor {name}; download the checkpoint again.") from None
 
@@ -241,7 +250,7 @@ class Checkpoint:
 
     def _find_naming(self) -> TensorNaming:
         for naming in NAMINGS:
-            if naming.text + EMBEDDING in self._files:
+            if naming.text + EMBEDDING in self._tensors:
                 return naming
         raise CheckpointError(
             f"{self.folder} has no Gemma 3n text decoder: there is no "
@@ -283,13 +292,27 @@ class Checkpoint:
             )
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the checkpoint: the file that holds it, and its name there."""
+
+    file: SafetensorsFile
+    name: str
+
+
+def _open_tensors(folder: Path) -> dict[str, _Tensor]:
+    """The tensors of all weight files, by their names without PEFT's additions."""
+    files = _open_files(folder)
+    return {plain: _Tensor(files[stored], stored) for plain, stored in plain_names(files).items()}
+
+
 def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
     """`{raw name: the file that holds it}`."""
     if (folder / WEIGHTS).is_file():
         file = SafetensorsFile(folder / WEIGHTS)
         return dict.fromkeys(file.names, file)
     if not (folder / INDEX).is_file():
-        raise CheckpointNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}; only safetensors weights are read.")
+        raise _not_found(folder, f"{WEIGHTS} and no {INDEX}; only safetensors weights are read")
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{folder / INDEX} has no weight_map; download it again.")
@@ -306,6 +329,14 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
         if name not in held[shard]:
             raise CheckpointError(f"{folder / shard} lacks {name}, which {INDEX} lists; download it again.")
     return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def _not_found(folder: Path, lacking: str) -> CheckpointNotFoundError:
+    """For a folder without what `lacking` says, which may be a PEFT adapter."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return CheckpointNotFoundError(f"{folder} has no {lacking}.")
+    base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    return CheckpointNotFoundError(f"{folder} is a PEFT adapter for {base}, not a whole checkpoint; {MERGE}.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

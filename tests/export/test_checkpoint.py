@@ -128,6 +128,40 @@ def test_an_untied_head_is_refused(small: Path) -> None:
         Checkpoint.open(small)
 
 
+NORM = "base_model.model.model.norm"
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ([f"{NORM}.lora_A.default.weight"], "lora_A.* not merged; merge it .*merge_and_unload"),
+        ([f"{NORM}.base_layer.weight"], "base_layer.* not merged"),
+        (["model.embed_tokens.lora_embedding_A.default"], "lora_embedding_A.* not merged"),
+        ([f"{NORM}.modules_to_save.default.weight"], "both .*norm.*; remove the unused one"),
+        (
+            ["model.x.modules_to_save.one.weight", "model.x.modules_to_save.two.weight"],
+            r"both model\.x\.modules_to_save\.one\.weight and model\.x\.modules_to_save\.two",
+        ),
+        (["model.x.original_module.weight"], r"model\.x\.original_module\.weight, but not the trained copy"),
+    ],
+)
+def test_ambiguous_names_of_peft_are_refused(small: Path, names: list[str], reason: str) -> None:
+    rewrite(small, load_all(small) | {name: torch.ones(2) for name in names})
+    with pytest.raises(CheckpointError, match=reason):
+        Checkpoint.open(small)
+
+
+@pytest.mark.parametrize("kept", [(), ("config.json",)])
+def test_an_adapter_is_told_from_a_checkpoint(small: Path, kept: tuple[str, ...]) -> None:
+    for path in small.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    (small / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-3n-E2B-it"}))
+    (small / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointNotFoundError, match=r"adapter for google/gemma-3n-E2B-it.*merge_and_unload"):
+        Checkpoint.open(small)
+
+
 def test_an_unknown_tensor_is_named(tiny_checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.99\.x"):
         Checkpoint.open(tiny_checkpoint).read("layers.99.x")
