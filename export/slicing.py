@@ -311,7 +311,9 @@ class Slice:
     def hf_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the checkpoint's `config.json`, full or text-only, that describes the slice."""
         sliced = copy.deepcopy(dict(config))
+        sliced["tie_word_embeddings"] = self.config.tied_head
         sliced.get("text_config", sliced).update(
+            tie_word_embeddings=self.config.tied_head,
             num_hidden_layers=self.config.num_layers,
             intermediate_size=list(self.config.intermediate_sizes),
             layer_types=list(self.config.layer_types),

@@ -95,8 +95,9 @@ def trace_vision(config: VisionConfig) -> ir.Model:
 
 
 def _without_widths(config: TextConfig) -> TextConfig:
-    """The nodes do not depend on the FFN widths, so slices of the same depth share a trace."""
-    return dataclasses.replace(config, intermediate_sizes=(32,) * config.num_layers)
+    """The nodes depend neither on the FFN widths nor on the source of the head, so slices of the same depth share a
+    trace."""
+    return dataclasses.replace(config, intermediate_sizes=(32,) * config.num_layers, tied_head=True)
 
 
 def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:

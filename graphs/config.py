@@ -39,6 +39,8 @@ class TextConfig:
     altup_correct_scale: bool
     final_logit_softcapping: float | None
     max_position_embeddings: int
+    tied_head: bool = True
+    """Whether the output head is the token embedding. Tensors decide it, so `from_hf` does not read it."""
 
     def __post_init__(self) -> None:
         layers = len(self.layer_types)

@@ -138,14 +138,6 @@ def spoil_value(name: str, value: float) -> Callable[[Path], None]:
     return edit
 
 
-def add_untied_head(folder: Path) -> None:
-    header, data = read_weights(folder)
-    start, stop = header["model.embed_tokens.weight"]["data_offsets"]
-    end = len(data)
-    header["lm_head.weight"] = header["model.embed_tokens.weight"] | {"data_offsets": [end, end + stop - start]}
-    write_weights(folder, header, data + bytes(stop - start))
-
-
 def add_tensor(name: str) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         header, data = read_weights(folder)
@@ -412,7 +404,11 @@ CASES = [
         ("layers.1.self_attn.q_proj", "does not fit into fp16"),
         traces=True,
     ),
-    Case("weights_untied_head", exporting(add_untied_head), ("lm_head.weight", "untied")),
+    Case(
+        "weights_head_missing",
+        exporting(rewrite_json("config.json", lambda c: c.update(tie_word_embeddings=False))),
+        ("no lm_head.weight", "tie_word_embeddings to false"),
+    ),
     Case(
         "weights_unsupported_dtype",
         exporting(change_header(lambda h: h[TENSOR].update(dtype="I32"))),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .safetensors_file import NUMPY_DTYPES, SafetensorsFile, TensorSpec
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
-EMBEDDING = "embed_tokens.weight"
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Checkpoint:
         self.naming = self._find_naming()
         self.modalities = ("text", *(m for m in ENCODER_MODULES if self.encoder_names(m)))
         self._check_dtypes()
-        self._check_head()
+        self.text_config = replace(self.text_config, tied_head=self._ties_head())
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None, token: str | None = None) -> Checkpoint:
@@ -106,7 +106,7 @@ class Checkpoint:
 
         Raises:
             CheckpointNotFoundError: no such folder or repository, no access to it, or no checkpoint in it.
-            CheckpointError: not a Gemma 3n, a damaged or missing file, an unsupported dtype, an untied head.
+            CheckpointError: not a Gemma 3n, a damaged or missing file, an unsupported dtype.
         """
         return cls(find_folder(model, revision, token), Path(model).resolve().name)
 
@@ -116,10 +116,11 @@ class Checkpoint:
         return tuple(sorted(self._tensors))
 
     def text_names(self) -> tuple[str, ...]:
-        """Names of the text decoder's tensors, sorted; without the head."""
+        """Names of the text decoder's tensors, sorted; without a tied head."""
         prefix = self.naming.text
-        names = (name for name in self.names if name.startswith(prefix) and name != self.naming.head)
-        return tuple(name.removeprefix(prefix) for name in names)
+        inner = (name for name in self.names if name.startswith(prefix) and name != self.naming.head)
+        head = () if self.text_config.tied_head else (HEAD,)
+        return tuple(sorted((*(name.removeprefix(prefix) for name in inner), *head)))
 
     def encoder_names(self, modality: str) -> tuple[str, ...]:
         """Names of a modality's encoder and embedder tensors, starting with the module (`audio_tower.…`), sorted."""
@@ -129,27 +130,24 @@ class Checkpoint:
         wanted = tuple(f"{prefix}{module}." for module in ENCODER_MODULES[modality])
         return tuple(name.removeprefix(prefix) for name in self.names if name.startswith(wanted))
 
-    @property
-    def head(self) -> str | None:
-        """The raw name of the output head, a copy of the token embedding that some files have."""
-        name = self.naming.head
-        return name if name in self._tensors else None
-
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a text tensor.
 
         Raises:
             CheckpointError: no such tensor; the other readers raise it too.
         """
-        return self.raw_spec(self.naming.text + name)
+        return self.raw_spec(self._raw_name(name))
 
     def read(self, name: str) -> np.ndarray:
         """A text tensor in the dtype of the file (bf16 as `ml_dtypes.bfloat16`)."""
-        return self.raw_read(self.naming.text + name)
+        return self.raw_read(self._raw_name(name))
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of a text tensor; no other row is read."""
-        return self.raw_read_rows(self.naming.text + name, start, stop)
+        return self.raw_read_rows(self._raw_name(name), start, stop)
+
+    def _raw_name(self, name: str) -> str:
+        return self.naming.head if name == HEAD else self.naming.text + name
 
     def raw_spec(self, name: str) -> TensorSpec:
         tensor = self._tensor(name)
@@ -258,38 +256,45 @@ class Checkpoint:
         )
 
     def _known_names(self) -> list[str]:
-        """Raw names of all tensors of a Gemma 3n, without the head."""
+        """Raw names of all tensors of a Gemma 3n, without a tied head."""
         encoders = (self.encoder_raw_name(name) for m in ENCODER_MODULES for name in self.encoder_names(m))
-        return [*(self.naming.text + name for name in self.text_names()), *encoders]
+        return [*map(self._raw_name, self.text_names()), *encoders]
 
     def _check_dtypes(self) -> None:
-        for name in self._known_names():
+        for name in sorted(self._tensors.keys() & {*self._known_names(), self.naming.head}):
             if (dtype := self.raw_spec(name).dtype) not in NUMPY_DTYPES:
                 raise CheckpointError(
                     f"{name} in {self.folder} is of dtype {dtype}; "
                     f"use a checkpoint in {', '.join(NUMPY_DTYPES)} (quantized ones are not read)."
                 )
 
-    def _check_head(self) -> None:
-        if self.head is None:
-            return
-        spec = self.spec(EMBEDDING)
-        tied = self.raw_spec(self.head) == spec
-        if tied:
-            rows, columns = spec.shape
-            step = max(1, COMPARE_BYTES // (columns * NUMPY_DTYPES[spec.dtype].itemsize))
-            tied = all(
-                np.array_equal(
-                    self.raw_read_rows(self.head, start, min(start + step, rows)).view(np.uint8),
-                    self.read_rows(EMBEDDING, start, min(start + step, rows)).view(np.uint8),
-                )
-                for start in range(0, rows, step)
-            )
-        if not tied:
+    def _ties_head(self) -> bool:
+        """Whether the head is the token embedding, because it equals it or is not there.
+
+        Two different tensors are read as they are, whatever tie_word_embeddings says, as transformers does.
+
+        Raises:
+            CheckpointError: config.json says that the head is not tied, and there is none.
+        """
+        if self.naming.head not in self._tensors:
+            if self.config.get("tie_word_embeddings", True):
+                return True
             raise CheckpointError(
-                f"{self.head} in {self.folder} differs from {self.naming.text}{EMBEDDING}: untied heads are not "
-                "supported; use a checkpoint whose head is tied to the token embedding, as Gemma 3n's is."
+                f"{self.folder} has no {self.naming.head}, but its config.json sets tie_word_embeddings to false; save "
+                "the whole model with its head, or set it to true if the head is the token embedding."
             )
+        spec = self.spec(EMBEDDING)
+        if self.spec(HEAD) != spec or len(spec.shape) != 2:
+            return False
+        rows, columns = spec.shape
+        step = max(1, COMPARE_BYTES // max(1, columns * NUMPY_DTYPES[spec.dtype].itemsize))
+        return all(
+            np.array_equal(
+                self.read_rows(HEAD, start, min(start + step, rows)).view(np.uint8),
+                self.read_rows(EMBEDDING, start, min(start + step, rows)).view(np.uint8),
+            )
+            for start in range(0, rows, step)
+        )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
 from gemma3n_onnx.runtime.artifact import load_manifest, verify_checksums
-from support import SMALL
+from support import SMALL, save_as_transformers
 
 WEIGHTS = "model.safetensors"
 DATA = ("decoder.onnx.data", "token_embeddings.bin", "per_layer_embeddings.bin", "decoder.onnx", "embedding.onnx")
@@ -89,10 +89,8 @@ def test_a_config_as_transformers_4_wrote_it(rewritten, small_artifact, tmp_path
 
 
 def resaved(checkpoint: Path, kind: type[PreTrainedModel], folder: Path) -> Path:
-    """The checkpoint as transformers loads and saves it, with the other files of `checkpoint`."""
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("config.json", WEIGHTS))
-    kind.from_pretrained(checkpoint, dtype=torch.float32).save_pretrained(folder)
-    return folder
+    """The checkpoint as transformers loads and saves it."""
+    return save_as_transformers(kind.from_pretrained(checkpoint, dtype=torch.float32), checkpoint, folder)
 
 
 @pytest.mark.parametrize(
