@@ -314,6 +314,8 @@ class Slice:
         sliced["tie_word_embeddings"] = self.config.tied_head
         sliced.get("text_config", sliced).update(
             tie_word_embeddings=self.config.tied_head,
+            vocab_size=self.config.vocab_size,
+            vocab_size_per_layer_input=self.config.vocab_size_per_layer_input,
             num_hidden_layers=self.config.num_layers,
             intermediate_size=list(self.config.intermediate_sizes),
             layer_types=list(self.config.layer_types),

@@ -21,7 +21,7 @@ from .safetensors_file import NUMPY_DTYPES, SafetensorsFile, TensorSpec
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+EMBEDDING, PER_LAYER, HEAD = "embed_tokens.weight", "embed_tokens_per_layer.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Checkpoint:
         folder: where the files are.
         name: the folder's name, or the Hub id without its owner.
         config: the content of config.json.
-        text_config: the architecture of the text decoder.
+        text_config: the architecture of the text decoder. The vocabulary is that of the tables if they have more rows
+            than config.json says: a table may have been resized without it.
         naming: how raw names are formed.
         modalities: the checkpoint's modalities, "text" first.
     """
@@ -92,7 +93,12 @@ class Checkpoint:
         self.naming = self._find_naming()
         self.modalities = ("text", *(m for m in ENCODER_MODULES if self.encoder_names(m)))
         self._check_dtypes()
-        self.text_config = replace(self.text_config, tied_head=self._ties_head())
+        self.text_config = replace(
+            self.text_config,
+            vocab_size=max(self.text_config.vocab_size, self._rows(EMBEDDING)),
+            vocab_size_per_layer_input=max(self.text_config.vocab_size_per_layer_input, self._rows(PER_LAYER)),
+            tied_head=self._ties_head(),
+        )
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None, token: str | None = None) -> Checkpoint:
@@ -222,13 +228,14 @@ class Checkpoint:
         if not path.is_file():
             raise CheckpointNotFoundError(f"{self.folder} has no {TOKENIZER}, which the artifact needs; download it.")
         try:
-            known = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True)
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises a bare Exception
             raise CheckpointError(f"{path} is not a tokenizer ({error}); download it again.") from error
-        if known > self.text_config.vocab_size:
+        last = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        if last >= self.text_config.vocab_size:
             raise CheckpointError(
-                f"{path} has {known:,} tokens, but config.json has a vocab_size of {self.text_config.vocab_size:,}; "
-                "download the checkpoint again."
+                f"{path} has token ids up to {last:,}, but {EMBEDDING} has {self.text_config.vocab_size:,} rows; give "
+                "the tokenizer of this checkpoint, or save the model after model.resize_token_embeddings."
             )
         self.chat_template()
 
@@ -267,6 +274,10 @@ class Checkpoint:
                     f"{name} in {self.folder} is of dtype {dtype}; "
                     f"use a checkpoint in {', '.join(NUMPY_DTYPES)} (quantized ones are not read)."
                 )
+
+    def _rows(self, name: str) -> int:
+        shape = self.spec(name).shape
+        return shape[0] if shape else 0
 
     def _ties_head(self) -> bool:
         """Whether the head is the token embedding, because it equals it or is not there.

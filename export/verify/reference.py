@@ -114,7 +114,10 @@ def load_decoder(checkpoint: Checkpoint, chosen: Slice, storage_of: StorageOf = 
 
 
 class _WithHardRows(nn.Module):
-    """Replaces `embed_tokens`: ids from `first_id` on read the hard rows, as in `Gemma3nModel.forward`."""
+    """Replaces `embed_tokens`: ids from `first_id` on read the hard rows, as in `Gemma3nModel.forward`.
+
+    Ids above the hard rows, on which that fails, read their own embedding.
+    """
 
     def __init__(self, embed_tokens: nn.Embedding, first_id: int, rows: Tensor) -> None:
         super().__init__()
@@ -125,8 +128,9 @@ class _WithHardRows(nn.Module):
         return self._embed_tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        hard = self.rows[(ids - self._first_id).clamp(min=0)]
-        return torch.where((ids >= self._first_id)[..., None], hard, self._embed_tokens(ids))
+        rows = ids - self._first_id
+        is_hard = (rows >= 0) & (rows < len(self.rows))
+        return torch.where(is_hard[..., None], self.rows[rows * is_hard], self._embed_tokens(ids))
 
 
 class _RowsFromCheckpoint(nn.Module):
@@ -233,7 +237,7 @@ def load_encoder(
     Raises:
         ExportError: transformers cannot build the encoder.
     """
-    config = _full_config(checkpoint)
+    config, vocab_size = _full_config(checkpoint), checkpoint.text_config.vocab_size
     section = getattr(config, f"{modality}_config")
     tower = _load(checkpoint, ENCODER_MODULES[modality][0], _build_tower(section, modality), storage_of)
     embedder = _load_embedder(checkpoint, config, modality, storage_of)
@@ -252,7 +256,7 @@ def load_encoder(
     @torch.no_grad()
     def hear(features: np.ndarray, mask: np.ndarray) -> np.ndarray:
         found = tower(torch.from_numpy(features), ~torch.from_numpy(mask))
-        last_id = torch.tensor([[section.vocab_offset + section.vocab_size - 1]])
+        last_id = torch.tensor([[min(section.vocab_offset + section.vocab_size, vocab_size) - 1]])
         padding = embedder(input_ids=last_id)
         soft = torch.where(found.audio_mel_mask[..., None], padding, embedder(inputs_embeds=found.last_hidden_state))
         missing = padding.expand(len(soft), checkpoint.config["audio_soft_tokens_per_image"] - soft.shape[1], -1)

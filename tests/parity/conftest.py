@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
+from added_tokens import grow
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
@@ -84,6 +85,18 @@ def untied_checkpoint(shallow_checkpoint: Path, tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="session")
 def untied_oracle(untied_checkpoint: Path) -> Gemma3nForCausalLM:
     return load_oracle(untied_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def grown_checkpoint(shallow_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`shallow_checkpoint` with tokens added, as transformers adds them."""
+    model = Gemma3nForCausalLM.from_pretrained(shallow_checkpoint, dtype=torch.float32)
+    return grow(model, shallow_checkpoint, tmp_path_factory.mktemp("checkpoint") / "grown")
+
+
+@pytest.fixture(scope="session")
+def grown_oracle(grown_checkpoint: Path) -> Gemma3nForCausalLM:
+    return load_oracle(grown_checkpoint)
 
 
 @pytest.fixture(scope="session")
