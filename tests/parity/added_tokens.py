@@ -21,7 +21,7 @@ def resize(model: PreTrainedModel, count: int) -> None:
 
 
 def resize_token_table(model: PreTrainedModel, count: int) -> None:
-    """As releases of transformers did before they resized the per-layer embeddings."""
+    """As transformers 4 did, which left the per-layer embeddings as they were."""
     PreTrainedModel.resize_token_embeddings(model, count)
 
 
