@@ -19,10 +19,8 @@ from .encoders import FEATURES, CheckpointEncoder
 from .plan import ExportPlan
 from .progress import ExportProgress
 from .quantization.precision import Precision
-from .text_weights import TOKENS, StoredWeights, table_of
+from .text_weights import HEAD, StoredWeights, head_of
 from .weights import IR_DTYPES, lay_out, weight_shapes
-
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def _text_graphs(plan: ExportPlan) -> dict[str, BuiltGraph]:
     embedding = _trace_embedding(plan)
     layout.adapt(decoder, embedding, config)
 
-    head = table_of(plan.text_weights, TOKENS).first_rows(config.vocab_size)
+    head = head_of(plan.text_weights, config.vocab_size)
     graphs = {
         "decoder": BuiltGraph(decoder, {**plan.text_weights, HEAD: head}),
         "embedding": BuiltGraph(embedding, plan.text_weights),

@@ -16,9 +16,10 @@ from gemma3n_onnx.graphs.embedder import MultimodalEmbedder
 from gemma3n_onnx.graphs.embedding import HardRows
 
 from . import trace
-from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
+from .checkpoint.checkpoint import EMBEDDING, ENCODER_MODULES, Checkpoint
 from .errors import CheckpointError, ExportOptionError
-from .weights import as_torch, check_shape
+from .slicing import TensorCut
+from .weights import as_torch, check_shape, cut_blocks
 
 Shapes = Mapping[str, tuple[int, ...]]
 # The encoder output, which is an input of the embedding graph, by modality.
@@ -107,7 +108,7 @@ def _check_shape(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...]) -> 
 
 @dataclass(frozen=True)
 class HardTokens:
-    """The token ids at the end of the vocabulary whose embeddings are in the embedders, in the embedders' order."""
+    """The token ids whose embeddings are in the embedders, in the embedders' order, and ids added after them."""
 
     rows: HardRows
     embedders: Mapping[str, MultimodalEmbedder]
@@ -115,14 +116,15 @@ class HardTokens:
 
 
 def find_hard_tokens(checkpoint: Checkpoint) -> HardTokens | None:
-    """The hard tokens of a checkpoint; None without both embedders.
+    """The hard tokens of a checkpoint; None without both embedders, or if the vocabulary ends before their ids.
 
     Raises:
         CheckpointError: config.json or the tensors are not a Gemma 3n's.
     """
     if len(checkpoint.modalities) <= len(ENCODER_MODULES):
         return None
-    config, embedders, first = checkpoint.text_config, {}, checkpoint.text_config.vocab_size
+    config, embedders = checkpoint.text_config, {}
+    first: int | None = None
     for modality, (_, module) in reversed(ENCODER_MODULES.items()):
         section = checkpoint.config.get(f"{modality}_config")
         section = section if isinstance(section, dict) else {}
@@ -132,23 +134,32 @@ def find_hard_tokens(checkpoint: Checkpoint) -> HardTokens | None:
                 f"{modality}_config lacks one of {', '.join(EMBEDDER_KEYS)}, or it is not a positive number; download "
                 "config.json again."
             )
-        first -= vocab
-        if offset != first:
+        if first is not None and offset != first - vocab:
             raise CheckpointError(
-                f"{modality}_config has vocab_offset {offset} instead of {first}; download config.json again."
+                f"{modality}_config has vocab_offset {offset} instead of {first - vocab}; download config.json again."
             )
+        first = offset
         with torch.device("meta"):
             embedders[module] = MultimodalEmbedder(vocab, hidden, config.hidden_size, eps)
         for name, parameter in embedders[module].named_parameters():
             _check_shape(checkpoint, f"{module}.{name}", tuple(parameter.shape))
-    in_order = dict(reversed(embedders.items()))
-    return HardTokens(HardRows(first, config.vocab_size - first), in_order)
+    assert first is not None
+    if first >= config.vocab_size:
+        return None
+    return HardTokens(HardRows(first, config.vocab_size - first), dict(reversed(embedders.items())))
 
 
 def hard_row_values(checkpoint: Checkpoint, tokens: HardTokens) -> Iterator[np.ndarray]:
-    """Rows [vocab, text hidden] fp32 of each embedder, in the order of the ids, unscaled like `embed_tokens`."""
+    """Rows [n, text hidden] of each embedder, fp32 and unscaled like `embed_tokens`, and of the ids added after theirs,
+    in the order of the ids.
+
+    An added id has its row of `embed_tokens`, as in transformers' text model; its multimodal model fails on such ids.
+    """
     scale = checkpoint.text_config.hidden_size**0.5
+    vocab, left = checkpoint.text_config.vocab_size, tokens.rows.count
     for module, outline in tokens.embedders.items():
+        if not left:
+            break
         weights = {
             name: as_torch(checkpoint.raw_read(checkpoint.encoder_raw_name(f"{module}.{name}"))).float()
             for name, _ in outline.named_parameters()
@@ -156,4 +167,7 @@ def hard_row_values(checkpoint: Checkpoint, tokens: HardTokens) -> Iterator[np.n
         embedder = copy.deepcopy(outline)
         embedder.load_state_dict(weights, strict=True, assign=True)
         with torch.no_grad():
-            yield (embedder.hard(embedder.embedding.weight) / scale).numpy()
+            rows = (embedder.hard(embedder.embedding.weight[:left]) / scale).numpy()
+        left -= len(rows)
+        yield rows
+    yield from cut_blocks(checkpoint, TensorCut(EMBEDDING, rows=((vocab - left, vocab),)))

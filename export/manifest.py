@@ -20,7 +20,7 @@ from .checkpoint.sizes import parameter_counts
 from .encoders import CheckpointEncoder
 from .plan import ExportPlan
 from .quantization.config import PerRow
-from .text_weights import PER_LAYER, TOKENS, StoredWeights, table_of
+from .text_weights import HEAD, PER_LAYER, TOKENS, StoredWeights, head_of, table_of
 from .weights import BlockQuantizedTensor, RowQuantizedTensor, StoredTable, StoredWeight
 
 PRODUCER = f"gemma3n-onnx {version('gemma3n-onnx')}"
@@ -90,9 +90,9 @@ def _quantization_info(stored: StoredWeight) -> artifact.QuantizationInfo | None
 
 
 def _step_bytes(plan: ExportPlan) -> int:
-    """Bytes of weights that a decode step reads: the decoder's own, and the head (first rows of the token table)."""
-    head = table_of(plan.text_weights, TOKENS).first_rows(plan.slice.config.vocab_size)
-    own = (stored for name, stored in plan.text_weights.items() if name not in (TOKENS, PER_LAYER))
+    """Bytes of weights that a decode step reads: the decoder's own and the head."""
+    head = head_of(plan.text_weights, plan.slice.config.vocab_size)
+    own = (stored for name, stored in plan.text_weights.items() if name not in (TOKENS, PER_LAYER, HEAD))
     return sum(_in_memory(stored, plan.precision.compute) for stored in (head, *own))
 
 

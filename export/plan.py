@@ -95,9 +95,9 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     checkpoint.check_tokenizer()
     check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
     checkpoint.check_all_known()
+    front_ends = read_front_ends(checkpoint, modalities)
     encoders = find_encoders(checkpoint, modalities)
     hard_tokens = find_hard_tokens(checkpoint)
-    front_ends = read_front_ends(checkpoint, modalities)
     text_weights = lay_out_text(chosen.config, precision, hard_tokens.rows if hard_tokens else None)
     prefills = options.logits == "last" and "prefill" in layout.graph_files(options.precision)
     return ExportPlan(

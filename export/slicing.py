@@ -311,7 +311,11 @@ class Slice:
     def hf_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A copy of the checkpoint's `config.json`, full or text-only, that describes the slice."""
         sliced = copy.deepcopy(dict(config))
+        sliced["tie_word_embeddings"] = self.config.tied_head
         sliced.get("text_config", sliced).update(
+            tie_word_embeddings=self.config.tied_head,
+            vocab_size=self.config.vocab_size,
+            vocab_size_per_layer_input=self.config.vocab_size_per_layer_input,
             num_hidden_layers=self.config.num_layers,
             intermediate_size=list(self.config.intermediate_sizes),
             layer_types=list(self.config.layer_types),

@@ -8,10 +8,11 @@ from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.embedding import HardRows
 
 from . import trace
+from .quantization.config import Storage
 from .quantization.precision import Precision
 from .weights import BlockQuantizedTensor, RowQuantizedTensor, StoredTable, StoredWeight, lay_out
 
-TOKENS, PER_LAYER = "embed_tokens.weight", "embed_tokens_per_layer.weight"
+TOKENS, PER_LAYER, HEAD = "embed_tokens.weight", "embed_tokens_per_layer.weight", "lm_head.weight"
 DECODER_DATA, PREFILL_DATA = "decoder.onnx.data", "prefill.onnx.data"
 TOKEN_TABLE, PER_LAYER_TABLE = "token_embeddings.bin", "per_layer_embeddings.bin"
 
@@ -20,24 +21,31 @@ StoredWeights = Mapping[str, StoredWeight]
 
 
 def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of a text decoder, tables included; the tied head is the token table."""
+    """Shapes of all tensors of a text decoder, tables included; a tied head is the token table."""
     shapes = trace.parameter_shapes(config)
-    shapes[TOKENS] = shapes.pop("lm_head.weight")
+    shapes[TOKENS] = shapes.pop(HEAD) if config.tied_head else shapes[HEAD]
     width = config.num_layers * config.hidden_size_per_layer_input
     shapes[PER_LAYER] = (config.vocab_size_per_layer_input, width)
     return shapes
 
 
 def lay_out_text(config: TextConfig, precision: Precision, hard_rows: HardRows | None) -> dict[str, StoredWeight]:
-    """The weights of the decoder and both tables; the hard rows are the last ones of the token table."""
+    """The weights of the decoder and both tables; the hard rows are the last ones of the token table.
+
+    A head of its own is stored as the token table is.
+    """
     shapes = tensor_shapes(config)
     rows, width = shapes.pop(TOKENS)
     tokens = {TOKENS: (rows + (hard_rows.count if hard_rows else 0), width)}
     per_layer = {PER_LAYER: shapes.pop(PER_LAYER)}
     tokens_storage = precision.of_table(precision.tokens, width)
     per_layer_storage = precision.of_table(precision.per_layer, per_layer[PER_LAYER][1])
+
+    def storage_of(name: str) -> Storage:
+        return tokens_storage if name == HEAD else precision.of_weight(name, shapes[name])
+
     return {
-        **lay_out(DECODER_DATA, shapes, lambda name: precision.of_weight(name, shapes[name])),
+        **lay_out(DECODER_DATA, shapes, storage_of),
         **lay_out(TOKEN_TABLE, tokens, lambda _: tokens_storage),
         **lay_out(PER_LAYER_TABLE, per_layer, lambda _: per_layer_storage),
     }
@@ -61,6 +69,11 @@ def lay_out_prefill(config: TextConfig, precision: Precision, decoder: StoredWei
         if isinstance(stored, BlockQuantizedTensor) and name.startswith(used)
     }
     return lay_out(PREFILL_DATA, own, lambda _: storage)
+
+
+def head_of(weights: StoredWeights, vocab_size: int) -> StoredTable:
+    """The output head: a weight of its own, or the first rows of the token table."""
+    return table_of(weights, HEAD) if HEAD in weights else table_of(weights, TOKENS).first_rows(vocab_size)
 
 
 def table_of(weights: StoredWeights, name: str) -> StoredTable:

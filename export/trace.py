@@ -12,7 +12,7 @@ import functools
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import onnx_ir as ir
@@ -105,8 +105,9 @@ def trace_vision(config: VisionConfig) -> ir.Model:
 
 
 def _without_widths(config: TextConfig) -> TextConfig:
-    """The nodes do not depend on the FFN widths, so slices of the same depth share a trace."""
-    return dataclasses.replace(config, intermediate_sizes=(32,) * config.num_layers)
+    """The nodes depend neither on the FFN widths nor on the source of the head, so slices of the same depth share a
+    trace."""
+    return dataclasses.replace(config, intermediate_sizes=(32,) * config.num_layers, tied_head=True)
 
 
 def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
@@ -161,7 +162,7 @@ def _trace_outline(build: Callable[[], Decoder], compute: str, *more: torch.Tens
             *more,
             [torch.empty(batch, heads, n, dim, dtype=dtype) for n in rows for _ in range(2)],
         )
-    return _trace(build, compute, arguments, outline.input_names, outline.output_names)
+    return _trace(build, compute, arguments, outline.input_names, outline.output_names, {config.vocab_size})
 
 
 @functools.lru_cache(maxsize=8)
@@ -175,8 +176,16 @@ def _trace_embedding(
     inputs = [names.INPUT_IDS, *(name for name, _ in soft_tokens)]
     outputs = [names.INPUTS_EMBEDS, names.PER_LAYER_INPUTS]
     token_ids = tuple(token_id for _, token_id in soft_tokens)
+    known = {config.vocab_size_per_layer_input, *token_ids}
+    if hard_rows is not None:
+        known |= {hard_rows.first_id, hard_rows.count}
     return _trace(
-        lambda: Embedding(config, DTYPES[compute], hard_rows, token_ids), storage, (ids, features), inputs, outputs
+        lambda: Embedding(config, DTYPES[compute], hard_rows, token_ids),
+        storage,
+        (ids, features),
+        inputs,
+        outputs,
+        known,
     )
 
 
@@ -204,9 +213,18 @@ def _trace_vision(config: VisionConfig) -> ir.Model:
 
 
 def _trace(
-    build: Callable[[], nn.Module], weights: str, arguments: tuple, inputs: list[str], outputs: list[str]
+    build: Callable[[], nn.Module],
+    weights: str,
+    arguments: tuple,
+    inputs: list[str],
+    outputs: list[str],
+    known: Collection[int] = (),
 ) -> ir.Model:
-    """Traces a module with parameters of dtype `weights` on meta `arguments`; `AXES` sizes their dynamic axes."""
+    """Traces a module with parameters of dtype `weights` on meta `arguments`; `AXES` sizes their dynamic axes.
+
+    `known` are sizes of the module's own that a user may choose, such as that of a vocabulary: they may be constants of
+    the graph even if a traced size divides them.
+    """
     dtype = DTYPES[weights]
     with torch.device("meta"):
         module = build().eval()
@@ -235,7 +253,7 @@ def _trace(
     repeat_parts(model, kinds)
     _forget_sizes(model)
     _simplify(model, _without_unread(model.graph, parameters))
-    _check_no_size_is_fixed(model)
+    _check_no_size_is_fixed(model, known)
     return model
 
 
@@ -261,15 +279,15 @@ def _forget_sizes(model: ir.Model) -> None:
                 value.shape = None
 
 
-def _check_no_size_is_fixed(model: ir.Model) -> None:
-    """Fails on a traced size among the integer constants: a module used a torch view."""
+def _check_no_size_is_fixed(model: ir.Model, known: Collection[int] = ()) -> None:
+    """Fails on a traced size among the integer constants but `known` ones: a module used a torch view."""
     sizes = (*AXES.values(), *_AUDIO_SIZES, *_IMAGE_SIZES)
     values = [*model.graph.initializers.values(), *(output for node in model.graph for output in node.outputs)]
     for value in values:
         constant = ir.convenience.get_const_tensor(value)
         if constant is not None and constant.dtype == ir.DataType.INT64:
             for number in (*constant.shape.numpy(), *constant.numpy().flatten().tolist()):
-                if number and any(number % size == 0 for size in sizes):
+                if number and number not in known and any(number % size == 0 for size in sizes):
                     users = sorted({node.op_type for node in value.consumers()})
                     raise AssertionError(f"The traced size {number} is a constant in {value.name}, used by {users}.")
 

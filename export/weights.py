@@ -247,7 +247,7 @@ def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> N
     if found != wanted:
         raise CheckpointError(
             f"Tensor {name} has shape {list(found)} instead of the {list(wanted)} that config.json requires; "
-            "download the checkpoint again."
+            "give the config.json that was saved with it, or download the checkpoint again."
         )
 
 

@@ -41,6 +41,9 @@ class AudioConfig:
     text_hidden_size: int
     soft_tokens: int = 188
     vocab_size: int = 128
+    padding_row: int = 127
+    """The row of the embedder's table that pads a clip: that of the vocabulary's last id, or of the last audio id if
+    ids have been added to the vocabulary."""
     mel_bins: int = 128
     hidden_size: int = 1536
     num_heads: int = 8
@@ -115,16 +118,15 @@ class AudioConfig:
             if not cap > 0:
                 raise ConfigError(f"conf_attention_logit_cap is {cap:g}; it must be above 0.")
             vocab_size = _count(audio, "vocab_size", cls.vocab_size)
-            end = _count(audio, "vocab_offset", _VOCAB_OFFSET) + vocab_size
-            if (text_end := text.get("vocab_size", end)) != end:
-                raise ConfigError(
-                    f"The audio ids end at {end}, but the vocabulary at {text_end!r}; the last id must be an audio id, "
-                    "the padding."
-                )
+            first = _count(audio, "vocab_offset", _VOCAB_OFFSET)
+            vocabulary = _count(text, "vocab_size", first + vocab_size)
+            if vocabulary <= first:
+                raise ConfigError(f"The vocabulary has {vocabulary} ids, and the audio ids begin at {first}.")
             return cls(
                 text_hidden_size=_count(text, "hidden_size", None),
                 soft_tokens=_count(config, "audio_soft_tokens_per_image", cls.soft_tokens),
                 vocab_size=vocab_size,
+                padding_row=min(vocabulary - first, vocab_size) - 1,
                 mel_bins=_count(audio, "input_feat_size", cls.mel_bins),
                 hidden_size=_count(audio, "hidden_size", cls.hidden_size),
                 num_heads=_count(audio, "conf_num_attention_heads", cls.num_heads),
@@ -433,8 +435,7 @@ def _reach(config: AudioConfig) -> Tensor:
 class AudioEncoder(nn.Module):
     """Mel frames -> the soft tokens of a clip.
 
-    Tokens without a valid frame, and the padding up to `soft_tokens`, are the hard embedding of the last id of the
-    embedder's vocabulary.
+    Tokens without a valid frame, and the padding up to `soft_tokens`, are the hard embedding of `padding_row`.
     """
 
     def __init__(self, config: AudioConfig) -> None:
@@ -448,7 +449,8 @@ class AudioEncoder(nn.Module):
     def forward(self, input_features: Tensor, input_features_mask: Tensor) -> Tensor:
         """input_features [n, T, B] fp32, input_features_mask [n, T] bool (True: valid) -> [n * soft_tokens, G] fp32."""
         soft = self.embed_audio.soft(self.audio_tower(input_features, input_features_mask))
-        padding = self.embed_audio.hard(self.embed_audio.embedding.weight[-1:])
+        row = self.config.padding_row
+        padding = self.embed_audio.hard(self.embed_audio.embedding.weight[row : row + 1])
         clips, width = ops.size_of_axis(input_features, 0), self.config.text_hidden_size
         frames_per_token = self.config.frames_per_step * self.config.reduction_factor
         valid = input_features_mask[:, ::frames_per_token].unsqueeze(2)

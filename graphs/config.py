@@ -39,6 +39,8 @@ class TextConfig:
     altup_correct_scale: bool
     final_logit_softcapping: float | None
     max_position_embeddings: int
+    tied_head: bool = True
+    """Whether the output head is the token embedding. Tensors decide it, so `from_hf` does not read it."""
 
     def __post_init__(self) -> None:
         layers = len(self.layer_types)
@@ -90,7 +92,8 @@ class TextConfig:
         text = config.get("text_config", config)
         if not isinstance(text, Mapping):
             raise ConfigError("text_config is not an object.")
-        if (model_type := text.get("model_type")) != "gemma3n_text":
+        implied = "gemma3n_text" if config.get("model_type") == "gemma3n" else None
+        if (model_type := text.get("model_type", implied)) != "gemma3n_text":
             raise ConfigError(f"model_type is {model_type!r}, not 'gemma3n_text': this is not a Gemma 3n config.")
         for key, wanted in (("hidden_activation", "gelu_pytorch_tanh"), ("attention_bias", False)):
             if (value := text.get(key, wanted)) != wanted:
@@ -161,10 +164,12 @@ def _layer_types(text: Mapping[str, Any], layers: int) -> tuple[str, ...]:
 
 
 def _rope_theta(text: Mapping[str, Any], kind: str, flat_key: str, default: float) -> float:
-    """From `rope_parameters` (transformers 5) or the flat key of transformers 4."""
-    if text.get("rope_scaling"):
-        raise ConfigError("rope_scaling is set; only unscaled RoPE is implemented.")
-    parameters = (text.get("rope_parameters") or {}).get(kind) or {}
-    if (rope_type := parameters.get("rope_type", "default")) != "default":
+    """From `rope_parameters` (transformers 5) or the flat key of transformers 4, whose `rope_scaling` is for the full
+    layers only."""
+    parameters = dict((text.get("rope_parameters") or {}).get(kind) or {})
+    if kind == FULL:
+        parameters |= text.get("rope_scaling") or {}
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type != "default":
         raise ConfigError(f"rope_type of the {kind} layers is {rope_type!r}; only 'default' is implemented.")
     return float(parameters.get("rope_theta", text.get(flat_key, default)))

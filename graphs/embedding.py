@@ -14,7 +14,8 @@ from .ops import replace_rows, reshape, size_of_axis
 
 @dataclass(frozen=True)
 class HardRows:
-    """Rows of the hard multimodal tokens, ids from `first_id` on; they follow the `vocab_size` rows of the table."""
+    """Rows of all ids from `first_id`, the first hard multimodal token, on; they follow the `vocab_size` rows of the
+    table. Ids above the hard tokens have been added to the vocabulary: their rows are copies."""
 
     first_id: int
     count: int

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +10,19 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, EntryPoints
 from inspect import isabstract
+from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.cli import main as export_cli
 from gemma3n_onnx.runtime.cli import main as runtime_cli
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The fewest layers with both attention types, a reader of a donor, and an own K and V for each type.
 SMALL = {
@@ -29,6 +34,14 @@ SMALL = {
 
 # A checkpoint without encoders, which is traced and read faster.
 text_checkpoint = partial(make_checkpoint, text_only=True)
+
+
+def save_as_transformers(model: "PreTrainedModel", checkpoint: Path, folder: Path) -> Path:
+    """What `model.save_pretrained` writes, with the tokenizer and the other files of `checkpoint`."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("config.json", "model*.safetensors*"))
+    model.save_pretrained(folder)
+    return folder
+
 
 # First lines of a subprocess: one started by a background job would ignore Ctrl-C, as that job does.
 DEFAULT_SIGNALS = """

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from gemma3n_onnx.export import trace
 from gemma3n_onnx.export.checkpoint import hub
@@ -138,14 +139,6 @@ def spoil_value(name: str, value: float) -> Callable[[Path], None]:
     return edit
 
 
-def add_untied_head(folder: Path) -> None:
-    header, data = read_weights(folder)
-    start, stop = header["model.embed_tokens.weight"]["data_offsets"]
-    end = len(data)
-    header["lm_head.weight"] = header["model.embed_tokens.weight"] | {"data_offsets": [end, end + stop - start]}
-    write_weights(folder, header, data + bytes(stop - start))
-
-
 def add_tensor(name: str) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         header, data = read_weights(folder)
@@ -153,6 +146,13 @@ def add_tensor(name: str) -> Callable[[Path], None]:
         write_weights(folder, header, data + bytes(4))
 
     return edit
+
+
+def add_token(folder: Path) -> None:
+    path = str(folder / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save(path)
 
 
 def index_missing_shard(folder: Path) -> None:
@@ -412,13 +412,23 @@ CASES = [
         ("layers.1.self_attn.q_proj", "does not fit into fp16"),
         traces=True,
     ),
-    Case("weights_untied_head", exporting(add_untied_head), ("lm_head.weight", "untied")),
+    Case(
+        "weights_head_missing",
+        exporting(rewrite_json("config.json", lambda c: c.update(tie_word_embeddings=False))),
+        ("no lm_head.weight", "tie_word_embeddings to false"),
+    ),
     Case(
         "weights_unsupported_dtype",
         exporting(change_header(lambda h: h[TENSOR].update(dtype="I32"))),
         (TENSOR, "dtype I32"),
     ),
     Case("tokenizer_missing", exporting(remove("tokenizer.json")), ("no tokenizer.json",)),
+    Case("tokenizer_of_another_vocabulary", exporting(add_token), ("ids up to 1,280", "resize_token_embeddings")),
+    Case(
+        "weights_fewer_rows_than_the_config",
+        exporting(rewrite_json("config.json", lambda c: c.update(vocab_size_per_layer_input=1100))),
+        ("embed_tokens_per_layer.weight", "[1024, 48] instead of the [1100, 48]", "config.json that was saved with it"),
+    ),
     Case("tokenizer_corrupt", exporting(write("tokenizer.json", "{}")), ("tokenizer.json", "not a tokenizer")),
     Case(
         "generation_config_not_json",

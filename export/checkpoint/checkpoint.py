@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
 from gemma3n_onnx.graphs.config import ConfigError, TextConfig
 
 from .hub import SLICE_TABLE, find_folder
+from .peft_names import ADAPTER_CONFIG, MERGE, plain_names
 from .safetensors_file import NUMPY_DTYPES, SafetensorsFile, TensorSpec
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
-EMBEDDING = "embed_tokens.weight"
+EMBEDDING, PER_LAYER, HEAD = "embed_tokens.weight", "embed_tokens_per_layer.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ class TensorNaming:
 FULL_NAMING = TensorNaming("model.language_model.", "model.", "lm_head.weight")
 TEXT_ONLY_NAMING = TensorNaming("model.", None, "lm_head.weight")
 TRANSFORMERS_4_NAMING = TensorNaming("language_model.model.", "", "language_model.lm_head.weight")
-NAMINGS = (FULL_NAMING, TRANSFORMERS_4_NAMING, TEXT_ONLY_NAMING)
+# Of models saved without their head: Gemma3nModel and Gemma3nTextModel.
+HEADLESS_NAMING = TensorNaming("language_model.", "", "lm_head.weight")
+HEADLESS_TEXT_NAMING = TensorNaming("", None, "lm_head.weight")
+NAMINGS = (FULL_NAMING, TRANSFORMERS_4_NAMING, TEXT_ONLY_NAMING, HEADLESS_NAMING, HEADLESS_TEXT_NAMING)
 # The modules of each modality besides text.
 ENCODER_MODULES = {"vision": ("vision_tower", "embed_vision"), "audio": ("audio_tower", "embed_audio")}
 TOKENIZER_FILES = (
@@ -59,13 +63,15 @@ class Checkpoint:
     """The config and the tensors of one checkpoint folder.
 
     Methods take names relative to the text decoder (`layers.0.mlp.gate_proj.weight`), whatever the file's prefix; the
-    `raw_` methods take the names in the file and reach every tensor. Arrays are read-only views of the file.
+    `raw_` methods take the names in the file, without PEFT's additions, and reach every tensor. Arrays are read-only
+    views of the file.
 
     Attributes:
         folder: where the files are.
         name: the folder's name, or the Hub id without its owner.
         config: the content of config.json.
-        text_config: the architecture of the text decoder.
+        text_config: the architecture of the text decoder. The vocabulary is that of the tables if they have more rows
+            than config.json says: a table may have been resized without it.
         naming: how raw names are formed.
         modalities: the checkpoint's modalities, "text" first.
     """
@@ -75,7 +81,7 @@ class Checkpoint:
         self.folder = folder
         self.name = name or folder.resolve().name
         if not (folder / "config.json").is_file():
-            raise CheckpointNotFoundError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint.")
+            raise _not_found(folder, "config.json; give the folder of a Hugging Face checkpoint")
         self.config = _read_json(folder / "config.json")
         try:
             self.text_config = TextConfig.from_hf(self.config)
@@ -83,11 +89,16 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder / 'config.json'}: {str(error).rstrip('.')}; give an unchanged checkpoint of Gemma 3n."
             ) from error
-        self._files = _open_files(folder)
+        self._tensors = _open_tensors(folder)
         self.naming = self._find_naming()
         self.modalities = ("text", *(m for m in ENCODER_MODULES if self.encoder_names(m)))
         self._check_dtypes()
-        self._check_head()
+        self.text_config = replace(
+            self.text_config,
+            vocab_size=max(self.text_config.vocab_size, self._rows(EMBEDDING)),
+            vocab_size_per_layer_input=max(self.text_config.vocab_size_per_layer_input, self._rows(PER_LAYER)),
+            tied_head=self._ties_head(),
+        )
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None, token: str | None = None) -> Checkpoint:
@@ -101,19 +112,21 @@ class Checkpoint:
 
         Raises:
             CheckpointNotFoundError: no such folder or repository, no access to it, or no checkpoint in it.
-            CheckpointError: not a Gemma 3n, a damaged or missing file, an unsupported dtype, an untied head.
+            CheckpointError: not a Gemma 3n, a damaged or missing file, an unsupported dtype.
         """
         return cls(find_folder(model, revision, token), Path(model).resolve().name)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The raw names of all tensors, sorted."""
-        return tuple(sorted(self._files))
+        return tuple(sorted(self._tensors))
 
     def text_names(self) -> tuple[str, ...]:
-        """Names of the text decoder's tensors, sorted; without the head."""
+        """Names of the text decoder's tensors, sorted; without a tied head."""
         prefix = self.naming.text
-        return tuple(name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
+        inner = (name for name in self.names if name.startswith(prefix) and name != self.naming.head)
+        head = () if self.text_config.tied_head else (HEAD,)
+        return tuple(sorted((*(name.removeprefix(prefix) for name in inner), *head)))
 
     def encoder_names(self, modality: str) -> tuple[str, ...]:
         """Names of a modality's encoder and embedder tensors, starting with the module (`audio_tower.…`), sorted."""
@@ -123,36 +136,36 @@ class Checkpoint:
         wanted = tuple(f"{prefix}{module}." for module in ENCODER_MODULES[modality])
         return tuple(name.removeprefix(prefix) for name in self.names if name.startswith(wanted))
 
-    @property
-    def head(self) -> str | None:
-        """The raw name of the output head, a copy of the token embedding that some files have."""
-        name = self.naming.head
-        return name if name in self._files else None
-
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a text tensor.
 
         Raises:
             CheckpointError: no such tensor; the other readers raise it too.
         """
-        return self.raw_spec(self.naming.text + name)
+        return self.raw_spec(self._raw_name(name))
 
     def read(self, name: str) -> np.ndarray:
         """A text tensor in the dtype of the file (bf16 as `ml_dtypes.bfloat16`)."""
-        return self.raw_read(self.naming.text + name)
+        return self.raw_read(self._raw_name(name))
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of a text tensor; no other row is read."""
-        return self.raw_read_rows(self.naming.text + name, start, stop)
+        return self.raw_read_rows(self._raw_name(name), start, stop)
+
+    def _raw_name(self, name: str) -> str:
+        return self.naming.head if name == HEAD else self.naming.text + name
 
     def raw_spec(self, name: str) -> TensorSpec:
-        return self._file(name).spec(name)
+        tensor = self._tensor(name)
+        return tensor.file.spec(tensor.name)
 
     def raw_read(self, name: str) -> np.ndarray:
-        return self._file(name).read(name)
+        tensor = self._tensor(name)
+        return tensor.file.read(tensor.name)
 
     def raw_read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._file(name).read_rows(name, start, stop)
+        tensor = self._tensor(name)
+        return tensor.file.read_rows(tensor.name, start, stop)
 
     def encoder_raw_name(self, name: str) -> str:
         """The raw name of a tensor that `encoder_names` lists."""
@@ -215,19 +228,20 @@ class Checkpoint:
         if not path.is_file():
             raise CheckpointNotFoundError(f"{self.folder} has no {TOKENIZER}, which the artifact needs; download it.")
         try:
-            known = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size(with_added_tokens=True)
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises a bare Exception
             raise CheckpointError(f"{path} is not a tokenizer ({error}); download it again.") from error
-        if known > self.text_config.vocab_size:
+        last = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        if last >= self.text_config.vocab_size:
             raise CheckpointError(
-                f"{path} has {known:,} tokens, but config.json has a vocab_size of {self.text_config.vocab_size:,}; "
-                "download the checkpoint again."
+                f"{path} has token ids up to {last:,}, but {EMBEDDING} has {self.text_config.vocab_size:,} rows; give "
+                "the tokenizer of this checkpoint, or save the model after model.resize_token_embeddings."
             )
         self.chat_template()
 
-    def _file(self, name: str) -> SafetensorsFile:
+    def _tensor(self, name: str) -> _Tensor:
         try:
-            return self._files[name]
+            return self._tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.folder} has no tensor {name}; download the checkpoint again.") from None
 
@@ -241,7 +255,7 @@ class Checkpoint:
 
     def _find_naming(self) -> TensorNaming:
         for naming in NAMINGS:
-            if naming.text + EMBEDDING in self._files:
+            if naming.text + EMBEDDING in self._tensors:
                 return naming
         raise CheckpointError(
             f"{self.folder} has no Gemma 3n text decoder: there is no "
@@ -249,38 +263,63 @@ class Checkpoint:
         )
 
     def _known_names(self) -> list[str]:
-        """Raw names of all tensors of a Gemma 3n, without the head."""
+        """Raw names of all tensors of a Gemma 3n, without a tied head."""
         encoders = (self.encoder_raw_name(name) for m in ENCODER_MODULES for name in self.encoder_names(m))
-        return [*(self.naming.text + name for name in self.text_names()), *encoders]
+        return [*map(self._raw_name, self.text_names()), *encoders]
 
     def _check_dtypes(self) -> None:
-        for name in self._known_names():
+        for name in sorted(self._tensors.keys() & {*self._known_names(), self.naming.head}):
             if (dtype := self.raw_spec(name).dtype) not in NUMPY_DTYPES:
                 raise CheckpointError(
                     f"{name} in {self.folder} is of dtype {dtype}; "
                     f"use a checkpoint in {', '.join(NUMPY_DTYPES)} (quantized ones are not read)."
                 )
 
-    def _check_head(self) -> None:
-        if self.head is None:
-            return
-        spec = self.spec(EMBEDDING)
-        tied = self.raw_spec(self.head) == spec
-        if tied:
-            rows, columns = spec.shape
-            step = max(1, COMPARE_BYTES // (columns * NUMPY_DTYPES[spec.dtype].itemsize))
-            tied = all(
-                np.array_equal(
-                    self.raw_read_rows(self.head, start, min(start + step, rows)).view(np.uint8),
-                    self.read_rows(EMBEDDING, start, min(start + step, rows)).view(np.uint8),
-                )
-                for start in range(0, rows, step)
-            )
-        if not tied:
+    def _rows(self, name: str) -> int:
+        shape = self.spec(name).shape
+        return shape[0] if shape else 0
+
+    def _ties_head(self) -> bool:
+        """Whether the head is the token embedding, because it equals it or is not there.
+
+        Two different tensors are read as they are, whatever tie_word_embeddings says, as transformers does.
+
+        Raises:
+            CheckpointError: config.json says that the head is not tied, and there is none.
+        """
+        if self.naming.head not in self._tensors:
+            if self.config.get("tie_word_embeddings", True):
+                return True
             raise CheckpointError(
-                f"{self.head} in {self.folder} differs from {self.naming.text}{EMBEDDING}: untied heads are not "
-                "supported; use a checkpoint whose head is tied to the token embedding, as Gemma 3n's is."
+                f"{self.folder} has no {self.naming.head}, but its config.json sets tie_word_embeddings to false; save "
+                "the whole model with its head, or set it to true if the head is the token embedding."
             )
+        spec = self.spec(EMBEDDING)
+        if self.spec(HEAD) != spec or len(spec.shape) != 2:
+            return False
+        rows, columns = spec.shape
+        step = max(1, COMPARE_BYTES // max(1, columns * NUMPY_DTYPES[spec.dtype].itemsize))
+        return all(
+            np.array_equal(
+                self.read_rows(HEAD, start, min(start + step, rows)).view(np.uint8),
+                self.read_rows(EMBEDDING, start, min(start + step, rows)).view(np.uint8),
+            )
+            for start in range(0, rows, step)
+        )
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the checkpoint: the file that holds it, and its name there."""
+
+    file: SafetensorsFile
+    name: str
+
+
+def _open_tensors(folder: Path) -> dict[str, _Tensor]:
+    """The tensors of all weight files, by their names without PEFT's additions."""
+    files = _open_files(folder)
+    return {plain: _Tensor(files[stored], stored) for plain, stored in plain_names(files).items()}
 
 
 def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
@@ -289,7 +328,7 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
         file = SafetensorsFile(folder / WEIGHTS)
         return dict.fromkeys(file.names, file)
     if not (folder / INDEX).is_file():
-        raise CheckpointNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}; only safetensors weights are read.")
+        raise _not_found(folder, f"{WEIGHTS} and no {INDEX}; only safetensors weights are read")
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{folder / INDEX} has no weight_map; download it again.")
@@ -306,6 +345,14 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
         if name not in held[shard]:
             raise CheckpointError(f"{folder / shard} lacks {name}, which {INDEX} lists; download it again.")
     return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def _not_found(folder: Path, lacking: str) -> CheckpointNotFoundError:
+    """For a folder without what `lacking` says, which may be a PEFT adapter."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return CheckpointNotFoundError(f"{folder} has no {lacking}.")
+    base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    return CheckpointNotFoundError(f"{folder} is a PEFT adapter for {base}, not a whole checkpoint; {MERGE}.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -116,13 +116,20 @@ def soft_tokens(checkpoint: Checkpoint, modality: str) -> SoftTokens:
     """The soft tokens of an image or a clip, as the processor writes them into the prompt.
 
     Raises:
-        CheckpointError: config.json lacks a token id, or the tokenizer the token.
+        CheckpointError: config.json lacks a token id, the vocabulary has no such id, or the tokenizer lacks the token.
     """
     keys = {
         "vision": ("image_token_id", "boi_token_id", "eoi_token_id", "vision_soft_tokens_per_image"),
         "audio": ("audio_token_id", "boa_token_id", "eoa_token_id", "audio_soft_tokens_per_image"),
     }[modality]
     values = [_positive(checkpoint, key) for key in keys]
+    vocab = checkpoint.text_config.vocab_size
+    for key, token_id in zip(keys, values[:3]):
+        if token_id >= vocab:
+            raise CheckpointError(
+                f"{key} is {token_id:,}, but the vocabulary has {vocab:,} ids; leave {modality} out with --modalities, "
+                "or save the model with enough token embeddings."
+            )
     backend = tokenizers.Tokenizer.from_file(str(checkpoint.folder / TOKENIZER))
     soft, start, end = (_token(backend, key, token_id) for key, token_id in zip(keys, values[:3]))
     return SoftTokens(token=soft, token_id=values[0], count=values[3], prefix=f"\n\n{start}", suffix=f"{end}\n\n")

@@ -77,7 +77,7 @@ class DecoderParameters:
     text: int
     ple_table: int
     token_embedding: int
-    """The output head is tied to it."""
+    """Also the size of the output head, which `text` counts unless it is tied."""
     unused_kv: int
 
     @property
@@ -103,7 +103,8 @@ def parameter_counts(config: TextConfig) -> DecoderParameters:
     ple_table = config.vocab_size_per_layer_input * config.num_layers * ple
     ple_projection = config.num_layers * ple * hidden + ple
     stream_projections = 2 * (streams - 1) * hidden**2
-    outside = token_embedding + ple_table + ple_projection + stream_projections + hidden
+    head = 0 if config.tied_head else token_embedding
+    outside = token_embedding + head + ple_table + ple_projection + stream_projections + hidden
     return DecoderParameters(
         text=outside + config.num_layers * layer + feed_forward,
         ple_table=ple_table,
@@ -165,22 +166,22 @@ def _audio_tower(audio: Mapping[str, Any]) -> int:
 def published_total(config: TextConfig, hf_config: Mapping[str, Any]) -> int:
     """All parameters, counted like the published totals.
 
-    The count has the decoder, the four encoder parts as of timm 1.0.16, and the output head a second time although it
-    is tied to the token embedding.
+    The count has the decoder, the four encoder parts as of timm 1.0.16, and the output head even if it is tied to the
+    token embedding.
 
     Raises:
         ConfigError, SliceError: see `encoder_parameter_counts`.
     """
     counts = parameter_counts(config)
     encoders = sum(encoder_parameter_counts(hf_config).values()) - STEM_BIAS_PARAMETERS
-    return counts.text + counts.token_embedding + encoders
+    return counts.text + (counts.token_embedding if config.tied_head else 0) + encoders
 
 
 def disk_bytes(config: TextConfig, precision: str) -> int:
     """Bytes of the weights of an exported decoder, its two tables and its prefill graph, without encoders and
     multimodal rows.
 
-    The output head is the token table: both graphs read the same file.
+    A tied output head is the token table: both graphs read the same file.
 
     Raises:
         ExportOptionError: no such precision.

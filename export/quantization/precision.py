@@ -23,7 +23,7 @@ class Precision:
     exceptions: Mapping[str, QuantizationConfig] = field(default_factory=dict)
     """Overrides `weights` for projections whose names, without ".weight", end in the key."""
     tokens: QuantizationConfig | None = None
-    """The quantization of the token embeddings, which are also the output head."""
+    """The quantization of the token embeddings and of the output head."""
     per_layer: QuantizationConfig | None = None
     """The quantization of the per-layer embeddings."""
     encoders: PerRow | str | None = None

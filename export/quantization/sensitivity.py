@@ -12,7 +12,7 @@ from torch import nn
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.slicing import Slice
-from gemma3n_onnx.export.text_weights import PER_LAYER, TOKENS
+from gemma3n_onnx.export.text_weights import HEAD, PER_LAYER, TOKENS, tensor_shapes
 from gemma3n_onnx.export.verify.parity import kl_divergence
 from gemma3n_onnx.export.verify.reference import StorageOf, decoder_logits, load_decoder, load_hard_rows
 from gemma3n_onnx.export.weights import as_stored
@@ -61,7 +61,7 @@ def sensitivities(
         ExportError: transformers cannot build the decoder.
     """
     decoder: Any = load_decoder(checkpoint, chosen)
-    names = [*(name for name, _ in decoder.model.named_parameters()), PER_LAYER]
+    names = tensor_shapes(chosen.config)
     configs = {name: config for name in names if isinstance(config := storage_of(name), QuantizationConfig)}
     run = lambda: _logits(decoder, prompts)  # noqa: E731
     original = run()
@@ -117,6 +117,6 @@ def _stored(checkpoint: Checkpoint, decoder: Any, name: str, config: Quantizatio
 
 
 def _parameter(decoder: Any, name: str) -> nn.Parameter:
-    if name == TOKENS:
+    if name == HEAD:
         return decoder.lm_head.weight
     return decoder.model.get_parameter(name)

@@ -179,10 +179,9 @@ def verify(
 
 
 def random_prompts(model: OnnxGemma3n, rng: np.random.Generator, count: int, length: int) -> list[list[int]]:
-    """`count` prompts of `length` tokens: <bos>, then ids of the text vocabulary."""
+    """`count` prompts of `length` tokens: <bos>, then any ids but the first few special ones."""
     manifest = model.manifest
-    rows = manifest.per_layer_embeddings.rows
-    return [[manifest.bos_token_id, *rng.integers(4, rows, length - 1).tolist()] for _ in range(count)]
+    return [[manifest.bos_token_id, *rng.integers(4, manifest.vocab_size, length - 1).tolist()] for _ in range(count)]
 
 
 def describe(parity: Parity) -> str:

@@ -17,7 +17,7 @@ from gemma3n_onnx.export.errors import ExportError
 from gemma3n_onnx.export.quantization.config import PerRow, QuantizationConfig, Storage
 from gemma3n_onnx.export.quantization.rounding import IN_BF16, of_storage, rounded
 from gemma3n_onnx.export.slicing import Slice, TensorCut
-from gemma3n_onnx.export.text_weights import PER_LAYER, TOKENS
+from gemma3n_onnx.export.text_weights import HEAD, PER_LAYER, TOKENS
 from gemma3n_onnx.export.weights import as_stored, as_torch, read_cut
 from gemma3n_onnx.runtime.artifact import Manifest
 
@@ -47,7 +47,8 @@ def stored_in_encoder(manifest: Manifest, modality: str) -> StorageOf:
 
 def stored_for_prefill(manifest: Manifest) -> StorageOf:
     """The prefill graph quantizes by rows the matrices that the decoder quantizes in blocks."""
-    blocks = {name for name, info in manifest.quantization.items() if info.block is not None} - {TOKENS, PER_LAYER}
+    blocks = {name for name, info in manifest.quantization.items() if info.block is not None}
+    blocks -= {TOKENS, PER_LAYER, HEAD}
     decoder = stored_in(manifest)
     return lambda name: PerRow() if name in blocks else decoder(name)
 
@@ -92,14 +93,19 @@ def load_decoder(checkpoint: Checkpoint, chosen: Slice, storage_of: StorageOf = 
     with torch.device("meta"):
         reference = causal_lm._from_config(config, attn_implementation="eager").eval()
     reference.model.embed_tokens_per_layer = _RowsFromCheckpoint(checkpoint, chosen, storage_of(PER_LAYER))
-    state: dict[str, Tensor] = {}
-    for name, parameter in reference.model.named_parameters():
+
+    def stored(name: str, parameter: nn.Parameter) -> Tensor:
         values = read_cut(checkpoint, chosen.source_of(name))
         if values.shape != parameter.shape:
             raise ExportError(f"Tensor {name} has shape {list(values.shape)}, not {list(parameter.shape)}.")
-        state[name] = as_stored(values.float(), storage_of(name))
+        return as_stored(values.float(), storage_of(name))
+
+    state = {name: stored(name, parameter) for name, parameter in reference.model.named_parameters()}
     reference.model.load_state_dict(state, strict=True, assign=True)
-    reference.lm_head.weight = reference.model.embed_tokens.weight
+    if chosen.config.tied_head:
+        reference.lm_head.weight = reference.model.embed_tokens.weight
+    else:
+        reference.lm_head.weight = nn.Parameter(stored(HEAD, reference.lm_head.weight), requires_grad=False)
     _materialize_buffers(reference, config)
     if (hard_tokens := find_hard_tokens(checkpoint)) is not None:
         rows = load_hard_rows(checkpoint, storage_of(TOKENS))
@@ -108,15 +114,23 @@ def load_decoder(checkpoint: Checkpoint, chosen: Slice, storage_of: StorageOf = 
 
 
 class _WithHardRows(nn.Module):
-    """Replaces `embed_tokens`: ids from `first_id` on read the hard rows, as in `Gemma3nModel.forward`."""
+    """Replaces `embed_tokens`: ids from `first_id` on read the hard rows, as in `Gemma3nModel.forward`.
 
-    def __init__(self, embed_tokens: nn.Module, first_id: int, rows: Tensor) -> None:
+    Ids above the hard rows, on which that fails, read their own embedding.
+    """
+
+    def __init__(self, embed_tokens: nn.Embedding, first_id: int, rows: Tensor) -> None:
         super().__init__()
         self._embed_tokens, self._first_id, self.rows = embed_tokens, first_id, rows
 
+    @property
+    def weight(self) -> Tensor:
+        return self._embed_tokens.weight
+
     def forward(self, ids: Tensor) -> Tensor:
-        hard = self.rows[(ids - self._first_id).clamp(min=0)]
-        return torch.where((ids >= self._first_id)[..., None], hard, self._embed_tokens(ids))
+        rows = ids - self._first_id
+        is_hard = (rows >= 0) & (rows < len(self.rows))
+        return torch.where(is_hard[..., None], self.rows[rows * is_hard], self._embed_tokens(ids))
 
 
 class _RowsFromCheckpoint(nn.Module):
@@ -170,7 +184,7 @@ def _buffer_value(name: str, key: str, module: nn.Module, config: Any) -> Tensor
 def rounding_inputs(decoder: Any, storage_of: StorageOf) -> AbstractContextManager[None]:
     """In this context the decoder's quantized products round their activations to int8."""
     modules = {f"{name}.weight": module for name, module in decoder.model.named_modules()}
-    modules[TOKENS] = decoder.lm_head
+    modules[TOKENS if decoder.config.tie_word_embeddings else HEAD] = decoder.lm_head
     linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     return rounded({module: of_storage(storage_of(name)) for name, module in linear.items()})
 
@@ -223,7 +237,7 @@ def load_encoder(
     Raises:
         ExportError: transformers cannot build the encoder.
     """
-    config = _full_config(checkpoint)
+    config, vocab_size = _full_config(checkpoint), checkpoint.text_config.vocab_size
     section = getattr(config, f"{modality}_config")
     tower = _load(checkpoint, ENCODER_MODULES[modality][0], _build_tower(section, modality), storage_of)
     embedder = _load_embedder(checkpoint, config, modality, storage_of)
@@ -242,7 +256,7 @@ def load_encoder(
     @torch.no_grad()
     def hear(features: np.ndarray, mask: np.ndarray) -> np.ndarray:
         found = tower(torch.from_numpy(features), ~torch.from_numpy(mask))
-        last_id = torch.tensor([[section.vocab_offset + section.vocab_size - 1]])
+        last_id = torch.tensor([[min(section.vocab_offset + section.vocab_size, vocab_size) - 1]])
         padding = embedder(input_ids=last_id)
         soft = torch.where(found.audio_mel_mask[..., None], padding, embedder(inputs_embeds=found.last_hidden_state))
         missing = padding.expand(len(soft), checkpoint.config["audio_soft_tokens_per_image"] - soft.shape[1], -1)

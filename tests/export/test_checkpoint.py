@@ -18,7 +18,7 @@ from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
 from support import text_checkpoint
 
 SMALL = {"num_hidden_layers": 7, "num_kv_shared_layers": 2}
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.fixture
@@ -110,21 +110,62 @@ def test_full_checkpoints_give_the_same_text_tensors(small: Path, prefix: str) -
         full.raw_read("model.steps")
 
 
-def test_an_equal_head_is_listed_apart(small: Path) -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_a_head_that_equals_the_embedding_is_tied_whatever_the_config_says(small: Path, told: bool) -> None:
     tensors = load_all(small)
-    rewrite(small, tensors | {"lm_head.weight": tensors[EMBEDDING].clone()})
+    rewrite(small, tensors | {HEAD: tensors[EMBEDDING].clone()})
+    edit_json(small / "config.json", tie_word_embeddings=told)
     checkpoint = Checkpoint.open(small)
-    assert checkpoint.head == "lm_head.weight"
-    assert checkpoint.head in checkpoint.names
-    assert "lm_head.weight" not in checkpoint.text_names()
+    assert checkpoint.text_config.tied_head
+    assert HEAD in checkpoint.names and HEAD not in checkpoint.text_names()
+    checkpoint.check_all_known()
 
 
-def test_an_untied_head_is_refused(small: Path) -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_a_head_that_differs_in_one_value_is_a_weight_of_its_own(small: Path, told: bool) -> None:
     tensors = load_all(small)
     head = tensors[EMBEDDING].clone()
     head[-1, -1] += 1
-    rewrite(small, tensors | {"lm_head.weight": head})
-    with pytest.raises(CheckpointError, match="untied heads are not supported"):
+    rewrite(small, tensors | {HEAD: head})
+    edit_json(small / "config.json", tie_word_embeddings=told)
+    checkpoint = Checkpoint.open(small)
+    assert not checkpoint.text_config.tied_head
+    assert HEAD in checkpoint.text_names()
+    np.testing.assert_array_equal(checkpoint.read(HEAD), head)
+    checkpoint.check_all_known()
+
+
+NORM = "base_model.model.model.norm"
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ([f"{NORM}.lora_A.default.weight"], "lora_A.* not merged; merge it .*merge_and_unload"),
+        ([f"{NORM}.base_layer.weight"], "base_layer.* not merged"),
+        (["model.embed_tokens.lora_embedding_A.default"], "lora_embedding_A.* not merged"),
+        ([f"{NORM}.modules_to_save.default.weight"], "both .*norm.*; remove the unused one"),
+        (
+            ["model.x.modules_to_save.one.weight", "model.x.modules_to_save.two.weight"],
+            r"both model\.x\.modules_to_save\.one\.weight and model\.x\.modules_to_save\.two",
+        ),
+        (["model.x.original_module.weight"], r"model\.x\.original_module\.weight, but not the trained copy"),
+    ],
+)
+def test_ambiguous_names_of_peft_are_refused(small: Path, names: list[str], reason: str) -> None:
+    rewrite(small, load_all(small) | {name: torch.ones(2) for name in names})
+    with pytest.raises(CheckpointError, match=reason):
+        Checkpoint.open(small)
+
+
+@pytest.mark.parametrize("kept", [(), ("config.json",)])
+def test_an_adapter_is_told_from_a_checkpoint(small: Path, kept: tuple[str, ...]) -> None:
+    for path in small.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    (small / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-3n-E2B-it"}))
+    (small / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointNotFoundError, match=r"adapter for google/gemma-3n-E2B-it.*merge_and_unload"):
         Checkpoint.open(small)
 
 

@@ -83,6 +83,26 @@ def test_hard_rows_are_the_embedders_in_the_order_of_their_ids(full: Path) -> No
     assert len(np.unique(rows, axis=0)) == 256
 
 
+@pytest.mark.parametrize(("vocab", "count"), [(1024, None), (1100, 76), (1152, 128), (1200, 176), (1280, 256)])
+def test_a_smaller_vocabulary_has_fewer_hard_rows(full: Path, edited, vocab: int, count: int | None) -> None:
+    whole = Checkpoint.open(full)
+    fewer = edited(tensors=cut_rows(vocab), config=put(vocab, "text_config", "vocab_size"))
+    tokens, all_tokens = find_hard_tokens(fewer), find_hard_tokens(whole)
+    assert (tokens and tokens.rows.count) == count
+    if tokens is not None and all_tokens is not None:
+        rows, all_rows = (np.concatenate([*hard_row_values(c, t)]) for c, t in ((fewer, tokens), (whole, all_tokens)))
+        np.testing.assert_array_equal(rows, all_rows[:count])
+
+
+def test_media_whose_tokens_the_vocabulary_lacks_are_refused(edited) -> None:
+    checkpoint = edited(tensors=cut_rows(1100), config=put(1100, "text_config", "vocab_size"))
+    assert list(read_front_ends(checkpoint, ["text", "vision"]).soft_tokens) == ["vision"]
+    with pytest.raises(
+        CheckpointError, match=r"audio_token_id is 1,153, but .* 1,100 ids; leave audio out"
+    ):
+        read_front_ends(checkpoint, ["text", "vision", "audio"])
+
+
 def read_all(checkpoint: Checkpoint) -> None:
     find_encoders(checkpoint, checkpoint.modalities)
     find_hard_tokens(checkpoint)
@@ -102,6 +122,11 @@ def put(value: Any, *path: str) -> Edit:
     return change
 
 
+def cut_rows(count: int) -> Edit:
+    name = "model.language_model.embed_tokens.weight"
+    return lambda weights: put(weights[name][:count].clone(), name)(weights)
+
+
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
@@ -118,6 +143,7 @@ def put(value: Any, *path: str) -> Edit:
         ({"config": drop("image_token_id")}, "image_token_id"),
         ({"config": put(10**6, "boa_token_id")}, "boa_token_id"),
         ({"config": put(0, "audio_soft_tokens_per_image")}, "audio_soft_tokens_per_image"),
+        ({"tensors": cut_rows(1100), "config": put(1100, "text_config", "vocab_size")}, "ids begin at 1152"),
         ({"processor": put(True, "do_normalize")}, "do_normalize True"),
         ({"processor": put(3, "resample")}, "resample 3"),
         ({"processor": put({"height": 224, "width": 224}, "size")}, "256, 512, 768"),

@@ -9,13 +9,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    Gemma3nForCausalLM,
+    Gemma3nForConditionalGeneration,
+    Gemma3nModel,
+    Gemma3nTextModel,
+    PreTrainedModel,
+)
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
 from gemma3n_onnx.runtime.artifact import load_manifest, verify_checksums
-from support import SMALL
+from support import SMALL, save_as_transformers
 
 WEIGHTS = "model.safetensors"
 DATA = ("decoder.onnx.data", "token_embeddings.bin", "per_layer_embeddings.bin", "decoder.onnx", "embedding.onnx")
@@ -79,6 +86,60 @@ def test_a_config_as_transformers_4_wrote_it(rewritten, small_artifact, tmp_path
         return config | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "torch_dtype": "float32"}
 
     assert_same_artifact(small_artifact, export_to(rewritten(dict, older), tmp_path / "artifact"))
+
+
+def resaved(checkpoint: Path, kind: type[PreTrainedModel], folder: Path) -> Path:
+    """The checkpoint as transformers loads and saves it."""
+    return save_as_transformers(kind.from_pretrained(checkpoint, dtype=torch.float32), checkpoint, folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [(Gemma3nForCausalLM, "model.embed_tokens.weight"), (Gemma3nTextModel, "embed_tokens.weight")],
+)
+def test_text_models_as_transformers_saves_them(kind, first, small_checkpoint, small_artifact, tmp_path) -> None:
+    folder = resaved(small_checkpoint, kind, tmp_path / "other")
+    assert first in load_file(folder / WEIGHTS)
+    assert_same_artifact(small_artifact, export_to(folder, tmp_path / "artifact"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [
+        (Gemma3nForConditionalGeneration, "model.language_model.embed_tokens.weight"),
+        (Gemma3nModel, "language_model.embed_tokens.weight"),
+    ],
+)
+def test_full_models_as_transformers_saves_them(
+    kind, first, small_full_checkpoint, small_full_artifact, tmp_path
+) -> None:
+    folder = resaved(small_full_checkpoint, kind, tmp_path / "other")
+    assert first in load_file(folder / WEIGHTS)
+    artifact = export_to(folder, tmp_path / "artifact")
+    assert_same_artifact(small_full_artifact, artifact)
+    for name in ("vision_encoder.onnx.data", "audio_encoder.onnx.data"):
+        assert (small_full_artifact / name).read_bytes() == (artifact / name).read_bytes(), name
+
+
+def with_trained_copies(*modules: str) -> Callable[[Tensors], Tensors]:
+    """Names as PEFT gives them with these `modules_to_save`."""
+
+    def wrapped(tensors: Tensors) -> Tensors:
+        found = {}
+        for name, tensor in tensors.items():
+            module, _, parameter = f"base_model.model.{name}".rpartition(".")
+            if name.removesuffix(".weight") in modules:
+                found[f"{module}.original_module.{parameter}"] = torch.full_like(tensor, 7.0)
+                module += ".modules_to_save.default"
+            found[f"{module}.{parameter}"] = tensor
+        return found
+
+    return wrapped
+
+
+def test_names_of_peft_are_read(rewritten, small_artifact, tmp_path) -> None:
+    folder = rewritten(with_trained_copies("model.embed_tokens", "model.layers.1.mlp.up_proj"))
+    assert_same_artifact(small_artifact, export_to(folder, tmp_path / "artifact"))
 
 
 def test_other_rope_bases_reach_the_graph(rewritten, small_artifact, tmp_path) -> None:

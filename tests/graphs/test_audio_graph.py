@@ -138,7 +138,7 @@ def test_config_values_are_read() -> None:
         ({"sscp_conv_kernel_size": [3, 3]}, "wrong type"),
         ({"sscp_conv_kernel_size": [[3, 3, 3], [3, 3]]}, "must be a pair"),
         ({"input_feat_size": 1, "sscp_conv_kernel_size": [[3, 9], [3, 3]]}, "too few"),
-        ({"vocab_offset": 4}, "the last id must be an audio id"),
+        ({"vocab_offset": 262400}, "the audio ids begin at 262400"),
     ],
 )
 def test_config_refuses_what_the_graph_cannot_do(audio: dict | None, message: str) -> None:

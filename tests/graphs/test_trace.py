@@ -12,6 +12,7 @@ from gemma3n_onnx.export import trace
 from gemma3n_onnx.export.checkpoint.sizes import E4B
 from gemma3n_onnx.graphs import decoder, ops
 from gemma3n_onnx.graphs.config import FULL, SLIDING, TextConfig
+from gemma3n_onnx.graphs.embedding import HardRows
 
 CONFIG = dataclasses.replace(
     E4B,
@@ -90,6 +91,16 @@ def test_a_fixed_size_in_a_graph_is_found(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(AssertionError, match=str(1009 * 2003)):
         trace.trace_decoder(CONFIG, "last", "fp32")
     trace._trace_decoder.cache_clear()
+
+
+def test_a_vocabulary_may_have_a_size_that_a_traced_one_divides(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GEMMA3N_CACHE", str(tmp_path))
+    config = dataclasses.replace(CONFIG, vocab_size=2 * 1009, vocab_size_per_layer_input=1009)
+    assert trace.trace_decoder(config, "all", "fp32").graph.outputs[0].shape == ["batch", "new_tokens", 2018]
+    embedding = trace.trace_embedding(config, "fp32", "fp32", HardRows(1009, 1009))
+    assert embedding.graph.initializers["embed_tokens.weight"].shape == [3 * 1009, 32]
 
 
 def test_half_precision_computes_rope_magnitudes_and_gates_in_fp32() -> None:

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma3nForCausalLM
+import torch
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
+from added_tokens import grow
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.runtime import OnnxGemma3n
 from multimodal import MultimodalOracle
 from oracle import WINDOW, NoProgress, load_oracle
-from support import text_checkpoint
+from support import save_as_transformers, text_checkpoint
 
 Exporter = Callable[..., Path]
 
@@ -67,6 +69,34 @@ def shallow_oracle(shallow_checkpoint: Path) -> Gemma3nForCausalLM:
 @pytest.fixture(scope="session")
 def shallow_model(shallow_checkpoint: Path, exported: Exporter) -> OnnxGemma3n:
     return OnnxGemma3n.from_pretrained(exported(shallow_checkpoint))
+
+
+@pytest.fixture(scope="session")
+def untied_checkpoint(shallow_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`shallow_checkpoint` with an output head of its own."""
+    config = Gemma3nTextConfig.from_pretrained(shallow_checkpoint, tie_word_embeddings=False)
+    model = Gemma3nForCausalLM.from_pretrained(shallow_checkpoint, config=config, dtype=torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, float(model.model.embed_tokens.weight.std()))
+    return save_as_transformers(model, shallow_checkpoint, tmp_path_factory.mktemp("checkpoint") / "untied")
+
+
+@pytest.fixture(scope="session")
+def untied_oracle(untied_checkpoint: Path) -> Gemma3nForCausalLM:
+    return load_oracle(untied_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def grown_checkpoint(shallow_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`shallow_checkpoint` with tokens added, as transformers adds them."""
+    model = Gemma3nForCausalLM.from_pretrained(shallow_checkpoint, dtype=torch.float32)
+    return grow(model, shallow_checkpoint, tmp_path_factory.mktemp("checkpoint") / "grown")
+
+
+@pytest.fixture(scope="session")
+def grown_oracle(grown_checkpoint: Path) -> Gemma3nForCausalLM:
+    return load_oracle(grown_checkpoint)
 
 
 @pytest.fixture(scope="session")

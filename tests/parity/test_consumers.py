@@ -65,21 +65,24 @@ class Consumer:
 
 
 @pytest.mark.parametrize("layout", [*DECODER])
-@pytest.mark.parametrize("prompt", [1, LONG])
-def test_its_tokens_are_transformers(shallow_checkpoint, exported, shallow_oracle, layout, prompt):
+@pytest.mark.parametrize(("kind", "prompt"), [("shallow", 1), ("shallow", LONG), ("untied", LONG)])
+def test_its_tokens_are_transformers(request, exported, layout, kind, prompt):
+    checkpoint, oracle = (request.getfixturevalue(f"{kind}_{what}") for what in ("checkpoint", "oracle"))
     ids = random_prompt(prompt, seed=5)
-    made, logits = Consumer(exported(shallow_checkpoint, layout=layout), layout).generate(ids, STEPS)
-    theirs = oracle_logits(shallow_oracle, [*ids, *made[:-1]], STEPS)
-    assert_close(f"{layout}, prompt of {prompt}", logits, theirs, TOLERANCE)
+    made, logits = Consumer(exported(checkpoint, layout=layout), layout).generate(ids, STEPS)
+    theirs = oracle_logits(oracle, [*ids, *made[:-1]], STEPS)
+    assert_close(f"{layout}, {kind}, prompt of {prompt}", logits, theirs, TOLERANCE)
     assert made == theirs.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("layout", [*DECODER])
-def test_quantized_it_answers_as_the_native_layout(shallow_checkpoint, exported, layout):
-    native = OnnxGemma3n.from_pretrained(exported(shallow_checkpoint, precision="int4"), memory_budget=0)
+@pytest.mark.parametrize("kind", ["shallow", "untied"])
+def test_quantized_it_answers_as_the_native_layout(request, exported, layout, kind):
+    checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
+    native = OnnxGemma3n.from_pretrained(exported(checkpoint, precision="int4"), memory_budget=0)
     ours = generate_greedily(native, random_prompt(LONG), 8)
     suffix = "_q4" if layout in EMBEDDING else ""
-    consumer = Consumer(exported(shallow_checkpoint, layout=layout, precision="int4"), layout, suffix)
+    consumer = Consumer(exported(checkpoint, layout=layout, precision="int4"), layout, suffix)
     made, logits = consumer.generate(random_prompt(LONG), 8)
     same = next((i for i, (a, b) in enumerate(zip(made, ours.tokens)) if a != b), 8)
     assert same > 0

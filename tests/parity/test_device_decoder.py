@@ -110,16 +110,18 @@ def test_genai_is_told_to_put_it_on_the_device(model):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int4"])
-def test_made_fp32_it_equals_transformers(shallow_checkpoint, exported, tmp_path: Path, precision):
-    folder = shutil.copytree(exported(shallow_checkpoint, precision=precision, target="cuda"), tmp_path / "artifact")
+@pytest.mark.parametrize("kind", ["shallow", "untied"])
+def test_made_fp32_it_equals_transformers(request, exported, tmp_path: Path, precision, kind):
+    source = request.getfixturevalue(f"{kind}_checkpoint")
+    folder = shutil.copytree(exported(source, precision=precision, target="cuda"), tmp_path / "artifact")
     stored = stored_in(load_manifest(folder))
     widen(folder)
     model = OnnxGemma3n.from_pretrained(folder, "cpu")
     ours = generate_greedily(model, random_prompt(LONG, seed=8), STEPS)
-    checkpoint = Checkpoint.open(shallow_checkpoint)
+    checkpoint = Checkpoint.open(source)
     decoder = load_decoder(checkpoint, whole(checkpoint.text_config), stored)
     theirs = decoder_logits(decoder, ours.oracle_ids, STEPS)
-    assert_close(f"{precision} for CUDA, made fp32", ours.logits, theirs, TOLERANCE)
+    assert_close(f"{precision} for CUDA, {kind}, made fp32", ours.logits, theirs, TOLERANCE)
     assert ours.tokens == theirs.argmax(-1).tolist()
 
 

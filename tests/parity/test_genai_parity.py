@@ -61,6 +61,14 @@ def test_text_through_append_tokens(request, artifact):
     assert_same_answer(model, MESSAGES["text"], answer)
 
 
+def test_an_output_head_of_its_own(untied_checkpoint, exported):
+    folder = exported(untied_checkpoint)
+    model = OnnxGemma3n.from_pretrained(folder)
+    prompt = model.encode(MESSAGES["text"])
+    answer = greedily(og.Model(str(folder)), prompt, by_tokens(prompt), NEW_TOKENS)
+    assert_same_answer(model, MESSAGES["text"], answer)
+
+
 def test_an_artifact_without_vision_is_a_pipeline(text_only):
     assert text_only[1].type == "decoder-pipeline"
 
