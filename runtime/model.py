@@ -89,6 +89,7 @@ class OnnxGemma3n:
         prefill_chunk: int = PREFILL_CHUNK,
         memory_budget: int | None = None,
         fetch: FetchPolicy | None = None,
+        chat_template: str | Path | None = None,
         prefix_cache_size: int = 1,
         device_id: int = 0,
         gpu_memory_limit: int | None = None,
@@ -103,6 +104,7 @@ class OnnxGemma3n:
             memory_budget: bytes for the decoder's weights. The prefill graph, which doubles them, is loaded at the
                 first long prompt if it fits; by default, if twice its size is free.
             fetch: which files and URLs media may come from, and their size limits.
+            chat_template: path of a Jinja file to use instead of the artifact's chat template.
             prefix_cache_size: prompts whose KV caches are kept for prefix reuse, on the CPU only; `release` frees them.
             device_id: index of the GPU, from 0.
             gpu_memory_limit: bytes of GPU memory for each graph; None is no limit.
@@ -122,7 +124,7 @@ class OnnxGemma3n:
                 f"The tokenizer in {folder} has {tokens:,} tokens, but the model's vocabulary has "
                 f"{manifest.vocab_size:,}; export the artifact again."
             )
-        template = _load_template(folder)
+        template = _load_template(folder) if chat_template is None else ChatTemplate.from_file(Path(chat_template))
         engine = Engine(
             folder,
             manifest,
@@ -217,10 +219,4 @@ def _is_batch(prompt: Any) -> bool:
 
 def _load_template(folder: Path) -> ChatTemplate | None:
     path = folder / CHAT_TEMPLATE_FILE
-    if not path.is_file():
-        return None
-    try:
-        source = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not UTF-8 text; export the artifact again.") from error
-    return ChatTemplate(source)
+    return ChatTemplate.from_file(path) if path.is_file() else None

@@ -197,6 +197,11 @@ def manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[World], list[
     return running(rewrite_json("manifest.json", change))
 
 
+def without_template(folder: Path) -> None:
+    remove("chat_template.jinja")(folder)
+    rewrite_json("manifest.json", lambda data: data["files"].pop("chat_template.jinja"))(folder)
+
+
 HEADER = "name,layers,ffn_hidden_dims,layers_skipped\n"
 
 
@@ -435,6 +440,26 @@ CASES = [
         exporting(write("chat_template.jinja", b"\xff\xfe\x00")),
         ("chat_template.jinja", "not UTF-8"),
     ),
+    Case(
+        "chat_template_corrupt",
+        exporting(write("chat_template.jinja", "{% for %}")),
+        ("The chat template of", "not valid Jinja"),
+    ),
+    Case(
+        "chat_template_option_missing_before_the_model_is_opened",
+        lambda w: [*exporting_from(lambda _: "/no/such/folder")(w), "--chat-template", "no.jinja"],
+        ("no.jinja", "No such file", "Jinja file"),
+    ),
+    Case(
+        "chat_template_option_corrupt",
+        lambda w: [*exporting()(w), "--chat-template", w.file("my.jinja", "{{ messages")],
+        ("my.jinja is not valid Jinja", "give another"),
+    ),
+    Case(
+        "chat_template_option_not_text",
+        lambda w: [*exporting()(w), "--chat-template", w.file("my.jinja", b"\xff\xfe")],
+        ("my.jinja is not UTF-8",),
+    ),
     # --- slice tables
     Case("csv_missing", lambda w: [*exporting()(w), *("--matformer-config", "no.csv", "--slice", "S")], ("no.csv",)),
     Case("csv_without_slice", lambda w: [*exporting()(w), *("--matformer-config", "no.csv")], ("needs --slice",)),
@@ -630,12 +655,32 @@ CASES = [
     Case(
         "artifact_template_corrupt",
         running(recorded(write("chat_template.jinja", "{% for %}"), "chat_template.jinja")),
-        ("chat template cannot be read",),
+        ("chat_template.jinja", "not valid Jinja"),
     ),
     Case(
         "artifact_template_not_text",
         running(recorded(write("chat_template.jinja", b"\xff\xfe"), "chat_template.jinja")),
         ("chat_template.jinja", "not UTF-8"),
+    ),
+    Case(
+        "run_template_corrupt",
+        lambda w: [*running()(w), "--chat-template", w.file("my.jinja", "{% if %}")],
+        ("my.jinja is not valid Jinja",),
+    ),
+    Case(
+        "serve_template_corrupt",
+        lambda w: ["gemma3n", "serve", w.artifact(), "--chat-template", w.file("my.jinja", "{% if %}")],
+        ("my.jinja is not valid Jinja",),
+    ),
+    Case(
+        "run_system_without_template",
+        running(without_template, "--system", "Be brief."),
+        ("no chat template", "--chat-template FILE", "gemma3n-export"),
+    ),
+    Case(
+        "chat_without_template",
+        lambda w: ["gemma3n", "chat", w.artifact(without_template)],
+        ("no chat template", "cannot chat", "--chat-template FILE"),
     ),
     # --- prompts, options, providers
     Case("prompt_empty", lambda w: ["gemma3n", "run", w.artifact(), ""], ("prompt is empty",)),

@@ -26,7 +26,8 @@ HEAVY = (
     "transformers",
 )
 # Modules of the runtime that the exporter may enter; what compares artifacts with transformers runs them.
-DOORS = {f"{PACKAGE}.runtime.{module}" for module in ("artifact", "cli.exit", "errors", "system")}
+ENTRANCES = ("artifact", "cli.exit", "errors", "prompt.chat_template", "system")
+DOORS = {f"{PACKAGE}.runtime.{module}" for module in ENTRANCES}
 FREE = "export/verify"
 
 

@@ -12,7 +12,7 @@ from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 from gemma3n_onnx.runtime.options import read_options
 
-from .options import answer_options, artifact_argument, load_options
+from .options import answer_options, artifact_argument, load_options, template_option
 from .terminal_chat import describe_timings
 
 
@@ -23,6 +23,7 @@ from .terminal_chat import describe_timings
 @click.option("--audio", "clips", multiple=True, help="Path or URL of an audio clip; repeatable.")
 @click.option("--video", "videos", multiple=True, help="Path or URL of a video; repeatable.")
 @click.option("--raw", is_flag=True, help="Do not apply the chat template.")
+@template_option
 @answer_options
 @load_options
 @click.option("--stats", is_flag=True, help="Print speed and memory to stderr.")
@@ -35,6 +36,7 @@ def run(
     allow_private_urls: bool,
     system: str | None,
     raw: bool,
+    chat_template: Path | None,
     load: dict[str, Any],
     stats: bool,
     **options: Any,
@@ -46,12 +48,12 @@ def run(
         raise PromptError("The prompt is empty; give some text.")
     read_options(options)  # reject bad options before loading a model
     fetch = FetchPolicy(allow_private=allow_private_urls)
-    model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, **load)
+    model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, chat_template=chat_template, **load)
     media = [(kind, s) for kind, sources in (("image", images), ("audio", clips), ("video", videos)) for s in sources]
     content = [*({"type": kind, kind: source} for kind, source in media), {"type": "text", "text": prompt}]
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": content if media else prompt})
-    plain = raw or (model.template is None and not media)
+    plain = raw or (model.template is None and system is None and not media)
     answer = model.stream(prompt if plain else messages, **options)
     for piece in answer:
         click.echo(piece, nl=False)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemma3n_onnx.runtime.artifact import Manifest
-from gemma3n_onnx.runtime.errors import PromptError
+from gemma3n_onnx.runtime.errors import PromptError, no_template
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.media.reader import MediaOptions, MediaReader
 from gemma3n_onnx.runtime.tokens import PromptTokens
@@ -95,7 +95,7 @@ class PromptEncoder:
         If the template rejects the conversation or drops one of its texts, turns are merged first.
         """
         if self.template is None:
-            raise PromptError("This artifact has no chat template, so the prompt must be text or token ids.")
+            raise no_template("messages cannot be rendered")
         options = options or TemplateOptions()
         if not options.control_tokens:
             hide = self._plain_text.hide_all
