@@ -46,10 +46,12 @@ class OnnxGemma3n:
     >>> model.generate("The capital of France is", max_new_tokens=8).text
     >>> [answer.text for answer in model.generate(["One, two,", "Red, green,"], max_new_tokens=4)]
 
-    Images, clips and videos are parts of a message, as paths, URLs, bytes or arrays:
+    Images, clips and videos are parts of a message, as paths, URLs, bytes or arrays. In a text prompt, soft tokens
+    stand for images and clips given beside it:
 
     >>> picture = {"type": "image", "image": "photo.jpg"}
     >>> model.generate([{"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]}]).text
+    >>> model.generate("<image_soft_token> in this image, there is", images=["photo.jpg"]).text
 
     Stream pieces of text, or hold a conversation whose KV cache is kept from turn to turn:
 
@@ -139,44 +141,67 @@ class OnnxGemma3n:
 
     @overload
     def generate(
-        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Any
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        *,
+        images: list[Any] | None = None,
+        audio: list[Any] | None = None,
+        **options: Any,
     ) -> GenerationResult: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[GenerationResult]: ...
-    def generate(self, prompt: Any, **options: Any) -> GenerationResult | list[GenerationResult]:
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        images: list[list[Any] | None] | None = None,
+        audio: list[list[Any] | None] | None = None,
+        **options: Any,
+    ) -> list[GenerationResult]: ...
+    def generate(
+        self, prompt: Any, *, images: list[Any] | None = None, audio: list[Any] | None = None, **options: Any
+    ) -> GenerationResult | list[GenerationResult]:
         """Answers a prompt, or a batch of prompts of any lengths.
 
         Args:
             prompt: text, a list of messages `{"role", "content"}`, or token ids; or a list of these. Content is
                 text, or parts of type text, image, audio and video, see `MessageReader`.
+            images: the sources that the `<image_soft_token>`s of a text prompt stand for, in order; for a batch, a
+                list of such lists, one for each prompt.
+            audio: the same for `<audio_soft_token>`.
             options: the fields of `GenerationOptions`, greedy by default, and those of `MediaOptions`.
 
         Returns:
             A `GenerationResult`, or a list of them in the order of the prompts.
 
         Raises:
-            PromptError: a prompt that cannot be encoded. MediaError: an image, a clip or a video that cannot be
-            read. ContextLengthError: a prompt that is too long. OptionError: an option out of range. All are
-            raised before any graph runs.
+            PromptError: a prompt that cannot be encoded, or has other placeholders than media. MediaError: an image, a
+            clip or a video that cannot be read. ContextLengthError: a prompt that is too long. OptionError: an option
+            out of range. All are raised before any graph runs.
         """
         chosen, media = read_options(options)
         batched = _is_batch(prompt)
-        stream = self._stream(prompt if batched else [prompt], chosen, media)
+        if batched:
+            encoded = self.encode_batch(prompt, media, images=images, audio=audio)
+        else:
+            encoded = [self.encode(prompt, media, images=images, audio=audio)]
+        stream = self._stream(encoded, chosen)
         for _ in stream:
             pass
         return stream.results() if batched else stream.result
 
-    def stream(self, prompt: Prompt, **options: Any) -> GenerationStream:
+    def stream(
+        self, prompt: Prompt, *, images: list[Any] | None = None, audio: list[Any] | None = None, **options: Any
+    ) -> GenerationStream:
         """Streams the answer to one prompt: iterate for pieces of text, each of whole characters.
 
         After the last piece, `result` holds the `GenerationResult`. Arguments and errors as for `generate`.
         """
         if _is_batch(prompt):
             raise PromptError("stream takes one prompt; use generate for a batch.")
-        return self._stream([prompt], *read_options(options))
+        chosen, media = read_options(options)
+        return self._stream([self.encode(prompt, media, images=images, audio=audio)], chosen)
 
-    def _stream(self, prompts: Sequence[Any], options: GenerationOptions, media: MediaOptions) -> GenerationStream:
-        encoded = [self.encode(prompt, media) for prompt in prompts]
+    def _stream(self, encoded: list[PromptTokens], options: GenerationOptions) -> GenerationStream:
         longest = max(map(len, encoded))
         check_context(self.manifest.max_context, longest, options.max_new_tokens)
         scheduler = Scheduler(
@@ -202,10 +227,32 @@ class OnnxGemma3n:
                 self._prefix_cache.clear()
 
     def encode(
-        self, prompt: Any, media: MediaOptions | None = None, template: TemplateOptions | None = None
+        self,
+        prompt: Any,
+        media: MediaOptions | None = None,
+        template: TemplateOptions | None = None,
+        *,
+        images: list[Any] | None = None,
+        audio: list[Any] | None = None,
     ) -> PromptTokens:
-        """Token ids and soft-token spans of a prompt in any form; `template` says how messages are rendered."""
-        return self.prompts.encode(prompt, media, template)
+        """Token ids and soft-token spans of a prompt in any form, with its media as for `generate`; `template` says
+        how messages are rendered."""
+        return self.prompts.encode(prompt, media, template, images=images, audio=audio)
+
+    def encode_batch(
+        self,
+        prompts: Sequence[Any],
+        media: MediaOptions | None = None,
+        *,
+        images: list[Any] | None = None,
+        audio: list[Any] | None = None,
+    ) -> list[PromptTokens]:
+        """Encodes each prompt; `images` and `audio` have one list, or None, for each."""
+        sources = zip(_of_each("images", images, prompts), _of_each("audio", audio, prompts))
+        return [
+            self.encode(prompt, media, images=pictures, audio=clips)
+            for prompt, (pictures, clips) in zip(prompts, sources)
+        ]
 
     def read(self, messages: Sequence[Mapping[str, Any]], media: MediaOptions) -> list[dict[str, Any]]:
         """Validates messages, reads their media, and returns them in the chat template's form."""
@@ -215,6 +262,15 @@ class OnnxGemma3n:
 def _is_batch(prompt: Any) -> bool:
     """Whether this is a list of prompts rather than one prompt that is a list of messages or token ids."""
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
+
+
+def _of_each(name: str, given: Any, prompts: Sequence[Any]) -> list[Any]:
+    """The media of each prompt of a batch."""
+    if given is None:
+        return [None] * len(prompts)
+    if not isinstance(given, list) or len(given) != len(prompts):
+        raise PromptError(f"{name} must be a list with one list for each of the {len(prompts)} prompts.")
+    return given
 
 
 def _load_template(folder: Path) -> ChatTemplate | None:

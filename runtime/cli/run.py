@@ -30,7 +30,12 @@ STANDARD_INPUT = "-"
 @click.option("--image", "images", multiple=True, help="Path or URL of an image; repeatable.")
 @click.option("--audio", "clips", multiple=True, help="Path or URL of an audio clip; repeatable.")
 @click.option("--video", "videos", multiple=True, help="Path or URL of a video; repeatable.")
-@click.option("--raw", is_flag=True, help="Do not apply the chat template.")
+@click.option(
+    "--raw",
+    is_flag=True,
+    help="Do not apply the chat template. Each <image_soft_token> and <audio_soft_token> in PROMPT then stands for an "
+    "image or a clip.",
+)
 @template_option
 @answer_options
 @load_options
@@ -53,10 +58,10 @@ def run(
 ) -> None:
     """Answer PROMPT, preceded by any images, clips and videos, with the model in the folder ARTIFACT.
 
-    A PROMPT of - is read from standard input.
+    A PROMPT of - is read from standard input. Without a chat template, all prompts are raw.
     """
-    if raw and (system is not None or images or clips or videos):
-        raise click.UsageError("--system, --image, --audio and --video need the chat template, which --raw skips.")
+    if raw and (system is not None or videos):
+        raise click.UsageError("--system and --video need the chat template, which --raw skips.")
     if prompt == STANDARD_INPUT:
         prompt = _read_standard_input()
     if not prompt:
@@ -65,8 +70,10 @@ def run(
     fetch = FetchPolicy(allow_private=allow_private_urls)
     with warnings.catch_warnings(record=as_json) as caught:
         model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, chat_template=chat_template, **load)
-        plain = raw or (model.template is None and system is None and not (images or clips or videos))
-        answer = model.stream(prompt if plain else _messages(prompt, images, clips, videos, system), **options)
+        if raw or (model.template is None and system is None and not videos):
+            answer = model.stream(prompt, images=[*images], audio=[*clips], **options)
+        else:
+            answer = model.stream(_messages(prompt, images, clips, videos, system), **options)
         for piece in answer:
             if not as_json:
                 click.echo(piece, nl=False)
