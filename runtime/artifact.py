@@ -257,6 +257,11 @@ def load_manifest(folder: Path) -> Manifest:
         raise ArtifactNotFoundError(f"There is no artifact folder {folder}; export one with gemma3n-export.")
     path = folder / MANIFEST
     if not path.is_file():
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            raise ArtifactNotFoundError(
+                f"{folder} is a checkpoint, not an artifact (it has no {MANIFEST}); export it with gemma3n-export "
+                f"--model {folder}, and give the folder that this writes."
+            )
         raise ArtifactNotFoundError(
             f"{folder} has no {MANIFEST}, so it is not an exported artifact; export one with gemma3n-export."
         )

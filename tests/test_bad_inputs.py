@@ -590,6 +590,11 @@ CASES = [
     # --- artifacts
     Case("artifact_missing", lambda _: ["gemma3n", "run", "nowhere", "Hello"], ("nowhere", "export one")),
     Case("artifact_is_a_checkpoint", lambda w: ["gemma3n", "inspect", w.checkpoint()], ("no manifest.json",)),
+    Case(
+        "run_a_checkpoint",
+        lambda w: ["gemma3n", "run", w.checkpoint(), "Hello"],
+        ("is a checkpoint", "gemma3n-export --model"),
+    ),
     Case("manifest_not_json", running(write("manifest.json", "{")), ("manifest.json", "not valid JSON")),
     Case("manifest_other_format", manifest(lambda m: m.update(format="gguf")), ("does not describe",)),
     Case("manifest_other_version", manifest(lambda m: m.update(format_version="9.0")), ("version 9.0",)),
