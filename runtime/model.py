@@ -19,6 +19,7 @@ from .generation.options import GenerationOptions
 from .generation.result import GenerationResult
 from .generation.scheduler import Scheduler, check_context
 from .generation.stream import GenerationStream
+from .hub import find_artifact
 from .media.fetch import FetchPolicy
 from .media.reader import MediaOptions
 from .options import read_options
@@ -96,10 +97,12 @@ class OnnxGemma3n:
         device_id: int = 0,
         gpu_memory_limit: int | None = None,
         cuda_graphs: bool = True,
+        revision: str | None = None,
     ) -> OnnxGemma3n:
-        """Loads an exported folder.
+        """Loads an exported folder, or downloads an artifact of the Hugging Face Hub and loads it.
 
         Args:
+            folder: an exported folder, else a Hub id ("owner/name"), see `hub.find_artifact`.
             provider: "cpu", "cuda", or "auto": CUDA if the artifact targets it and it is installed, else the CPU.
             threads: of ONNX Runtime; None for one per physical core.
             prefill_chunk: prompt tokens prefilled at once; smaller chunks use less memory.
@@ -111,13 +114,15 @@ class OnnxGemma3n:
             device_id: index of the GPU, from 0.
             gpu_memory_limit: bytes of GPU memory for each graph; None is no limit.
             cuda_graphs: capture the decode step as a CUDA graph and replay it.
+            revision: branch, tag or commit of a Hub id.
 
         Raises:
-            ArtifactError: the folder is missing, incomplete, damaged or of another version.
+            ArtifactError: the folder is missing, incomplete, damaged or of another version, or cannot be downloaded.
+            PackageMissingError: a Hub id without huggingface_hub.
             ProviderError: no ONNX Runtime, or one that cannot run this artifact.
             OptionError: an argument is out of range.
         """
-        folder = Path(folder)
+        folder = find_artifact(folder, revision)
         manifest = load_manifest(folder)
         chosen = select_provider(provider, manifest, DeviceOptions(device_id, gpu_memory_limit, cuda_graphs))
         tokenizer = Tokenizer.from_folder(folder)

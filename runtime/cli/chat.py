@@ -30,7 +30,7 @@ def chat(
     load: dict[str, Any],
     **options: Any,
 ) -> None:
-    """Chat with the model in the folder ARTIFACT. /help lists the commands."""
+    """Chat with the model in the folder ARTIFACT, or of the Hub id ARTIFACT. /help lists the commands."""
     read_options(options)  # reject bad options before loading a model
     fetch = FetchPolicy(allow_private=allow_private_urls)
     model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, chat_template=chat_template, **load)

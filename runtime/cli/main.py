@@ -11,6 +11,7 @@ from .bench import bench
 from .chat import chat
 from .exit import exit_with_message, missing_package
 from .inspect import inspect
+from .pull import pull
 from .run import run
 from .serve import serve
 
@@ -49,7 +50,7 @@ def cli() -> None:
     """Gemma 3n on ONNX Runtime."""
 
 
-for _command in (bench, chat, inspect, run, serve):
+for _command in (bench, chat, inspect, pull, run, serve):
     cli.add_command(_command)
 
 

@@ -58,7 +58,8 @@ def run(
 ) -> None:
     """Answer PROMPT, preceded by any images, clips and videos, with the model in the folder ARTIFACT.
 
-    A PROMPT of - is read from standard input. Without a chat template, all prompts are raw.
+    ARTIFACT may also be a Hub id (owner/name). A PROMPT of - is read from standard input. Without a chat template, all
+    prompts are raw.
     """
     if raw and (system is not None or videos):
         raise click.UsageError("--system and --video need the chat template, which --raw skips.")

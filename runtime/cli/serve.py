@@ -82,9 +82,10 @@ def serve(
     load: dict[str, Any],
     **options: Any,
 ) -> None:
-    """Serve the folders ARTIFACTS over OpenAI's HTTP API, with a chat page at /.
+    """Serve the folders or Hub ids ARTIFACTS over OpenAI's HTTP API, with a chat page at /.
 
-    A request's "model" is a folder as given here, or its last part; the model is loaded at its first request.
+    A request's "model" is a folder or a Hub id as given here, or its last part; the model is loaded at its first
+    request.
     """
     from gemma3n_onnx.runtime.serve.app import Access, create_app
     from gemma3n_onnx.runtime.serve.middleware import LOOPBACK, host_of
