@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from gemma3n_onnx.graphs.decoder import Logits
+from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
 
 from .checkpoint.checkpoint import ENCODER_MODULES
 from .errors import ExportOptionError
@@ -32,6 +33,8 @@ class ExportOptions:
     modalities: tuple[str, ...] | None = None
     """None for all modalities that the layout and the checkpoint have. Text is always exported."""
     layout: str = DEFAULT
+    chat_template: Path | None = None
+    """A Jinja file; None for the checkpoint's template, if it has one."""
     force: bool = False
 
 
@@ -43,6 +46,7 @@ def check_options(options: ExportOptions) -> None:
     Raises:
         ExportOptionError: an unknown value, or a slice table without a slice.
         SliceError: the table breaks a rule, or the slice is not in it.
+        ChatTemplateError: the chat template cannot be read or compiled.
     """
     precision_for(options.precision, options.target, options.quantization)
     requested = Requested(options.precision, options.target, options.logits, options.modalities)
@@ -51,6 +55,8 @@ def check_options(options: ExportOptions) -> None:
         raise ExportOptionError(f"Unknown logits {options.logits!r}; choose {' or '.join(LOGITS)}.")
     if unknown := sorted(set(options.modalities or ()) - set(MODALITIES)):
         raise ExportOptionError(f"Unknown modality {unknown[0]!r}; choose from {', '.join(MODALITIES)}.")
+    if options.chat_template is not None:
+        ChatTemplate.from_file(options.chat_template)
     if options.matformer_config is not None:
         if options.slice is None:
             raise ExportOptionError("--matformer-config needs --slice with one of its slices.")

@@ -40,7 +40,7 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     """Writes the artifact of one slice of `checkpoint` to `output`.
 
     Raises:
-        SliceError, CheckpointError, ExportError: each says what to change; nothing is left behind.
+        SliceError, CheckpointError, ChatTemplateError, ExportError: each says what to change; nothing is left behind.
     """
     started = time.monotonic()
     plan = plan_export(checkpoint, options)
@@ -50,7 +50,7 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
         progress.stage("Writing weights")
         encoder_weights = weights_of_encoders(graphs)
         weight_files = _write_weights(plan, checkpoint, encoder_weights, folder, progress)
-        _copy_companions(checkpoint, folder)
+        _copy_companions(checkpoint, plan.chat_template, folder)
         manifest = manifest_of(plan, graph_infos, encoder_weights)
         model_config = plan.slice.hf_config(checkpoint.config)
         for name, content in plan.layout.config_files(model_config, manifest, plan.slice.config).items():
@@ -97,11 +97,11 @@ def _write_weights(
     return {file: stream.write_file(file, weights, blocks, scales.get(file, 1.0)) for file, weights in by_file.items()}
 
 
-def _copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+def _copy_companions(checkpoint: Checkpoint, chat_template: str | None, folder: Path) -> None:
     for path in checkpoint.tokenizer_files():
         shutil.copyfile(path, folder / path.name)
-    if (template := checkpoint.chat_template()) is not None:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
 def _small_files(folder: Path, weight_files: Mapping[str, FileInfo]) -> dict[str, FileInfo]:

@@ -13,6 +13,7 @@ from gemma3n_onnx.graphs.embedding import HardRows
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE
 
 from . import slicing
+from .chat_template import choose_chat_template
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.processor import FrontEnds, read_front_ends
 from .checkpoint.token_ids import TokenIds, token_ids
@@ -42,6 +43,8 @@ class ExportPlan:
     tokens: TokenIds
     hard_tokens: HardTokens | None
     front_ends: FrontEnds
+    chat_template: str | None
+    """Jinja source; None if neither the checkpoint nor the options have one."""
     encoders: Mapping[str, CheckpointEncoder]
     """By modality."""
     text_weights: StoredWeights
@@ -84,7 +87,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     """Reads only the checkpoint's metadata, no weights.
 
     Raises:
-        SliceError, CheckpointError, ExportOptionError: each says what to change.
+        SliceError, CheckpointError, ChatTemplateError, ExportOptionError: each says what to change.
     """
     check_options(options)
     layout = layout_named(options.layout)
@@ -98,6 +101,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     front_ends = read_front_ends(checkpoint, modalities)
     encoders = find_encoders(checkpoint, modalities)
     hard_tokens = find_hard_tokens(checkpoint)
+    chat_template = choose_chat_template(checkpoint, options.chat_template)
     text_weights = lay_out_text(chosen.config, precision, hard_tokens.rows if hard_tokens else None)
     prefills = options.logits == "last" and "prefill" in layout.graph_files(options.precision)
     return ExportPlan(
@@ -111,6 +115,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
         tokens=tokens,
         hard_tokens=hard_tokens,
         front_ends=front_ends,
+        chat_template=chat_template,
         encoders=encoders,
         text_weights=text_weights,
         prefill_weights=lay_out_prefill(chosen.config, precision, text_weights) if prefills else {},

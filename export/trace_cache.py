@@ -21,6 +21,7 @@ from filelock import FileLock
 from google.protobuf.message import DecodeError
 
 import gemma3n_onnx.graphs
+from gemma3n_onnx.runtime.system import cache_folder
 
 P = ParamSpec("P")
 _MADE_BY = ("onnx-ir", "onnxscript", "torch")
@@ -39,12 +40,12 @@ def kept_on_disk(trace: Callable[P, ir.Model]) -> Callable[P, ir.Model]:
             return model
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError, RuntimeError):
-                stack.enter_context(_alone(_folder() / name))
+                stack.enter_context(_alone(cache_folder() / name))
             if (model := _load(name)) is not None:
                 return model
             model = trace(*arguments, **named)
             with contextlib.suppress(OSError, RuntimeError):
-                _save(model, _folder() / name)
+                _save(model, cache_folder() / name)
             return model
 
     return kept
@@ -54,11 +55,6 @@ def _alone(path: Path) -> FileLock:
     """Waits for another process that runs the same trace."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_suffix(".lock"), timeout=_LONGEST_TRACE_S)
-
-
-def _folder() -> Path:
-    """Raises RuntimeError without a home directory."""
-    return Path(os.environ.get("GEMMA3N_CACHE") or Path.home() / ".cache" / "gemma3n-onnx")
 
 
 @functools.cache
@@ -88,7 +84,7 @@ def _save(model: ir.Model, path: Path) -> None:
 def _load(name: str) -> ir.Model | None:
     """None if the file is missing or damaged."""
     with contextlib.suppress(OSError, RuntimeError, DecodeError, KeyError):
-        model = ir.load(_folder() / name)
+        model = ir.load(cache_folder() / name)
         graph = model.graph
         for value in graph.inputs[int(model.metadata_props.pop(_INPUTS)) :]:
             graph.inputs.remove(value)

@@ -7,6 +7,7 @@ about a model; it recomputes nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -262,9 +263,33 @@ def load_manifest(folder: Path) -> Manifest:
         raise ArtifactNotFoundError(f"There is no artifact folder {folder}; export one with gemma3n-export.")
     path = folder / MANIFEST
     if not path.is_file():
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            raise ArtifactNotFoundError(
+                f"{folder} is a checkpoint, not an artifact (it has no {MANIFEST}); export it with gemma3n-export "
+                f"--model {folder}, and give the folder that this writes."
+            )
         raise ArtifactNotFoundError(
             f"{folder} has no {MANIFEST}, so it is not an exported artifact; export one with gemma3n-export."
         )
+    manifest = read_manifest(path)
+    for name, info in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise ArtifactError(f"{folder} lacks the file {name}; copy it again or export the artifact again.")
+        if (found := file.stat().st_size) != info.bytes:
+            raise ArtifactError(
+                f"{file} has {found:,} bytes, but the manifest says {info.bytes:,}; "
+                "copy it again or export the artifact again."
+            )
+    return manifest
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads and checks a manifest, but none of the files that it names.
+
+    Raises:
+        ArtifactError: unreadable manifest, unknown version, missing key, a file outside its folder.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -280,18 +305,10 @@ def load_manifest(folder: Path) -> Manifest:
             "install the matching gemma3n-onnx or export the artifact again."
         )
     manifest = _parse(Manifest, data, str(path))
-    for name, info in manifest.files.items():
+    for name in manifest.files:
         if not _is_plain_name(name):
             raise ArtifactError(
                 f"{path} names the file {name!r}, which is not in its folder; export the artifact again."
-            )
-        file = folder / name
-        if not file.is_file():
-            raise ArtifactError(f"{folder} lacks the file {name}; copy it again or export the artifact again.")
-        if (found := file.stat().st_size) != info.bytes:
-            raise ArtifactError(
-                f"{file} has {found:,} bytes, but the manifest says {info.bytes:,}; "
-                "copy it again or export the artifact again."
             )
     _check_consistency(manifest, path)
     return manifest
@@ -309,17 +326,23 @@ def verify_checksums(folder: Path, manifest: Manifest, progress: Callable[[str, 
         ArtifactError: a file differs from what was exported; the message names the first.
     """
     for name, info in manifest.files.items():
-        digest = hashlib.sha256()
-        with (folder / name).open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-                if progress:
-                    progress(name, len(block))
-        if digest.hexdigest() != info.sha256:
+        report = None if progress is None else functools.partial(progress, name)
+        if sha256_of(folder / name, report) != info.sha256:
             raise ArtifactError(
                 f"{folder / name} is damaged: its SHA-256 differs from the manifest's; "
                 "copy it again or export the artifact again."
             )
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Calls `progress(bytes)` while it reads."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+            if progress:
+                progress(len(block))
+    return digest.hexdigest()
 
 
 def _is_plain_name(name: str) -> bool:

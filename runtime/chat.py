@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from .engine.engine import Engine
-from .errors import OptionError, PromptError
+from .errors import OptionError, PromptError, no_template
 from .generation.result import GenerationResult
 from .generation.scheduler import Scheduler
 from .generation.stream import GenerationStream
@@ -23,7 +23,7 @@ class Chat:
 
     def __init__(self, engine: Engine, prompts: PromptEncoder, system: str | None) -> None:
         if prompts.template is None:
-            raise PromptError("This artifact has no chat template, so it cannot chat; use generate.")
+            raise no_template("it cannot chat")
         if system is not None and not isinstance(system, str):
             raise OptionError(f"system is {system!r}; give the system prompt as text.")
         self._engine, self._prompts, self._system = engine, prompts, system

@@ -13,6 +13,10 @@ class ArtifactNotFoundError(ArtifactError, FileNotFoundError):
     """There is no exported artifact at the given path."""
 
 
+class ChatTemplateError(ArtifactError):
+    """The chat template, the artifact's or another, is missing, unreadable or not valid Jinja."""
+
+
 class ProviderError(Gemma3nError, RuntimeError):
     """The execution provider cannot be used, or cannot run this artifact."""
 
@@ -51,6 +55,13 @@ class AudioTooLongError(MediaError):
 
 class PackageMissingError(Gemma3nError, ImportError):
     """An optional package is needed for this input and is not installed."""
+
+
+def no_template(consequence: str) -> PromptError:
+    return PromptError(
+        f"This artifact has no chat template, so {consequence}; load it with one (chat_template=FILE, --chat-template "
+        "FILE), export it with one (gemma3n-export --chat-template FILE), or give the prompt as text (--raw)."
+    )
 
 
 def no_token(largest: float) -> ProviderError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,6 +22,7 @@ from .generation.options import GenerationOptions
 from .generation.result import GenerationResult
 from .generation.scheduler import Scheduler, check_context
 from .generation.stream import GenerationStream
+from .hub import find_artifact
 from .media.fetch import FetchPolicy
 from .media.reader import MediaOptions
 from .options import read_options
@@ -48,10 +50,12 @@ class OnnxGemma3n:
     >>> model.generate("The capital of France is", max_new_tokens=8).text
     >>> [answer.text for answer in model.generate(["One, two,", "Red, green,"], max_new_tokens=4)]
 
-    Images, clips and videos are parts of a message, as paths, URLs, bytes or arrays:
+    Images, clips and videos are parts of a message, as paths, URLs, bytes or arrays. In a text prompt, soft tokens
+    stand for images and clips given beside it:
 
     >>> picture = {"type": "image", "image": "photo.jpg"}
     >>> model.generate([{"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]}]).text
+    >>> model.generate("<image_soft_token> in this image, there is", images=["photo.jpg"]).text
 
     Stream pieces of text, or hold a conversation whose KV cache is kept from turn to turn:
 
@@ -91,31 +95,37 @@ class OnnxGemma3n:
         prefill_chunk: int = PREFILL_CHUNK,
         memory_budget: int | None = None,
         fetch: FetchPolicy | None = None,
+        chat_template: str | Path | None = None,
         prefix_cache_size: int = 1,
         device_id: int = 0,
         gpu_memory_limit: int | None = None,
         cuda_graphs: bool = True,
+        revision: str | None = None,
     ) -> OnnxGemma3n:
-        """Loads an exported folder.
+        """Loads an exported folder, or downloads an artifact of the Hugging Face Hub and loads it.
 
         Args:
+            folder: an exported folder, else a Hub id ("owner/name"), see `hub.find_artifact`.
             provider: "cpu", "cuda", or "auto": CUDA if the artifact targets it and it is installed, else the CPU.
             threads: of ONNX Runtime; None for one per physical core.
             prefill_chunk: prompt tokens prefilled at once; smaller chunks use less memory.
             memory_budget: bytes for the decoder's weights. The prefill graph, which doubles them, is loaded at the
                 first long prompt if it fits; by default, if twice its size is free.
             fetch: which files and URLs media may come from, and their size limits.
+            chat_template: path of a Jinja file to use instead of the artifact's chat template.
             prefix_cache_size: prompts whose KV caches are kept for prefix reuse, on the CPU only; `release` frees them.
             device_id: index of the GPU, from 0.
             gpu_memory_limit: bytes of GPU memory for each graph; None is no limit.
             cuda_graphs: capture the decode step as a CUDA graph and replay it.
+            revision: branch, tag or commit of a Hub id.
 
         Raises:
-            ArtifactError: the folder is missing, incomplete, damaged or of another version.
+            ArtifactError: the folder is missing, incomplete, damaged or of another version, or cannot be downloaded.
+            PackageMissingError: a Hub id without huggingface_hub.
             ProviderError: no ONNX Runtime, or one that cannot run this artifact.
             OptionError: an argument is out of range.
         """
-        folder = Path(folder)
+        folder = find_artifact(folder, revision)
         manifest = load_manifest(folder)
         chosen = select_provider(provider, manifest, DeviceOptions(device_id, gpu_memory_limit, cuda_graphs))
         tokenizer = Tokenizer.from_folder(folder)
@@ -124,7 +134,7 @@ class OnnxGemma3n:
                 f"The tokenizer in {folder} has {tokens:,} tokens, but the model's vocabulary has "
                 f"{manifest.vocab_size:,}; export the artifact again."
             )
-        template = _load_template(folder)
+        template = _load_template(folder) if chat_template is None else ChatTemplate.from_file(Path(chat_template))
         engine = Engine(
             folder,
             manifest,
@@ -139,44 +149,67 @@ class OnnxGemma3n:
 
     @overload
     def generate(
-        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Any
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        *,
+        images: list[Any] | None = None,
+        audio: list[Any] | None = None,
+        **options: Any,
     ) -> GenerationResult: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[GenerationResult]: ...
-    def generate(self, prompt: Any, **options: Any) -> GenerationResult | list[GenerationResult]:
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        *,
+        images: list[list[Any] | None] | None = None,
+        audio: list[list[Any] | None] | None = None,
+        **options: Any,
+    ) -> list[GenerationResult]: ...
+    def generate(
+        self, prompt: Any, *, images: list[Any] | None = None, audio: list[Any] | None = None, **options: Any
+    ) -> GenerationResult | list[GenerationResult]:
         """Answers a prompt, or a batch of prompts of any lengths.
 
         Args:
             prompt: text, a list of messages `{"role", "content"}`, or token ids; or a list of these. Content is
                 text, or parts of type text, image, audio and video, see `MessageReader`.
+            images: the sources that the `<image_soft_token>`s of a text prompt stand for, in order; for a batch, a
+                list of such lists, one for each prompt.
+            audio: the same for `<audio_soft_token>`.
             options: the fields of `GenerationOptions`, greedy by default, and those of `MediaOptions`.
 
         Returns:
             A `GenerationResult`, or a list of them in the order of the prompts.
 
         Raises:
-            PromptError: a prompt that cannot be encoded. MediaError: an image, a clip or a video that cannot be
-            read. ContextLengthError: a prompt that is too long. OptionError: an option out of range. All are
-            raised before any graph runs.
+            PromptError: a prompt that cannot be encoded, or has other placeholders than media. MediaError: an image, a
+            clip or a video that cannot be read. ContextLengthError: a prompt that is too long. OptionError: an option
+            out of range. All are raised before any graph runs.
         """
         chosen, media = read_options(options)
         batched = _is_batch(prompt)
-        stream = self._stream(prompt if batched else [prompt], chosen, media)
+        if batched:
+            encoded = self.encode_batch(prompt, media, images=images, audio=audio)
+        else:
+            encoded = [self.encode(prompt, media, images=images, audio=audio)]
+        stream = self._stream(encoded, chosen)
         for _ in stream:
             pass
         return stream.results() if batched else stream.result
 
-    def stream(self, prompt: Prompt, **options: Any) -> GenerationStream:
+    def stream(
+        self, prompt: Prompt, *, images: list[Any] | None = None, audio: list[Any] | None = None, **options: Any
+    ) -> GenerationStream:
         """Streams the answer to one prompt: iterate for pieces of text, each of whole characters.
 
         After the last piece, `result` holds the `GenerationResult`. Arguments and errors as for `generate`.
         """
         if _is_batch(prompt):
             raise PromptError("stream takes one prompt; use generate for a batch.")
-        return self._stream([prompt], *read_options(options))
+        chosen, media = read_options(options)
+        return self._stream([self.encode(prompt, media, images=images, audio=audio)], chosen)
 
-    def _stream(self, prompts: Sequence[Any], options: GenerationOptions, media: MediaOptions) -> GenerationStream:
-        encoded = [self.encode(prompt, media) for prompt in prompts]
+    def _stream(self, encoded: list[PromptTokens], options: GenerationOptions) -> GenerationStream:
         longest = max(map(len, encoded))
         check_context(self.manifest.max_context, longest, options.max_new_tokens)
         scheduler = Scheduler(
@@ -189,18 +222,27 @@ class OnnxGemma3n:
         return GenerationStream(scheduler, encoded, options)
 
     @overload
-    def log_likelihood(self, prompt: Prompt, continuation: str | Sequence[int], **media: Any) -> LogLikelihood: ...
+    def log_likelihood(self, prompt: Prompt, continuation: str | Sequence[int], **options: Any) -> LogLikelihood: ...
     @overload
     def log_likelihood(
-        self, prompt: Prompt, continuation: Sequence[str | Sequence[int]], **media: Any
+        self, prompt: Prompt, continuation: Sequence[str | Sequence[int]], **options: Any
     ) -> list[LogLikelihood]: ...
-    def log_likelihood(self, prompt: Any, continuation: Any, **media: Any) -> LogLikelihood | list[LogLikelihood]:
+    def log_likelihood(
+        self,
+        prompt: Any,
+        continuation: Any,
+        *,
+        images: list[Any] | None = None,
+        audio: list[Any] | None = None,
+        **media: Any,
+    ) -> LogLikelihood | list[LogLikelihood]:
         """Natural-log probability of a continuation of a prompt, or of each of several continuations.
 
         Args:
             prompt: as for `generate`.
             continuation: text or token ids, or a list of these. After a text prompt, both texts are tokenized together,
                 without the prompt's trailing whitespace as its end, as lm-evaluation-harness does.
+            images, audio: as for `generate`.
             media: the fields of `MediaOptions`.
 
         Raises:
@@ -208,29 +250,27 @@ class OnnxGemma3n:
             as for `generate`.
         """
         if _is_batch(continuation):
-            return [self.log_likelihood(prompt, each, **media) for each in continuation]
-        whole, first = self._continued(prompt, continuation, MediaOptions(**media))
+            return [self.log_likelihood(prompt, each, images=images, audio=audio, **media) for each in continuation]
+        encode = partial(self.encode, media=MediaOptions(**media), images=images, audio=audio)
+        whole, first = self._continued(encode, prompt, continuation)
         check_context(self.manifest.max_context, len(whole), 0)
         return LogLikelihood(token_logprobs(whole.ids[first:], self.engine.score(whole, first), 1))
 
-    def _continued(self, prompt: Any, continuation: Any, media: MediaOptions) -> tuple[PromptTokens, int]:
+    def _continued(
+        self, encode: Callable[[Any], PromptTokens], prompt: Any, continuation: Any
+    ) -> tuple[PromptTokens, int]:
         """Prompt and continuation, and the position of the continuation's first token."""
         if isinstance(prompt, str) and isinstance(continuation, str):
             kept = prompt.rstrip()
-            begin, whole = self.encode(kept) if kept else self._beginning, self.encode(prompt + continuation)
-            first = len(begin)
+            whole, first = encode(prompt + continuation), len(encode(kept)) if kept else 1
         else:
-            begin = self.encode(prompt, media)
+            begin = encode(prompt)
             text = isinstance(continuation, str)
             ids = self.tokenizer.encode(continuation, add_bos=False) if text else self.encode([*continuation]).ids
             whole, first = replace(begin, ids=[*begin.ids, *ids]), len(begin)
         if first >= len(whole):
             raise PromptError("The continuation is empty; give the text to score.")
         return whole, first
-
-    @property
-    def _beginning(self) -> PromptTokens:
-        return PromptTokens([self.manifest.bos_token_id])
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation whose KV cache is kept from turn to turn."""
@@ -246,10 +286,32 @@ class OnnxGemma3n:
                 self._prefix_cache.clear()
 
     def encode(
-        self, prompt: Any, media: MediaOptions | None = None, template: TemplateOptions | None = None
+        self,
+        prompt: Any,
+        media: MediaOptions | None = None,
+        template: TemplateOptions | None = None,
+        *,
+        images: list[Any] | None = None,
+        audio: list[Any] | None = None,
     ) -> PromptTokens:
-        """Token ids and soft-token spans of a prompt in any form; `template` says how messages are rendered."""
-        return self.prompts.encode(prompt, media, template)
+        """Token ids and soft-token spans of a prompt in any form, with its media as for `generate`; `template` says
+        how messages are rendered."""
+        return self.prompts.encode(prompt, media, template, images=images, audio=audio)
+
+    def encode_batch(
+        self,
+        prompts: Sequence[Any],
+        media: MediaOptions | None = None,
+        *,
+        images: list[Any] | None = None,
+        audio: list[Any] | None = None,
+    ) -> list[PromptTokens]:
+        """Encodes each prompt; `images` and `audio` have one list, or None, for each."""
+        sources = zip(_of_each("images", images, prompts), _of_each("audio", audio, prompts))
+        return [
+            self.encode(prompt, media, images=pictures, audio=clips)
+            for prompt, (pictures, clips) in zip(prompts, sources)
+        ]
 
     def read(self, messages: Sequence[Mapping[str, Any]], media: MediaOptions) -> list[dict[str, Any]]:
         """Validates messages, reads their media, and returns them in the chat template's form."""
@@ -261,12 +323,15 @@ def _is_batch(prompt: Any) -> bool:
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
 
 
+def _of_each(name: str, given: Any, prompts: Sequence[Any]) -> list[Any]:
+    """The media of each prompt of a batch."""
+    if given is None:
+        return [None] * len(prompts)
+    if not isinstance(given, list) or len(given) != len(prompts):
+        raise PromptError(f"{name} must be a list with one list for each of the {len(prompts)} prompts.")
+    return given
+
+
 def _load_template(folder: Path) -> ChatTemplate | None:
     path = folder / CHAT_TEMPLATE_FILE
-    if not path.is_file():
-        return None
-    try:
-        source = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not UTF-8 text; export the artifact again.") from error
-    return ChatTemplate(source)
+    return ChatTemplate.from_file(path) if path.is_file() else None

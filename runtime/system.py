@@ -1,12 +1,19 @@
-"""Memory statistics and mapped files, from the operating system; None or empty if unavailable.
+"""The cache folder; memory statistics and mapped files, from the operating system, None or empty if unavailable.
 
-`process` is a process id, None for this process. All but the peak need Linux.
+`process` is a process id, None for this process. All statistics but the peak need Linux.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """`GEMMA3N_CACHE`, by default `~/.cache/gemma3n-onnx`; it may be deleted at any time. RuntimeError: neither is set
+    nor known."""
+    return Path(os.environ.get("GEMMA3N_CACHE") or Path.home() / ".cache" / "gemma3n-onnx")
 
 
 def available_memory_bytes() -> int | None:

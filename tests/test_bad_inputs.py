@@ -197,6 +197,11 @@ def manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[World], list[
     return running(rewrite_json("manifest.json", change))
 
 
+def without_template(folder: Path) -> None:
+    remove("chat_template.jinja")(folder)
+    rewrite_json("manifest.json", lambda data: data["files"].pop("chat_template.jinja"))(folder)
+
+
 HEADER = "name,layers,ffn_hidden_dims,layers_skipped\n"
 
 
@@ -445,6 +450,26 @@ CASES = [
         exporting(write("chat_template.jinja", b"\xff\xfe\x00")),
         ("chat_template.jinja", "not UTF-8"),
     ),
+    Case(
+        "chat_template_corrupt",
+        exporting(write("chat_template.jinja", "{% for %}")),
+        ("The chat template of", "not valid Jinja"),
+    ),
+    Case(
+        "chat_template_option_missing_before_the_model_is_opened",
+        lambda w: [*exporting_from(lambda _: "/no/such/folder")(w), "--chat-template", "no.jinja"],
+        ("no.jinja", "No such file", "Jinja file"),
+    ),
+    Case(
+        "chat_template_option_corrupt",
+        lambda w: [*exporting()(w), "--chat-template", w.file("my.jinja", "{{ messages")],
+        ("my.jinja is not valid Jinja", "give another"),
+    ),
+    Case(
+        "chat_template_option_not_text",
+        lambda w: [*exporting()(w), "--chat-template", w.file("my.jinja", b"\xff\xfe")],
+        ("my.jinja is not UTF-8",),
+    ),
     # --- slice tables
     Case("csv_missing", lambda w: [*exporting()(w), *("--matformer-config", "no.csv", "--slice", "S")], ("no.csv",)),
     Case("csv_without_slice", lambda w: [*exporting()(w), *("--matformer-config", "no.csv")], ("needs --slice",)),
@@ -543,7 +568,8 @@ CASES = [
         ("no audio to compare", "modalities are text"),
     ),
     Case("run_image_missing", running(None, "--image", "no.jpg"), ("an image", "no vision encoder", "--modalities")),
-    Case("run_image_raw", running(None, "--raw", "--image", "no.jpg"), ("need the chat template",), code=2),
+    Case("run_image_raw", running(None, "--raw", "--image", "no.jpg"), ("an image", "no vision encoder")),
+    Case("run_video_raw", running(None, "--raw", "--video", "no.mp4"), ("--video need the chat template",), code=2),
     Case("run_image_size_bad", running(None, "--image-size", "0"), ("image_size must be a whole number",)),
     Case("run_long_audio_bad", running(None, "--long-audio", "cut"), ("'cut'", "error or split")),
     Case("option_unknown", exporting(None, "--turbo"), ("--turbo",), code=2),
@@ -574,6 +600,11 @@ CASES = [
     # --- artifacts
     Case("artifact_missing", lambda _: ["gemma3n", "run", "nowhere", "Hello"], ("nowhere", "export one")),
     Case("artifact_is_a_checkpoint", lambda w: ["gemma3n", "inspect", w.checkpoint()], ("no manifest.json",)),
+    Case(
+        "run_a_checkpoint",
+        lambda w: ["gemma3n", "run", w.checkpoint(), "Hello"],
+        ("is a checkpoint", "gemma3n-export --model"),
+    ),
     Case("manifest_not_json", running(write("manifest.json", "{")), ("manifest.json", "not valid JSON")),
     Case("manifest_other_format", manifest(lambda m: m.update(format="gguf")), ("does not describe",)),
     Case("manifest_other_version", manifest(lambda m: m.update(format_version="9.0")), ("version 9.0",)),
@@ -640,12 +671,32 @@ CASES = [
     Case(
         "artifact_template_corrupt",
         running(recorded(write("chat_template.jinja", "{% for %}"), "chat_template.jinja")),
-        ("chat template cannot be read",),
+        ("chat_template.jinja", "not valid Jinja"),
     ),
     Case(
         "artifact_template_not_text",
         running(recorded(write("chat_template.jinja", b"\xff\xfe"), "chat_template.jinja")),
         ("chat_template.jinja", "not UTF-8"),
+    ),
+    Case(
+        "run_template_corrupt",
+        lambda w: [*running()(w), "--chat-template", w.file("my.jinja", "{% if %}")],
+        ("my.jinja is not valid Jinja",),
+    ),
+    Case(
+        "serve_template_corrupt",
+        lambda w: ["gemma3n", "serve", w.artifact(), "--chat-template", w.file("my.jinja", "{% if %}")],
+        ("my.jinja is not valid Jinja",),
+    ),
+    Case(
+        "run_system_without_template",
+        running(without_template, "--system", "Be brief."),
+        ("no chat template", "--chat-template FILE", "gemma3n-export"),
+    ),
+    Case(
+        "chat_without_template",
+        lambda w: ["gemma3n", "chat", w.artifact(without_template)],
+        ("no chat template", "cannot chat", "--chat-template FILE"),
     ),
     # --- prompts, options, providers
     Case("prompt_empty", lambda w: ["gemma3n", "run", w.artifact(), ""], ("prompt is empty",)),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from importlib import resources
 from pathlib import Path
 
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
+from gemma3n_onnx.runtime.hub import HUB_ID, hub_errors
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SLICE_TABLE = "slices.csv"
 FILE_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", SLICE_TABLE]
 DEMO = "demo"
@@ -58,31 +57,8 @@ def _find_demo() -> Path:
 
 def _download(repo: str, revision: str | None, token: str | None) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors
 
-    try:
+    with hub_errors(repo, revision, CheckpointNotFoundError, CheckpointError):
         return Path(
             huggingface_hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=FILE_PATTERNS)
         )
-    except errors.GatedRepoError as error:
-        raise CheckpointNotFoundError(
-            f"{repo} is gated; accept its licence at https://huggingface.co/{repo} "
-            "and set HF_TOKEN to a token of that account."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{repo} has no revision {revision!r}; give a branch, tag or commit listed at "
-            f"https://huggingface.co/{repo}/commits."
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise CheckpointNotFoundError(
-            f"{repo!r} is neither a local folder nor a Hub repository that this token can access; "
-            "check the spelling, or set HF_TOKEN if it is private."
-        ) from error
-    except (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        raise CheckpointNotFoundError(
-            f"{repo} is not in the local cache and the Hub cannot be reached; "
-            "check the network and HF_HUB_OFFLINE, or give a local folder."
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{repo} could not be downloaded: {error}") from error

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from gemma3n_onnx.export.pipeline import ExportSummary
     from gemma3n_onnx.graphs.decoder import Logits
 
+NO_TEMPLATE = (
+    "Warning: the checkpoint has no chat template, so the artifact will take text prompts but no messages; "
+    "give a template with --chat-template FILE."
+)
+
 
 @click.command()
 @model_option
@@ -51,6 +56,7 @@ if TYPE_CHECKING:
 )
 @click.option("--modalities", help="Comma-separated: text,vision,audio; by default all of the checkpoint's.")
 @click.option("--layout", default=DEFAULT, show_default=True, help=f"The consumer of the artifact: {known(LAYOUTS)}.")
+@click.option("--chat-template", type=PATH, help="A Jinja file to use instead of the checkpoint's chat template.")
 @click.option("--output", type=PATH, help="The output folder; by default named after model and slice.")
 @click.option("--report", type=PATH, help="Write the cost of quantizing each tensor alone to this JSON file.")
 @click.option("--report-prompts", type=PATH, help="A file with the prompts of the report, one a line.")
@@ -72,6 +78,7 @@ def export_command(
     logits: Logits,
     modalities: str | None,
     layout: str,
+    chat_template: Path | None,
     output: Path | None,
     report: Path | None,
     report_prompts: Path | None,
@@ -97,6 +104,7 @@ def export_command(
         logits=logits,
         modalities=None if modalities is None else split_modalities(modalities),
         layout=layout,
+        chat_template=chat_template,
         force=force,
     )
     check_options(options)
@@ -104,6 +112,8 @@ def export_command(
     if output is not None:
         check_output(output, force=force, kind=artifact_kind())  # before a download
     checkpoint = Checkpoint.open(model, revision)
+    if chat_template is None and checkpoint.chat_template() is None:
+        click.echo(NO_TEMPLATE, err=True)
     target_folder = output or Path(_folder_name(checkpoint.name, slice_name or "whole", precision, target))
     with TerminalProgress(quiet) as progress:
         summary = export(checkpoint, target_folder, options, progress)

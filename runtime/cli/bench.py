@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from gemma3n_onnx.runtime.hub import find_artifact
+
 from .options import load_options
 
 
@@ -32,13 +34,13 @@ def bench(
     as_json: bool,
     plot_file: Path | None,
 ) -> None:
-    """Measure speed and memory of the folders ARTIFACTS, each in its own process."""
+    """Measure speed and memory of the folders or Hub ids ARTIFACTS, each in its own process."""
     from .measure import Sizes, measure_apart, plot, table
 
     sizes = Sizes(prompt_tokens, new_tokens, context)
     show = sys.stderr.isatty()
     with click.progressbar(artifacts, label="Measuring", file=sys.stderr, hidden=not show) as bar:
-        figures = [measure_apart(folder, sizes, runs, load) for folder in bar]
+        figures = [measure_apart(find_artifact(artifact), sizes, runs, load) for artifact in bar]
     if plot_file is not None:
         plot(figures, plot_file)
     everything = [asdict(each) | {"decode_limit": each.decode_limit} for each in figures]

@@ -13,18 +13,27 @@ from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 from gemma3n_onnx.runtime.options import read_options
 
-from .options import answer_options, artifact_argument, load_options
+from .options import answer_options, artifact_argument, load_options, template_option
 from .terminal_chat import TerminalChat, line_history
 
 
 @click.command()
 @artifact_argument
+@template_option
 @answer_options
 @load_options
-def chat(artifact: Path, system: str | None, allow_private_urls: bool, load: dict[str, Any], **options: Any) -> None:
-    """Chat with the model in the folder ARTIFACT. /help lists the commands."""
+def chat(
+    artifact: Path,
+    chat_template: Path | None,
+    system: str | None,
+    allow_private_urls: bool,
+    load: dict[str, Any],
+    **options: Any,
+) -> None:
+    """Chat with the model in the folder ARTIFACT, or of the Hub id ARTIFACT. /help lists the commands."""
     read_options(options)  # reject bad options before loading a model
-    model = OnnxGemma3n.from_pretrained(artifact, fetch=FetchPolicy(allow_private=allow_private_urls), **load)
+    fetch = FetchPolicy(allow_private=allow_private_urls)
+    model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, chat_template=chat_template, **load)
     typed = sys.stdin.isatty()
     if typed:
         click.echo("/help lists the commands.", err=True)

@@ -11,6 +11,7 @@ import click
 
 from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.errors import OptionError
+from gemma3n_onnx.runtime.hub import find_artifact
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .options import load_options
@@ -41,8 +42,9 @@ def evaluate(
     load: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Run tasks of lm-evaluation-harness on the folders ARTIFACTS, to compare slices and precisions."""
-    for folder in artifacts:
+    """Run tasks of lm-evaluation-harness on the folders or Hub ids ARTIFACTS, to compare slices and precisions."""
+    folders = [find_artifact(artifact) for artifact in artifacts]
+    for folder in folders:
         if (context := load_manifest(folder).max_context) < max_length:
             raise OptionError(
                 f"--max-length {max_length} exceeds the context of {folder}, {context:,} tokens; use less."
@@ -52,7 +54,7 @@ def evaluate(
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
     quiet = not sys.stderr.isatty()
     found = {}
-    for folder in artifacts:
+    for folder in folders:
         model = OnnxGemma3n.from_pretrained(folder, prefix_cache_size=0, **load)
         found[str(folder)] = run_tasks(
             model,

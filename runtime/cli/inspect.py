@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from gemma3n_onnx.runtime.artifact import Manifest, load_manifest, verify_checksums
+from gemma3n_onnx.runtime.hub import find_artifact
 
 from .options import artifact_argument
 
@@ -19,7 +20,8 @@ from .options import artifact_argument
 @click.option("--verify", is_flag=True, help="Verify the checksum of every file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def inspect(artifact: Path, verify: bool, as_json: bool) -> None:
-    """Show the contents of the folder ARTIFACT."""
+    """Show the contents of the folder or Hub id ARTIFACT."""
+    artifact = find_artifact(artifact)
     manifest = load_manifest(artifact)
     click.echo(json.dumps(asdict(manifest), indent=2) if as_json else describe_manifest(manifest))
     if verify:

@@ -13,6 +13,7 @@ from .evaluate import evaluate
 from .exit import exit_with_message, missing_package
 from .inspect import inspect
 from .perplexity import perplexity
+from .pull import pull
 from .run import run
 from .serve import serve
 
@@ -51,7 +52,7 @@ def cli() -> None:
     """Gemma 3n on ONNX Runtime."""
 
 
-for _command in (bench, chat, evaluate, inspect, perplexity, run, serve):
+for _command in (bench, chat, evaluate, inspect, perplexity, pull, run, serve):
     cli.add_command(_command)
 
 

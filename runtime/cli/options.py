@@ -11,6 +11,11 @@ import click
 
 from gemma3n_onnx.runtime.engine.providers.select import choices
 
+template_option = click.option(
+    "--chat-template",
+    type=click.Path(path_type=Path),
+    help="A Jinja file to use instead of the artifact's chat template.",
+)
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
 _LOAD_OPTIONS = (
     click.option("--provider", default="auto", show_default=True, help=f"{choices()}."),

@@ -26,7 +26,7 @@ from .options import artifact_argument, load_options
 def perplexity(
     artifact: Path, file: Path, window: int | None, stride: int | None, load: dict[str, Any], as_json: bool
 ) -> None:
-    """Score the text in FILE, in UTF-8, with the model in the folder ARTIFACT."""
+    """Score the text in FILE, in UTF-8, with the model in the folder ARTIFACT, or of the Hub id ARTIFACT."""
     from gemma3n_onnx.runtime.evaluation.perplexity import perplexity as measure
 
     try:

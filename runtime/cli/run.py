@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gemma3n_onnx.runtime.errors import PromptError
+from gemma3n_onnx.runtime.generation.result import GenerationResult
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 from gemma3n_onnx.runtime.options import read_options
 
-from .options import answer_options, artifact_argument, load_options
+from .options import answer_options, artifact_argument, load_options, template_option
 from .terminal_chat import describe_timings
+
+STANDARD_INPUT = "-"
 
 
 @click.command()
@@ -22,10 +30,17 @@ from .terminal_chat import describe_timings
 @click.option("--image", "images", multiple=True, help="Path or URL of an image; repeatable.")
 @click.option("--audio", "clips", multiple=True, help="Path or URL of an audio clip; repeatable.")
 @click.option("--video", "videos", multiple=True, help="Path or URL of a video; repeatable.")
-@click.option("--raw", is_flag=True, help="Do not apply the chat template.")
+@click.option(
+    "--raw",
+    is_flag=True,
+    help="Do not apply the chat template. Each <image_soft_token> and <audio_soft_token> in PROMPT then stands for an "
+    "image or a clip.",
+)
+@template_option
 @answer_options
 @load_options
 @click.option("--stats", is_flag=True, help="Print speed and memory to stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print the answer, its tokens and timings as one JSON object.")
 def run(
     artifact: Path,
     prompt: str,
@@ -35,26 +50,67 @@ def run(
     allow_private_urls: bool,
     system: str | None,
     raw: bool,
+    chat_template: Path | None,
     load: dict[str, Any],
     stats: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer PROMPT, preceded by any images, clips and videos, with the model in the folder ARTIFACT."""
-    if raw and (system is not None or images or clips or videos):
-        raise click.UsageError("--system, --image, --audio and --video need the chat template, which --raw skips.")
+    """Answer PROMPT, preceded by any images, clips and videos, with the model in the folder ARTIFACT.
+
+    ARTIFACT may also be a Hub id (owner/name). A PROMPT of - is read from standard input. Without a chat template, all
+    prompts are raw.
+    """
+    if raw and (system is not None or videos):
+        raise click.UsageError("--system and --video need the chat template, which --raw skips.")
+    if prompt == STANDARD_INPUT:
+        prompt = _read_standard_input()
     if not prompt:
         raise PromptError("The prompt is empty; give some text.")
     read_options(options)  # reject bad options before loading a model
     fetch = FetchPolicy(allow_private=allow_private_urls)
-    model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, **load)
+    with warnings.catch_warnings(record=as_json) as caught:
+        model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, chat_template=chat_template, **load)
+        if raw or (model.template is None and system is None and not videos):
+            answer = model.stream(prompt, images=[*images], audio=[*clips], **options)
+        else:
+            answer = model.stream(_messages(prompt, images, clips, videos, system), **options)
+        for piece in answer:
+            if not as_json:
+                click.echo(piece, nl=False)
+    click.echo(json.dumps(_described(answer.result, caught or [])) if as_json else "")
+    if stats:
+        click.echo(describe_timings(answer.result.timings), err=True)
+
+
+def _read_standard_input() -> str:
+    """All of it, without the newline that ends it."""
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise PromptError("Standard input is not UTF-8 text; convert it, or give the prompt as an argument.") from error
+
+
+def _messages(
+    prompt: str, images: Sequence[str], clips: Sequence[str], videos: Sequence[str], system: str | None
+) -> list[dict[str, Any]]:
     media = [(kind, s) for kind, sources in (("image", images), ("audio", clips), ("video", videos)) for s in sources]
     content = [*({"type": kind, kind: source} for kind, source in media), {"type": "text", "text": prompt}]
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": content if media else prompt})
-    plain = raw or (model.template is None and not media)
-    answer = model.stream(prompt if plain else messages, **options)
-    for piece in answer:
-        click.echo(piece, nl=False)
-    click.echo()
-    if stats:
-        click.echo(describe_timings(answer.result.timings), err=True)
+    return [*messages, {"role": "user", "content": content if media else prompt}]
+
+
+def _described(result: GenerationResult, caught: Sequence[warnings.WarningMessage]) -> dict[str, Any]:
+    timings = result.timings
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "prompt_token_ids": result.prompt_token_ids,
+        "finish_reason": result.finish_reason,
+        "timings": {
+            **asdict(timings),
+            "prefill_tokens_per_second": timings.prefill_tokens_per_second,
+            "decode_tokens_per_second": timings.decode_tokens_per_second,
+        },
+        "warnings": [str(each.message) for each in caught],
+    }

@@ -8,12 +8,14 @@ from typing import Any
 import click
 
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
+from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
 
-from .options import gigabytes_to_bytes, load_options
+from .options import gigabytes_to_bytes, load_options, template_option
 
 
 @click.command()
 @click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
+@template_option
 @click.option("--slice-dir", type=click.Path(path_type=Path), help="Also serve every artifact in this folder.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
@@ -64,6 +66,7 @@ from .options import gigabytes_to_bytes, load_options
 @load_options
 def serve(
     artifacts: tuple[Path, ...],
+    chat_template: Path | None,
     slice_dir: Path | None,
     host: str,
     port: int,
@@ -79,9 +82,10 @@ def serve(
     load: dict[str, Any],
     **options: Any,
 ) -> None:
-    """Serve the folders ARTIFACTS over OpenAI's HTTP API, with a chat page at /.
+    """Serve the folders or Hub ids ARTIFACTS over OpenAI's HTTP API, with a chat page at /.
 
-    A request's "model" is a folder as given here, or its last part; the model is loaded at its first request.
+    A request's "model" is a folder or a Hub id as given here, or its last part; the model is loaded at its first
+    request.
     """
     from gemma3n_onnx.runtime.serve.app import Access, create_app
     from gemma3n_onnx.runtime.serve.middleware import LOOPBACK, host_of
@@ -91,6 +95,9 @@ def serve(
 
     # Absolute paths: the artifacts of a folder go by their own names.
     folders = [*artifacts, *(artifacts_in(slice_dir.absolute()) if slice_dir is not None else ())]
+    if chat_template is not None:
+        ChatTemplate.from_file(chat_template)  # reject a bad one before the first request
+    load["chat_template"] = chat_template
     load["fetch"] = FetchPolicy(
         allow_private=allow_private_urls, allow_files=media_folder is not None, files_under=media_folder
     )

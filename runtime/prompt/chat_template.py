@@ -6,14 +6,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import jinja2
 from jinja2 import meta
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gemma3n_onnx.runtime.errors import ArtifactError, PromptError
+from gemma3n_onnx.runtime.errors import ChatTemplateError, PromptError
 
 from .tokenizer import BOS_TOKEN, EOS_TOKEN
 
@@ -41,8 +42,9 @@ def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, 
 class ChatTemplate:
     """A checkpoint's chat template: sandboxed jinja2 with Hugging Face's extensions."""
 
-    def __init__(self, source: str) -> None:
-        """ArtifactError: the template is not valid jinja2."""
+    def __init__(self, source: str, name: str = "The chat template") -> None:
+        """ChatTemplateError: the template is not valid jinja2; `name` is how the message calls it."""
+        self.source = source
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
         )
@@ -52,8 +54,20 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             self.reads_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
-        except jinja2.TemplateError as error:
-            raise ArtifactError(f"The chat template cannot be read ({error}); export the model again.") from error
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ChatTemplateError(f"{name} is not valid Jinja ({error}); correct it, or give another one.") from error
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """ChatTemplateError: there is no such file, or it is not UTF-8 text or not valid jinja2."""
+        try:
+            return cls(path.read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError as error:
+            raise ChatTemplateError(f"{path} is not UTF-8 text; give a chat template in UTF-8.") from error
+        except OSError as error:
+            raise ChatTemplateError(
+                f"The chat template {path} cannot be read ({error.strerror}); give the path of a Jinja file."
+            ) from error
 
     def render(
         self,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemma3n_onnx.runtime.artifact import Manifest
-from gemma3n_onnx.runtime.errors import PromptError
+from gemma3n_onnx.runtime.errors import PromptError, no_template
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.media.reader import MediaOptions, MediaReader
 from gemma3n_onnx.runtime.tokens import PromptTokens
@@ -66,21 +66,50 @@ class PromptEncoder:
         self._placeholders = Placeholders(manifest)
         self._plain_text = PlainText(tokenizer)
         with_tools = template is not None and template.reads_tools
-        self._messages = MessageReader(MediaReader(manifest, fetch), self._placeholders.tokens, with_tools)
+        self._media = MediaReader(manifest, fetch)
+        self._messages = MessageReader(self._media, self._placeholders.tokens, with_tools)
 
     def encode(
-        self, prompt: Any, media: MediaOptions | None = None, template: TemplateOptions | None = None
+        self,
+        prompt: Any,
+        media: MediaOptions | None = None,
+        template: TemplateOptions | None = None,
+        *,
+        images: list[Any] | None = None,
+        audio: list[Any] | None = None,
     ) -> PromptTokens:
-        """Token ids and soft-token spans of text, token ids or messages; `template` is for messages.
+        """Token ids and soft-token spans of text, token ids or messages.
+
+        `template` is for messages; `images` and `audio` are for the placeholders of text, in their order, or for soft
+        tokens that are written out in token ids.
 
         Raises:
-            PromptError: the prompt cannot be encoded. MediaError: its media cannot be read.
+            PromptError: the prompt cannot be encoded, or has other placeholders than media. MediaError: its media
+            cannot be read.
         """
+        pictures, clips = _sources("images", images), _sources("audio", audio)
         if not is_messages(prompt):
-            return PromptTokens(encode_plain(prompt, self.tokenizer, self._vocab_size))
+            return self._encode_raw(prompt, pictures, clips, media or MediaOptions())
+        if pictures or clips:
+            raise PromptError("images and audio belong to a text prompt; put those of messages into their content.")
         options = template or TemplateOptions()
         messages = self.read(prompt, media or MediaOptions(), control_tokens=options.control_tokens)
         return self.locate(self._plain_text.encode(self.render(messages, options)), messages)
+
+    def _encode_raw(self, prompt: Any, images: list[Any], audio: list[Any], options: MediaOptions) -> PromptTokens:
+        if isinstance(prompt, str):
+            self._placeholders.require(prompt, {"vision": len(images), "audio": len(audio)})
+        pictures = [self._media.image(source, options) for source in images]
+        clips = [self._media.clips(source, options) for source in audio]
+        if isinstance(prompt, str):
+            prompt, items = self._placeholders.expand_raw(prompt, {"vision": pictures, "audio": clips})
+            ids = encode_plain(prompt, self.tokenizer, self._vocab_size)
+        else:
+            ids = encode_plain(prompt, self.tokenizer, self._vocab_size)
+            items = [item for source in (*pictures, *clips) for item in source]
+            if items:
+                self._placeholders.require_expanded(ids, items)
+        return PromptTokens(ids, self._placeholders.find(ids, items, self.encoders.features))
 
     def read(
         self, messages: Sequence[Mapping[str, Any]], media: MediaOptions, *, control_tokens: bool = True
@@ -95,7 +124,7 @@ class PromptEncoder:
         If the template rejects the conversation or drops one of its texts, turns are merged first.
         """
         if self.template is None:
-            raise PromptError("This artifact has no chat template, so the prompt must be text or token ids.")
+            raise no_template("messages cannot be rendered")
         options = options or TemplateOptions()
         if not options.control_tokens:
             hide = self._plain_text.hide_all
@@ -105,6 +134,12 @@ class PromptEncoder:
     def locate(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> PromptTokens:
         """The token ids of rendered messages, with the spans of their images and clips."""
         return PromptTokens(ids, self._placeholders.find(ids, items_of(messages), self.encoders.features))
+
+
+def _sources(name: str, given: Any) -> list[Any]:
+    if given is not None and not isinstance(given, list):
+        raise PromptError(f"{name} must be a list with one source for each placeholder, not {type(given).__name__}.")
+    return given or []
 
 
 def _render(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], options: TemplateOptions) -> str:

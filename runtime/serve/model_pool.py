@@ -15,6 +15,7 @@ from gemma3n_onnx.runtime.engine.kv_cache import cache_capacity
 from gemma3n_onnx.runtime.engine.providers.select import provider_of
 from gemma3n_onnx.runtime.errors import ArtifactError, Gemma3nError, OptionError
 from gemma3n_onnx.runtime.generation.scheduler import Counts
+from gemma3n_onnx.runtime.hub import find_artifact
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .grammar import Grammars
@@ -75,11 +76,11 @@ class Served:
 
 
 class ModelPool:
-    """`load`: arguments of `OnnxGemma3n.from_pretrained`. `aliases`: further names of models, as "alias" if one model
-    is served, else as "name=alias".
+    """`folders`: also Hub ids, as paths. `load`: arguments of `OnnxGemma3n.from_pretrained`. `aliases`: further names
+    of models, as "alias" if one model is served, else as "name=alias".
 
     Raises:
-        ArtifactError: a folder is not an artifact, or two folders have the same name.
+        ArtifactError: a folder is not an artifact, two folders have the same name, or a download failed.
         OptionError: an alias names no model, or is another model's name.
     """
 
@@ -89,8 +90,9 @@ class ModelPool:
         self._options, self._load = options, dict(load)
         self.folders: dict[str, Path] = {}
         self.manifests: dict[str, Manifest] = {}
-        for folder in folders:
-            manifest, name = load_manifest(folder), _name_of(folder)
+        for given in folders:
+            name, folder = _name_of(given), find_artifact(given)
+            manifest = load_manifest(folder)
             if manifest.logits != "last":
                 raise ArtifactError(
                     f"{folder} returns logits of all positions; export it with --logits last to serve it."
@@ -251,7 +253,8 @@ class ModelPool:
 
 
 def _name_of(folder: Path) -> str:
-    """A relative folder inside the current one as it was given, such as google/gemma-3n-E4B-it; else its last part."""
+    """A relative folder inside the current one, or a Hub id, as it was given, such as google/gemma-3n-E4B-it; else its
+    last part."""
     if folder.parts and not folder.is_absolute() and ".." not in folder.parts:
         return folder.as_posix()
     return folder.resolve().name if folder.name in ("", "..") else folder.name

@@ -97,9 +97,7 @@ def test_a_smaller_vocabulary_has_fewer_hard_rows(full: Path, edited, vocab: int
 def test_media_whose_tokens_the_vocabulary_lacks_are_refused(edited) -> None:
     checkpoint = edited(tensors=cut_rows(1100), config=put(1100, "text_config", "vocab_size"))
     assert list(read_front_ends(checkpoint, ["text", "vision"]).soft_tokens) == ["vision"]
-    with pytest.raises(
-        CheckpointError, match=r"audio_token_id is 1,153, but .* 1,100 ids; leave audio out"
-    ):
+    with pytest.raises(CheckpointError, match=r"audio_token_id is 1,153, but .* 1,100 ids; leave audio out"):
         read_front_ends(checkpoint, ["text", "vision", "audio"])
 
 

@@ -100,12 +100,23 @@ class MultimodalOracle:
         clips = [part["audio"][0] for part in parts if part["type"] == "audio"]
         plain = [{"role": message["role"], "content": _without_media(message["content"])} for message in messages]
         rendered = self.processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+        return self.text_inputs(rendered, images, clips, size, add_special_tokens=False)
+
+    def text_inputs(
+        self,
+        prompt: str,
+        images: Sequence[Any] = (),
+        clips: Sequence[np.ndarray] = (),
+        size: int = SIZE,
+        **text_options: bool,
+    ) -> Inputs:
+        """`images` and `clips` for the soft tokens in the text."""
         made = self.processor(
-            text=[rendered],
+            text=[prompt],
             images=[images] if images else None,
             audio=clips or None,
             return_tensors="pt",
-            text_kwargs={"add_special_tokens": False},
+            text_kwargs=text_options,
             images_kwargs={"size": {"height": size, "width": size}},
         )
         media = {"pixel_values": made["pixel_values"]} if images else {}

@@ -16,6 +16,7 @@ from gemma3n_onnx.runtime.errors import OptionError
 from gemma3n_onnx.runtime.generation.detokenizer import IncrementalDetokenizer
 from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
 from gemma3n_onnx.runtime.generation.scheduler import PromptEvent, TokenEvent
+from gemma3n_onnx.runtime.media.reader import MediaOptions
 from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice, ParsedRequest
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
@@ -26,7 +27,14 @@ from .response_format import ConstrainedRequest, constrained, constraint_of
 
 
 class CompletionRequest(ConstrainedRequest):
+    """`images` and `audio`: URLs, data URLs or base64, one for each soft token of the prompt in order, as `images` of
+    Ollama and Fireworks; a list of lists if there are several prompts."""
+
     prompt: str | list[str] | list[int] | list[list[int]]
+    images: list[str] | list[list[str]] = Field(default_factory=list)
+    audio: list[str] | list[list[str]] = Field(default_factory=list)
+    image_size: int | None = None
+    long_audio: str = "error"
     max_tokens: int | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
@@ -62,10 +70,18 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 
 def read_completion(request: CompletionRequest, served: Served) -> ParsedCompletion:
-    """Tokenizes. Raises Gemma3nError: what is wrong with the request."""
+    """Reads media and tokenizes. Raises Gemma3nError: what is wrong with the request."""
     given = request.prompt
     several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-    prompts = [served.model.encode(prompt) for prompt in (given if several else [given])]
+    media = MediaOptions(
+        image_size=request.image_size,
+        long_audio=request.long_audio,  # type: ignore[arg-type]
+    )
+    images, audio = request.images or None, request.audio or None
+    if several:
+        prompts = served.model.encode_batch(given, media, images=images, audio=audio)  # type: ignore[arg-type]
+    else:
+        prompts = [served.model.encode(given, media, images=images, audio=audio)]  # type: ignore[arg-type]
     if request.max_tokens == 0 and not request.echo:
         raise OptionError("max_tokens 0 needs echo; give at least 1.")
     scores = request.echo and (request.logprobs is not None or request.max_tokens == 0)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from serving import E2B, SUM, message
+import httpx
+import pytest
+
+from serving import DEMO, E2B, SUM, data_url, message
 
 
 def test_a_completion(server, model):
@@ -15,3 +18,56 @@ def test_a_completion(server, model):
     ids = [[2, 5, 6], [2, 7]]
     made = server.client.completions.create(model=E2B, prompt=ids, temperature=0, max_tokens=2, n=2)
     assert len(made.choices) == 4
+
+
+RAW = "<start_of_turn>user\n{}What is in the picture?<end_of_turn>\n<start_of_turn>model\n"
+WITH_IMAGE = RAW.format("<image_soft_token>")
+PICTURE = "A red circle, a yellow star and a blue square."
+
+
+def complete(server, **body):
+    defaults = {"model": E2B, "temperature": 0, "max_tokens": 24}
+    return httpx.post(f"{server.url}/v1/completions", json=defaults | body, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "image", ["picture.png", data_url(DEMO / "picture.png")], ids=["a file of --media-folder", "data"]
+)
+def test_a_prompt_with_an_image(server, image):
+    made = complete(server, prompt=WITH_IMAGE, images=[image]).json()
+    assert made["choices"][0]["text"] == PICTURE
+    assert made["usage"]["prompt_tokens"] > 256
+
+
+def test_prompts_with_an_image_each_and_none(server):
+    prompts = [WITH_IMAGE, RAW.format("").replace("What is in the picture?", SUM)]
+    made = complete(server, prompt=prompts, images=[["picture.png"], []]).json()
+    assert [choice["text"] for choice in made["choices"]] == [PICTURE, "3 plus 4 is 7."]
+
+
+def test_a_streamed_completion_of_a_sound(server):
+    prompt = RAW.replace("What is in the picture?", "What do you hear?").format("<audio_soft_token>")
+    more = {"audio": ["sound.wav"]}
+    pieces = server.client.completions.create(model=E2B, prompt=prompt, temperature=0, stream=True, extra_body=more)
+    assert "".join(chunk.choices[0].text for chunk in pieces) == "Three high beeps."
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"prompt": WITH_IMAGE}, "<image_soft_token> in the prompt is 1, but that of images given with it is 0"),
+        ({"prompt": RAW.format(""), "images": ["picture.png"]}, "<image_soft_token> in the prompt is 0"),
+        ({"prompt": WITH_IMAGE, "audio": ["sound.wav"]}, "<image_soft_token> in the prompt is 1"),
+        ({"prompt": WITH_IMAGE, "images": ["../README.md"]}, "README.md"),
+        ({"prompt": WITH_IMAGE, "images": ["/etc/passwd"]}, "/etc/passwd"),
+        ({"prompt": WITH_IMAGE, "images": ["ftp://x/y.png"]}, "neither an http nor an https URL"),
+        ({"prompt": [WITH_IMAGE, "x"], "images": ["picture.png"]}, "one list for each of the 2 prompts"),
+        ({"prompt": WITH_IMAGE, "images": ["picture.png"], "image_size": 100}, "image_size is 100"),
+        ({"prompt": WITH_IMAGE, "images": ["picture.png"], "echo": True}, "echo takes prompts without images"),
+        ({"prompt": WITH_IMAGE, "images": "picture.png"}, "images"),
+    ],
+)
+def test_media_that_do_not_fit_the_prompt_are_400(server, body, says):
+    answer = complete(server, **body)
+    assert answer.status_code in (400, 403), answer.text
+    assert says in answer.json()["error"]["message"]

@@ -1,0 +1,87 @@
+"""`gemma3n run`: prompts from standard input, answers as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from gemma3n_onnx.runtime import OnnxGemma3n
+from gemma3n_onnx.runtime.generation.stream import GenerationStream
+from support import Outcome, run_command
+
+OPTIONS = ("--max-new-tokens", "12")
+
+
+@pytest.fixture
+def gemma3n(monkeypatch: pytest.MonkeyPatch):
+    def run(*arguments: object, typed: bytes = b"") -> Outcome:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+        return run_command(monkeypatch, ["gemma3n", "run", *map(str, arguments)])
+
+    return run
+
+
+@pytest.mark.parametrize("typed", ["Hello\n", "Hello", "Hello\r\n", "Zwei\nZeilen ü 👩‍👩‍👧\n"])
+def test_a_prompt_from_standard_input(gemma3n, small_artifact: Path, typed: str) -> None:
+    for raw in ([], ["--raw"]):
+        wanted = gemma3n(small_artifact, typed.rstrip(), *raw, *OPTIONS)
+        assert wanted.code == 0
+        assert gemma3n(small_artifact, "-", *raw, *OPTIONS, typed=typed.encode()) == wanted
+
+
+def test_only_the_newline_at_the_end_is_left_out(gemma3n, small_artifact: Path) -> None:
+    answer = gemma3n(small_artifact, "-", "--raw", "--json", *OPTIONS, typed=b" a \n\n")
+    wanted = OnnxGemma3n.from_pretrained(small_artifact).encode(" a \n").ids
+    assert json.loads(answer.out)["prompt_token_ids"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"), [(b"", "The prompt is empty"), (b"\n", "The prompt is empty"), (b"\xff\xfe", "not UTF-8 text")]
+)
+def test_standard_input_without_a_prompt(gemma3n, small_artifact: Path, typed: bytes, says: str) -> None:
+    outcome = gemma3n(small_artifact, "-", typed=typed)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("Error: ") and says in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_json_is_the_result(gemma3n, small_artifact: Path) -> None:
+    outcome = gemma3n(small_artifact, "Hello", "--json", *OPTIONS)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.count("\n") == 1
+    made = json.loads(outcome.out)
+    messages = [{"role": "user", "content": "Hello"}]
+    wanted = OnnxGemma3n.from_pretrained(small_artifact).generate(messages, max_new_tokens=12)
+    assert made["text"] == wanted.text
+    assert made["token_ids"] == list(wanted.token_ids)
+    assert made["prompt_token_ids"] == list(wanted.prompt_token_ids)
+    assert made["finish_reason"] == wanted.finish_reason == "length"
+    assert made["timings"]["prefill_tokens"] == len(wanted.prompt_token_ids)
+    assert made["timings"]["decode_tokens"] == 11
+    assert made["timings"]["decode_tokens_per_second"] > 0 < made["timings"]["time_to_first_token"]
+    assert made["warnings"] == []
+
+
+def test_json_has_the_warnings_and_stderr_the_statistics(
+    gemma3n, small_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = GenerationStream._run
+
+    def warned(self: GenerationStream):
+        warnings.warn("The sun is low.", stacklevel=1)
+        return run(self)
+
+    monkeypatch.setattr(GenerationStream, "_run", warned)
+    outcome = gemma3n(small_artifact, "Hello", "--json", "--stats", *OPTIONS)
+    assert json.loads(outcome.out)["warnings"] == ["The sun is low."]
+    assert outcome.err.startswith("prefill ") and outcome.err.count("\n") == 1
+
+
+def test_an_error_leaves_stdout_empty(gemma3n, small_artifact: Path) -> None:
+    outcome = gemma3n(small_artifact, "Hello " * 300, "--json")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "context of 256" in outcome.err
