@@ -21,6 +21,7 @@ from gemma3n_onnx.runtime.errors import (
     UrlRefusedError,
 )
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
+from heic import heic
 from media import RATE_HZ, aac, encoded, gradient, noise, photo, sound, tone, video
 
 POLICY = FetchPolicy(timeout_seconds=5, max_bytes=2_000_000)
@@ -117,6 +118,9 @@ NOT_PUBLIC = [
 PICTURE = "data:image/png;base64,"
 CASES = [
     Case("truncated JPEG", lambda r, f: r.image(jpeg()[:20_000]), MediaError, ("damaged or incomplete", "again")),
+    Case("truncated AVIF", lambda r, f: r.image(encoded(photo(), "AVIF")[:9_000]), MediaError, ("image",)),
+    Case("truncated HEIC", lambda r, f: r.image(heic(photo().resize((64, 48)))[:-50]), MediaError, ("damaged",)),
+    Case("garbled HEIC", lambda r, f: r.image(garbled(heic(photo()), 0.0, 0.005)[20:]), MediaError, ("not an",)),
     Case("truncated PNG", lambda r, f: r.image(png()[:5_000]), MediaError, ("damaged or incomplete",)),
     Case("truncated GIF", lambda r, f: r.image(encoded(photo(), "GIF")[:9_000]), MediaError, ("damaged",)),
     Case("truncated WebP", lambda r, f: r.image(encoded(photo(), "WEBP")[:9_000]), MediaError, ("image",)),
