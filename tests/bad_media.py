@@ -55,6 +55,13 @@ def jpeg() -> bytes:
     return encoded(photo(), "JPEG")
 
 
+def jpeg_header() -> bytes:
+    """A JPEG up to its picture."""
+    data = jpeg()
+    scan = data.index(b"\xff\xda") + 2
+    return data[: scan + int.from_bytes(data[scan : scan + 2], "big")]
+
+
 def png() -> bytes:
     return encoded(photo().resize((160, 100)), "PNG")
 
@@ -117,7 +124,8 @@ NOT_PUBLIC = [
 ]
 PICTURE = "data:image/png;base64,"
 CASES = [
-    Case("truncated JPEG", lambda r, f: r.image(jpeg()[:20_000]), MediaError, ("damaged or incomplete", "again")),
+    Case("JPEG without a picture", lambda r, f: r.image(jpeg_header()), MediaError, ("damaged or incomplete", "again")),
+    Case("JPEG without tables", lambda r, f: r.image(jpeg()[:40]), MediaError, ("damaged or incomplete",)),
     Case("truncated AVIF", lambda r, f: r.image(encoded(photo(), "AVIF")[:9_000]), MediaError, ("image",)),
     Case("truncated HEIC", lambda r, f: r.image(heic(photo().resize((64, 48)))[:-50]), MediaError, ("damaged",)),
     Case("garbled HEIC", lambda r, f: r.image(garbled(heic(photo()), 0.0, 0.005)[20:]), MediaError, ("not an",)),

@@ -13,7 +13,7 @@ from gemma3n_onnx.runtime.model import OnnxGemma3n
 from gemma3n_onnx.runtime.options import read_options
 
 from .options import answer_options, artifact_argument, load_options
-from .terminal_chat import describe_timings
+from .terminal_chat import describe_timings, show_warnings
 
 
 @click.command()
@@ -53,6 +53,7 @@ def run(
     messages.append({"role": "user", "content": content if media else prompt})
     plain = raw or (model.template is None and not media)
     answer = model.stream(prompt if plain else messages, **options)
+    show_warnings(answer.result.warnings)
     for piece in answer:
         click.echo(piece, nl=False)
     click.echo()

@@ -94,7 +94,7 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
         return _open_file_url(source.strip(), policy)
     if rest.startswith("//") and scheme.isalnum():
         raise UrlRefusedError(f"{shorten(source)!r} is neither an http nor an https URL; give one, or a local path.")
-    if policy.allow_files and (path := _allowed_path(source, policy)) is not None and _exists(path):
+    if (path := _existing_path(source, policy)) is not None:
         return _open_file(path, policy)
     if len(source) >= SHORTEST_BASE64 and BASE64.fullmatch(source):
         return io.BytesIO(decode_base64(source, policy))
@@ -106,6 +106,15 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
     raise MediaNotFoundError(
         f"There is no file {shorten(source)!r}; give an existing path, an http(s) URL, a data URL or base64 text."
     )
+
+
+def name_of(source: object, policy: FetchPolicy) -> str | None:
+    """How messages name a source: the path of a local file, shortened; None for anything else."""
+    if isinstance(source, os.PathLike):
+        return shorten(os.fspath(source))
+    if isinstance(source, str) and _existing_path(source, policy) is not None:
+        return shorten(source)
+    return None
 
 
 def shorten(text: str, length: int = 80) -> str:
@@ -194,6 +203,11 @@ def _allowed_path(path: str, policy: FetchPolicy) -> str | None:
     except (OSError, ValueError):
         return None
     return str(found) if found.is_relative_to(folder) else None
+
+
+def _existing_path(source: str, policy: FetchPolicy) -> str | None:
+    path = _allowed_path(source, policy) if policy.allow_files else None
+    return path if path is not None and _exists(path) else None
 
 
 def _open_file_url(url: str, policy: FetchPolicy) -> BinaryIO:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -21,17 +23,20 @@ if TYPE_CHECKING:
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 ORIENTATION = 0x0112  # EXIF tag
+JPEGS = ("JPEG", "MPO")  # MPO: several JPEGs, of which the first is read
+START_OF_SCAN, END_OF_JPEG = 0xDA, b"\xff\xd9"
 
 # Pillow warns of decompression bombs through process-wide warning filters, which are not thread-safe.
 _filters = threading.Lock()
 
 
-def load_image(source: ImageSource, policy: FetchPolicy) -> Image:
+def load_image(source: ImageSource, policy: FetchPolicy, warn: Callable[[str], None] = lambda _: None) -> Image:
     """Loads an image in mode RGB, EXIF orientation applied; of an animation, the first frame.
 
     Source: any `open_media` source, a PIL image, or an array [height, width] or [height, width, 1, 3 or 4] of
     uint8, uint16, or float from 0 to 1. Transparency becomes white, as in transformers' image processors; 16-bit
-    and float values are scaled to 8 bits.
+    and float values are scaled to 8 bits. A JPEG without its end is decoded as far as it goes, as browsers do it, and
+    `warn` is told.
 
     Raises:
         MediaError: not an image, damaged, in an unsupported format, or larger than `limits` allow.
@@ -45,7 +50,7 @@ def load_image(source: ImageSource, policy: FetchPolicy) -> Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     with open_media(source, policy) as file:
-        return _to_rgb(_decode(file))
+        return _to_rgb(_decode(file, warn))
 
 
 def resize(image: Image, size: int) -> Image:
@@ -61,13 +66,45 @@ def to_pixels(square: Image, rescale: float) -> np.ndarray:
     return values[np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))]
 
 
-def _decode(file: BinaryIO) -> Image:
+def _decode(file: BinaryIO, warn: Callable[[str], None]) -> Image:
     try:
-        return read_heic(file) if is_heic(file) else _open(file)
+        if is_heic(file):
+            return read_heic(file)
+        image = _open(file)
+        check_size(*image.size)
+        try:
+            image.load()
+        except OSError:
+            if image.format not in JPEGS:
+                raise
+            image = _ended_jpeg(file)
+            lack = "lack detail" if image.info.get("progressive") else "be blank at the bottom"
+            warn(f"The end of the JPEG is missing, so the picture may {lack}.")
+        return image
     except Gemma3nError:
         raise
     except Exception as error:  # decoders raise anything on damaged data
         raise _damaged(error) from error
+
+
+def _ended_jpeg(file: BinaryIO) -> Image:
+    """A JPEG that ends too early, with an end marker added, at which libjpeg fills what is missing."""
+    file.seek(0)
+    data = file.read()
+    if not _has_scan(data):
+        raise OSError("the file ends before its picture begins")
+    image = _open(io.BytesIO(data + END_OF_JPEG))
+    image.load()
+    return image
+
+
+def _has_scan(jpeg: bytes) -> bool:
+    """Whether any data follow the segment that starts a scan."""
+    at, marker = 2, 0
+    while marker != START_OF_SCAN and jpeg[at : at + 1] == b"\xff":
+        marker = int.from_bytes(jpeg[at + 1 : at + 2], "big")
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return marker == START_OF_SCAN and at < len(jpeg)
 
 
 def _open(file: BinaryIO) -> Image:

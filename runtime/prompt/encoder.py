@@ -17,7 +17,7 @@ from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .chat_template import ChatTemplate
 from .conversation import holds_every_text, merge_turns, texts_of
-from .messages import TOOL_KEYS, MessageReader, items_of
+from .messages import TOOL_KEYS, MessageReader, items_of, warnings_of
 from .plain_text import PlainText
 from .soft_tokens import Placeholders
 from .tokenizer import Tokenizer, encode_plain
@@ -103,8 +103,9 @@ class PromptEncoder:
         return self._placeholders.expand(_render(self.template, messages, options), items_of(messages))
 
     def locate(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> PromptTokens:
-        """The token ids of rendered messages, with the spans of their images and clips."""
-        return PromptTokens(ids, self._placeholders.find(ids, items_of(messages), self.encoders.features))
+        """The token ids of rendered messages, with the spans and the warnings of their images and clips."""
+        spans = self._placeholders.find(ids, items_of(messages), self.encoders.features)
+        return PromptTokens(ids, spans, warnings_of(messages))
 
 
 def _render(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], options: TemplateOptions) -> str:
