@@ -123,12 +123,16 @@ NOT_PUBLIC = [
     "http://100.64.0.1/",
 ]
 PICTURE = "data:image/png;base64,"
+PDF = b"%PDF-1.7\n1 0 obj\n<< /Type /Catalog >>\nendobj\n"
 CASES = [
     Case("JPEG without a picture", lambda r, f: r.image(jpeg_header()), MediaError, ("damaged or incomplete", "again")),
     Case("JPEG without tables", lambda r, f: r.image(jpeg()[:40]), MediaError, ("damaged or incomplete",)),
     Case("truncated AVIF", lambda r, f: r.image(encoded(photo(), "AVIF")[:9_000]), MediaError, ("image",)),
     Case("truncated HEIC", lambda r, f: r.image(heic(photo().resize((64, 48)))[:-50]), MediaError, ("damaged",)),
     Case("garbled HEIC", lambda r, f: r.image(garbled(heic(photo()), 0.0, 0.005)[20:]), MediaError, ("not an",)),
+    Case("PDF as image", lambda r, f: r.image(PDF), MediaError, ("This is a PDF", "each page as an image")),
+    Case("PDF as audio", lambda r, f: r.audio(PDF), MediaError, ("This is a PDF",)),
+    Case("PDF as video", lambda r, f: r.video(file(f, "a.mp4", PDF)), MediaError, ("This is a PDF",)),
     Case("truncated PNG", lambda r, f: r.image(png()[:5_000]), MediaError, ("damaged or incomplete",)),
     Case("truncated GIF", lambda r, f: r.image(encoded(photo(), "GIF")[:9_000]), MediaError, ("damaged",)),
     Case("truncated WebP", lambda r, f: r.image(encoded(photo(), "WEBP")[:9_000]), MediaError, ("image",)),

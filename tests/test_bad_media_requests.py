@@ -14,6 +14,7 @@ import pytest
 
 from bad_media import (
     CASES,
+    PDF,
     POLICY,
     Case,
     assert_one_sentence,
@@ -163,6 +164,7 @@ FILES: list[tuple[str, str, Callable[[], bytes], str]] = [
     ("image", "empty.jpg", lambda: b"", "empty"),
     ("image", "words.jpg", lambda: b"not an image", "not an image"),
     ("image", "large.png", lambda: declared_png(20_000, 20_000), "too many pixels"),
+    ("image", "paper.pdf", lambda: PDF, "This is a PDF"),
     ("image", "sound.wav", lambda: clip("WAV"), "not an image"),
     ("audio", "empty.wav", lambda: b"", "empty"),
     ("audio", "header.wav", lambda: wav_header(RATE_HZ), "no samples"),
@@ -174,6 +176,7 @@ FILES: list[tuple[str, str, Callable[[], bytes], str]] = [
     ("audio", "cut.mp3", lambda: half(clip("MP3")), "cut off"),
     ("audio", "garbled.ogg", lambda: garbled(clip("OGG"), 0.01), "give another file"),
     ("audio", "picture.wav", jpeg, "neither WAV"),
+    ("audio", "paper.pdf", lambda: PDF, "This is a PDF"),
     ("video", "words.mp4", lambda: b"words " * 99, "not a video"),
     ("video", "sound.mp4", lambda: clip("WAV"), "only audio"),
 ]
@@ -199,6 +202,7 @@ def test_a_bad_file_is_named(
 
 BAD_FILES: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "truncated PNG": ("--image", lambda f: file(f, "a.png", half(png())), "a.png: The image is damaged or incomplete"),
+    "PDF": ("--image", lambda f: file(f, "a.pdf", PDF), "a.pdf: This is a PDF"),
     "text as image": ("--image", lambda f: file(f, "a.png", b"words"), "not an image"),
     "missing image": ("--image", lambda f: f / "no.png", "no.png"),
     "bomb": ("--image", lambda f: file(f, "a.png", declared_png(50_000, 50_000)), "too many pixels"),

@@ -35,6 +35,7 @@ PORTS = {"http": 80, "https": 443}
 SHORTEST_BASE64 = 64
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 BLOCK_BYTES = 1 << 16
+PDF = b"%PDF-"
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 # IPv6 prefixes that embed an IPv4 address, and the right shift that extracts it.
@@ -72,8 +73,17 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
     Raises:
         MediaNotFoundError: no such file, or nothing at the URL.
         UrlRefusedError: a scheme, an address or a local file that the policy does not allow.
-        MediaError: too large, too slow, unreadable, or not decodable.
+        MediaError: too large, too slow, unreadable, not decodable, or a PDF.
     """
+    file = _open(source, policy)
+    if file.read(len(PDF)) == PDF:
+        file.close()
+        raise MediaError("This is a PDF, which the model does not take; give its text, or each page as an image.")
+    file.seek(0)
+    return file
+
+
+def _open(source: Source, policy: FetchPolicy) -> BinaryIO:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source)
     if isinstance(source, os.PathLike):

@@ -34,6 +34,8 @@ SOURCE_KEYS = {
 }
 MEDIA = {kind: "audio" if "audio" in kind else kind.removesuffix("_url") for kind in SOURCE_KEYS}
 KNOWN_TYPES = ("text", *SOURCE_KEYS)
+# Types of OpenAI's chat completions and Responses API for files of other kinds.
+FILE_TYPES = ("file", "input_file")
 TEMPLATE_TYPES = {"vision": "image", "audio": "audio"}
 
 
@@ -163,6 +165,11 @@ def _type_of(part: Any, index: int) -> str:
         raise PromptError(f"A part of message {index} must be a mapping with a type, not {_shown(part)}.")
     kind = part["type"]
     kind = SAME_TYPES.get(kind, kind) if isinstance(kind, str) else kind
+    if kind in FILE_TYPES:
+        raise PromptError(
+            f"Message {index} has a part of type {kind!r}, but the model does not take a PDF or another document; "
+            "send its text, or each page as an image."
+        )
     if kind not in KNOWN_TYPES:
         raise PromptError(f"Message {index} has a part of type {kind!r}; use one of {', '.join(KNOWN_TYPES)}.")
     return kind

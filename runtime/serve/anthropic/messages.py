@@ -132,6 +132,11 @@ def _part(block: Any, place: int) -> dict[str, Any]:
             return {"type": "image", "base64": data}
         case {"type": "image", "source": {"type": "url", "url": url}}:
             return {"type": "image", "url": url}
+    if _type_of(block) == "document":
+        raise PromptError(
+            f"Message {place} has a block of type 'document', but the model does not take a PDF or another document; "
+            "send its text, or each page as an image."
+        )
     raise PromptError(
         f"Message {place} has an unsupported block of type {_type_of(block)!r}; send text, images (base64 or url), "
         "tool_use and tool_result."

@@ -82,3 +82,22 @@ def test_transcriptions(server: Any) -> None:
         assert body["text"] == HEARD and body["warnings"][0].startswith(CUT_OFF)
     assert events_of(transcribe(cut, stream="true"))[-1]["warnings"][0].startswith(CUT_OFF)
     assert "warnings" not in transcribe((DEMO / "sound.wav").read_bytes()).json()
+
+
+def test_documents_are_refused_by_name(server: Any) -> None:
+    pdf = "data:application/pdf;base64," + base64.b64encode(b"%PDF-1.7\n").decode()
+    chats = [
+        message("What is it?", {"type": "file", "file": {"filename": "a.pdf", "file_data": pdf}}),
+        message("What is it?", {"type": "image_url", "image_url": {"url": pdf}}),
+    ]
+    block = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}}
+    requests = [
+        *(("/v1/chat/completions", {"messages": messages}) for messages in chats),
+        ("/v1/responses", {"input": message("What is it?", {"type": "input_file", "file_data": pdf})}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": [block]}], "max_tokens": 9}),
+    ]
+    for path, body in requests:
+        response = httpx.post(server.url + path, json={"model": E2B} | body, timeout=60)
+        told = response.json()["error"]["message"]
+        print(told)
+        assert response.status_code == 400 and "PDF" in told and "each page as an image" in told
