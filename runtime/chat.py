@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .engine.engine import Engine
@@ -12,11 +13,13 @@ from .generation.scheduler import Scheduler
 from .generation.stream import GenerationStream
 from .options import read_options
 from .prompt.encoder import PromptEncoder
+from .prompt.messages import warnings_of
 from .tokens import PromptTokens
 
 
 class Chat:
-    """Created by `OnnxGemma3n.chat`. `messages` is the conversation so far, with its media decoded.
+    """Created by `OnnxGemma3n.chat`. `messages` is the conversation so far, with its media decoded. The warnings of a
+    result are about the media of its own turn.
 
     Later turns reuse the generated token ids if these decode to the reply; all other text is tokenized.
     """
@@ -53,7 +56,7 @@ class Chat:
         chosen, media = read_options(options)
         messages = self._prompts.read([*self.messages, {"role": "user", "content": content}], media)
         rendered = self._prompts.render(messages)
-        prompt = self._prompts.locate(self._encode(rendered), messages)
+        prompt = replace(self._prompts.locate(self._encode(rendered), messages), warnings=warnings_of(messages[-1:]))
         if self._current is not None:
             self._current.answer.close()
         self._current = None

@@ -32,8 +32,11 @@ class SoftTokenSpan:
 
 @dataclass(frozen=True)
 class PromptTokens:
+    """`warnings` say what the files of its images and clips lack."""
+
     ids: list[int]
     spans: tuple[SoftTokenSpan, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -48,12 +51,12 @@ class PromptTokens:
 
     def encoded(self) -> PromptTokens:
         """A copy whose encoders have run."""
-        return PromptTokens(self.ids, tuple(span.encoded() for span in self.spans))
+        return replace(self, spans=tuple(span.encoded() for span in self.spans))
 
     def after(self, count: int) -> PromptTokens:
         """The prompt without its first `count` tokens; a span that is cut starts at a negative position."""
         rest = (replace(span, start=span.start - count) for span in self.spans)
-        return PromptTokens(self.ids[count:], tuple(span for span in rest if span.stop > 0))
+        return replace(self, ids=self.ids[count:], spans=tuple(span for span in rest if span.stop > 0))
 
     @property
     def end_of_spans(self) -> int:
@@ -66,7 +69,7 @@ class PromptTokens:
         return [self.after(start)._first(stop - start) for start, stop in pairwise(borders)]
 
     def _first(self, count: int) -> PromptTokens:
-        return PromptTokens(self.ids[:count], tuple(span for span in self.spans if span.start < count))
+        return replace(self, ids=self.ids[:count], spans=tuple(span for span in self.spans if span.start < count))
 
 
 def shared_prefix(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> int:

@@ -21,6 +21,7 @@ from gemma3n_onnx.runtime.errors import (
     UrlRefusedError,
 )
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
+from heic import heic
 from media import RATE_HZ, aac, encoded, gradient, noise, photo, sound, tone, video
 
 POLICY = FetchPolicy(timeout_seconds=5, max_bytes=2_000_000)
@@ -52,6 +53,13 @@ def file(folder: Path, name: str, content: bytes) -> Path:
 
 def jpeg() -> bytes:
     return encoded(photo(), "JPEG")
+
+
+def jpeg_header() -> bytes:
+    """A JPEG up to its picture."""
+    data = jpeg()
+    scan = data.index(b"\xff\xda") + 2
+    return data[: scan + int.from_bytes(data[scan : scan + 2], "big")]
 
 
 def png() -> bytes:
@@ -115,8 +123,16 @@ NOT_PUBLIC = [
     "http://100.64.0.1/",
 ]
 PICTURE = "data:image/png;base64,"
+PDF = b"%PDF-1.7\n1 0 obj\n<< /Type /Catalog >>\nendobj\n"
 CASES = [
-    Case("truncated JPEG", lambda r, f: r.image(jpeg()[:20_000]), MediaError, ("damaged or incomplete", "again")),
+    Case("JPEG without a picture", lambda r, f: r.image(jpeg_header()), MediaError, ("damaged or incomplete", "again")),
+    Case("JPEG without tables", lambda r, f: r.image(jpeg()[:40]), MediaError, ("damaged or incomplete",)),
+    Case("truncated AVIF", lambda r, f: r.image(encoded(photo(), "AVIF")[:9_000]), MediaError, ("image",)),
+    Case("truncated HEIC", lambda r, f: r.image(heic(photo().resize((64, 48)))[:-50]), MediaError, ("damaged",)),
+    Case("garbled HEIC", lambda r, f: r.image(garbled(heic(photo()), 0.0, 0.005)[20:]), MediaError, ("not an",)),
+    Case("PDF as image", lambda r, f: r.image(PDF), MediaError, ("This is a PDF", "each page as an image")),
+    Case("PDF as audio", lambda r, f: r.audio(PDF), MediaError, ("This is a PDF",)),
+    Case("PDF as video", lambda r, f: r.video(file(f, "a.mp4", PDF)), MediaError, ("This is a PDF",)),
     Case("truncated PNG", lambda r, f: r.image(png()[:5_000]), MediaError, ("damaged or incomplete",)),
     Case("truncated GIF", lambda r, f: r.image(encoded(photo(), "GIF")[:9_000]), MediaError, ("damaged",)),
     Case("truncated WebP", lambda r, f: r.image(encoded(photo(), "WEBP")[:9_000]), MediaError, ("image",)),

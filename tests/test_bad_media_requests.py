@@ -12,10 +12,26 @@ from typing import Any
 
 import pytest
 
-from bad_media import CASES, POLICY, Case, assert_one_sentence, declared_png, file, half, jpeg
+from bad_media import (
+    CASES,
+    PDF,
+    POLICY,
+    Case,
+    assert_one_sentence,
+    clip,
+    declared_png,
+    file,
+    garbled,
+    half,
+    jpeg,
+    jpeg_header,
+    png,
+    wav_header,
+)
 from gemma3n_onnx.runtime import OnnxGemma3n, PromptError
 from gemma3n_onnx.runtime.engine.ort import Session
 from gemma3n_onnx.runtime.errors import ArtifactError, ContextLengthError, Gemma3nError, MediaError
+from heic import heic
 from media import RATE_HZ, encoded, photo, sound, tone, video, write_wav
 from support import run_command
 
@@ -98,7 +114,7 @@ def test_all_good_requests_are_answered_as_before(service: Service, tmp_path: Pa
 @pytest.mark.usefixtures("no_graph_runs")
 def test_bad_media_are_told_before_any_graph_runs(service: Service, tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="damaged"):
-        service.model.generate([user(GOOD_IMAGE), user({"type": "image", "image": half(jpeg())})], image_size=256)
+        service.model.generate([user(GOOD_IMAGE), user({"type": "image", "image": half(png())})], image_size=256)
     with pytest.raises(MediaError, match="too many pixels"):
         service.model.stream(user({"type": "image", "image": declared_png(50_000, 50_000)}))
     with pytest.raises(MediaError, match="empty"):
@@ -137,10 +153,56 @@ def test_a_bad_form_of_a_part_is_a_prompt_error(service: Service, part: dict[str
     service.assert_answers_as_before("text")
 
 
+FILES: list[tuple[str, str, Callable[[], bytes], str]] = [
+    ("image", "cut.png", lambda: half(png()), "damaged or incomplete"),
+    ("image", "cut.gif", lambda: encoded(photo(), "GIF")[:9_000], "damaged"),
+    ("image", "cut.webp", lambda: encoded(photo(), "WEBP")[:9_000], "image"),
+    ("image", "cut.avif", lambda: encoded(photo(), "AVIF")[:9_000], "image"),
+    ("image", "cut.heic", lambda: heic(photo().resize((64, 48)))[:-50], "damaged or incomplete"),
+    ("image", "header.jpg", jpeg_header, "damaged or incomplete"),
+    ("image", "garbled.png", lambda: garbled(png(), 0.3), "damaged"),
+    ("image", "empty.jpg", lambda: b"", "empty"),
+    ("image", "words.jpg", lambda: b"not an image", "not an image"),
+    ("image", "large.png", lambda: declared_png(20_000, 20_000), "too many pixels"),
+    ("image", "paper.pdf", lambda: PDF, "This is a PDF"),
+    ("image", "sound.wav", lambda: clip("WAV"), "not an image"),
+    ("audio", "empty.wav", lambda: b"", "empty"),
+    ("audio", "header.wav", lambda: wav_header(RATE_HZ), "no samples"),
+    ("audio", "codec.wav", lambda: wav_header(RATE_HZ, bytes(900), 0x9999), "codec"),
+    ("audio", "silent.wav", lambda: sound(0 * tone(1), RATE_HZ, "WAV"), "silent"),
+    ("audio", "long.wav", lambda: sound(tone(31), RATE_HZ, "WAV"), "31.00 s"),
+    ("audio", "short.wav", lambda: sound(tone(0.01), RATE_HZ, "WAV"), "0.010 s"),
+    ("audio", "cut.flac", lambda: clip("FLAC")[:20_000], "damaged"),
+    ("audio", "cut.mp3", lambda: half(clip("MP3")), "cut off"),
+    ("audio", "garbled.ogg", lambda: garbled(clip("OGG"), 0.01), "give another file"),
+    ("audio", "picture.wav", jpeg, "neither WAV"),
+    ("audio", "paper.pdf", lambda: PDF, "This is a PDF"),
+    ("video", "words.mp4", lambda: b"words " * 99, "not a video"),
+    ("video", "sound.mp4", lambda: clip("WAV"), "only audio"),
+]
+
+
+@pytest.mark.usefixtures("no_graph_runs")
+@pytest.mark.parametrize(("kind", "name", "content", "says"), FILES, ids=[f"{kind} {name}" for kind, name, *_ in FILES])
+def test_a_bad_file_is_named(
+    kind: str, name: str, content: Callable[[], bytes], says: str, service: Service, tmp_path: Path
+) -> None:
+    """By its path, or, where only its content is given, by its number among those of its kind."""
+    good = {"image": [GOOD_IMAGE], "audio": [GOOD_CLIP], "video": []}[kind]
+    data = content()
+    for source, named in ((file(tmp_path, name, data), name), (data, f"{kind} {1 + len(good)}")):
+        with pytest.raises(MediaError) as raised:
+            service.model.generate(user(*good, {"type": kind, kind: source}), image_size=256)
+        message = str(raised.value)
+        assert message.partition(": ")[0].endswith(named) and says in message
+        assert message.count(named) == 1 and "\n" not in message and message.endswith(".") and len(message) < 400
+
+
 # --- the command line --------------------------------------------------------------------------------------
 
 BAD_FILES: dict[str, tuple[str, Callable[[Path], Path], str]] = {
-    "truncated JPEG": ("--image", lambda f: file(f, "a.jpg", half(jpeg())), "damaged or incomplete"),
+    "truncated PNG": ("--image", lambda f: file(f, "a.png", half(png())), "a.png: The image is damaged or incomplete"),
+    "PDF": ("--image", lambda f: file(f, "a.pdf", PDF), "a.pdf: This is a PDF"),
     "text as image": ("--image", lambda f: file(f, "a.png", b"words"), "not an image"),
     "missing image": ("--image", lambda f: f / "no.png", "no.png"),
     "bomb": ("--image", lambda f: file(f, "a.png", declared_png(50_000, 50_000)), "too many pixels"),

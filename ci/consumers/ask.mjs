@@ -19,3 +19,15 @@ const tokens = [
   await ask([{ type: "image" }, { type: "text", text: "What is in the picture?" }], await RawImage.read(picture)),
 ];
 for (const answer of tokens) console.log(answer.join(" "));
+
+// Each row of a batch that is padded on the left is answered as alone.
+processor.tokenizer.padding_side = "left";
+const prompts = ["3 plus 4 is", "7 plus 8 is equal to", "What is in the picture? I see a red circle and"];
+const generate = (inputs) => model.generate({ ...inputs, max_new_tokens: 8, do_sample: false });
+const batch = processor.tokenizer(prompts, { padding: true });
+const rows = (await generate(batch)).slice(null, [batch.input_ids.dims.at(-1), null]).tolist();
+for (const [index, prompt] of prompts.entries()) {
+  const single = processor.tokenizer(prompt);
+  const alone = (await generate(single)).slice(null, [single.input_ids.dims.at(-1), null]).tolist()[0];
+  if (`${alone}` !== `${rows[index].slice(0, alone.length)}`) throw new Error(`${prompt}: ${rows[index]}, not ${alone}`);
+}

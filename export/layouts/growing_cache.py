@@ -13,6 +13,7 @@ from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.quantization.precision import Precision
 from gemma3n_onnx.graphs import names
 from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.graphs.passes.mask_padding import MaskPadding
 from gemma3n_onnx.graphs.passes.split_donor_cache import SplitDonorCache
 
 from .base import Layout, Requested
@@ -35,4 +36,5 @@ class GrowingCacheLayout(Layout):
         return replace(precision, prefill=None)
 
     def adapt(self, decoder: ir.Model, embedding: ir.Model, config: TextConfig) -> None:
+        MaskPadding()(decoder)  # both pad batches on the left
         SplitDonorCache()(decoder)  # their ONNX Runtime may be older than 1.31

@@ -12,7 +12,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-_ATTENTION = "GroupQueryAttention"
+ATTENTION = "GroupQueryAttention"
 _END = (1 << 63) - 1
 
 
@@ -20,7 +20,7 @@ class SplitDonorCache(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
         split: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        readers = [node for node in graph if node.op_type == _ATTENTION and _donor(node.inputs[3]) is not None]
+        readers = [node for node in graph if node.op_type == ATTENTION and donor_of(node) is not None]
         for node in readers:
             for new, past in ((1, 3), (2, 4)):
                 cache = node.inputs[past]
@@ -37,9 +37,11 @@ class SplitDonorCache(InPlacePass):
         return PassResult(model, modified=bool(readers))
 
 
-def _donor(past: ir.Value | None) -> ir.Node | None:
+def donor_of(attention: ir.Node) -> ir.Node | None:
+    """The GroupQueryAttention whose present is the past of another one."""
+    past = attention.inputs[3]
     producer = None if past is None else past.producer()
-    return producer if producer is not None and producer.op_type == _ATTENTION else None
+    return producer if producer is not None and producer.op_type == ATTENTION else None
 
 
 def _split(graph: ir.Graph, before: ir.Node, cache: ir.Value) -> tuple[ir.Value, ir.Value]:

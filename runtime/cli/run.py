@@ -19,7 +19,7 @@ from gemma3n_onnx.runtime.model import OnnxGemma3n
 from gemma3n_onnx.runtime.options import read_options
 
 from .options import answer_options, artifact_argument, load_options, template_option
-from .terminal_chat import describe_timings
+from .terminal_chat import describe_timings, show_warnings
 
 STANDARD_INPUT = "-"
 
@@ -75,6 +75,8 @@ def run(
             answer = model.stream(prompt, images=[*images], audio=[*clips], **options)
         else:
             answer = model.stream(_messages(prompt, images, clips, videos, system), **options)
+        if not as_json:
+            show_warnings(answer.result.warnings)
         for piece in answer:
             if not as_json:
                 click.echo(piece, nl=False)
@@ -112,5 +114,5 @@ def _described(result: GenerationResult, caught: Sequence[warnings.WarningMessag
             "prefill_tokens_per_second": timings.prefill_tokens_per_second,
             "decode_tokens_per_second": timings.decode_tokens_per_second,
         },
-        "warnings": [str(each.message) for each in caught],
+        "warnings": [*result.warnings, *(str(each.message) for each in caught)],
     }

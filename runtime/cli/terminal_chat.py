@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class TerminalChat:
         attached, self._attached = self._attached, []
         content = [*attached, {"type": "text", "text": message}] if attached else message
         turn = self._chat.stream(content, **self._options)
+        show_warnings(turn.result.warnings)
         try:
             with contextlib.closing(iter(turn)) as pieces:
                 for piece in pieces:
@@ -128,6 +129,11 @@ def line_history(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(path)
+
+
+def show_warnings(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        click.echo(f"Warning: {warning}", err=True)
 
 
 def describe_timings(timings: Timings) -> str:

@@ -67,7 +67,8 @@ class GenerationResult:
     """One answer.
 
     `text` excludes special tokens and everything from a stop string on; `token_ids` has all generated tokens.
-    `finish_reason` is "stop" (an end token or a stop string) or "length" (`max_new_tokens`).
+    `finish_reason` is "stop" (an end token or a stop string) or "length" (`max_new_tokens`). `warnings`: one sentence
+    for each image or clip of the prompt whose file is incomplete; what there is of it was read.
     """
 
     text: str
@@ -76,3 +77,4 @@ class GenerationResult:
     finish_reason: str
     logprobs: tuple[TokenLogprob, ...] | None
     timings: Timings
+    warnings: tuple[str, ...] = ()

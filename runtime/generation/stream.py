@@ -76,6 +76,7 @@ class GenerationStream:
                 finish_reason=sequence.finish_reason,
                 logprobs=None if self._options.logprobs is None else tuple(sequence.logprobs),
                 timings=timings,
+                warnings=request.prompt.warnings,
             )
             for request, sequence in zip(self._requests, self._sequences)
         ]

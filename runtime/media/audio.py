@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 
 import numpy as np
@@ -12,6 +12,7 @@ from gemma3n_onnx.runtime.artifact import LogMelInfo
 from gemma3n_onnx.runtime.errors import AudioTooLongError, MediaError, OptionError, PackageMissingError
 
 from .fetch import FetchPolicy, Source, open_media
+from .wav import WavData
 
 if TYPE_CHECKING:
     AudioSource = Source | np.ndarray | tuple[np.ndarray, float]
@@ -45,12 +46,14 @@ def load_audio(
     sample_rate_hz: int,
     rate: float | None = None,
     max_seconds: float = MAX_SECONDS,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> np.ndarray:
     """Samples [n] fp32 at `sample_rate_hz`, channels averaged, full scale from -1 to 1.
 
     Source: any `open_media` source (libsndfile decodes WAV, FLAC, MP3 and Ogg; PyAV decodes M4A, AAC, WebM and
     video files), an array [n] or [n, channels] with its `rate` in Hz, or the pair (array, rate). int16, int32 and
-    uint8 arrays are scaled to full scale; floats are used unscaled, up to `LARGEST_FLOAT`.
+    uint8 arrays are scaled to full scale; floats are used unscaled, up to `LARGEST_FLOAT`. A WAV that is cut off or
+    does not declare its length is read to its end, and `warn` is told.
 
     Raises:
         AudioTooLongError: longer than `max_seconds`.
@@ -73,7 +76,7 @@ def load_audio(
         raise MediaError("rate is for arrays only, because a file declares its own; leave it out.")
     else:
         with open_media(source, policy) as file:
-            samples = _decode(file, sample_rate_hz, max_seconds)
+            samples = _decode(file, sample_rate_hz, max_seconds, warn)
     if not samples.size:
         raise MediaError("The audio has no samples; check the recording.")
     if np.ptp(samples) <= SILENT_SPAN:
@@ -243,13 +246,17 @@ class _Resampler:
         return np.pad(samples[:length], (0, max(0, length - len(samples))))
 
 
-def _decode(file: BinaryIO, sample_rate_hz: int, max_seconds: float) -> np.ndarray:
+def _decode(file: BinaryIO, sample_rate_hz: int, max_seconds: float, warn: Callable[[str], None]) -> np.ndarray:
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: libsndfile is missing
         raise _missing("soundfile", "Reading an audio file") from error
     if not file.read(1):
         raise MediaError("The file is empty; record or download it again.")
+    wav = WavData.of(file)
+    if wav is not None and wav.is_streamed:
+        file = wav.with_size(file)
+        warn("The WAV does not declare its length, so it was read to the end of the file.")
     file.seek(0)
     try:
         sound = soundfile.SoundFile(file)
@@ -260,6 +267,10 @@ def _decode(file: BinaryIO, sample_rate_hz: int, max_seconds: float) -> np.ndarr
         rate = _check_rate(sound.samplerate)
         declared = sound.frames if sound.frames < UNKNOWN_LENGTH else 0
         _check_seconds(declared / rate, max_seconds)
+        if wav is not None and not wav.is_streamed and 0 < wav.present < wav.declared:
+            seconds = declared / rate
+            whole = seconds * wav.declared / wav.present
+            warn(f"The WAV is cut off: it declares {whole:.3f} s but has {seconds:.3f} s.")
         try:
             return _Resampler(rate, sample_rate_hz).all_of(_sound_blocks(sound, rate, declared, max_seconds))
         except soundfile.SoundFileError as error:

@@ -35,6 +35,7 @@ PORTS = {"http": 80, "https": 443}
 SHORTEST_BASE64 = 64
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 BLOCK_BYTES = 1 << 16
+PDF = b"%PDF-"
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 # IPv6 prefixes that embed an IPv4 address, and the right shift that extracts it.
@@ -72,8 +73,17 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
     Raises:
         MediaNotFoundError: no such file, or nothing at the URL.
         UrlRefusedError: a scheme, an address or a local file that the policy does not allow.
-        MediaError: too large, too slow, unreadable, or not decodable.
+        MediaError: too large, too slow, unreadable, not decodable, or a PDF.
     """
+    file = _open(source, policy)
+    if file.read(len(PDF)) == PDF:
+        file.close()
+        raise MediaError("This is a PDF, which the model does not take; give its text, or each page as an image.")
+    file.seek(0)
+    return file
+
+
+def _open(source: Source, policy: FetchPolicy) -> BinaryIO:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source)
     if isinstance(source, os.PathLike):
@@ -94,7 +104,7 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
         return _open_file_url(source.strip(), policy)
     if rest.startswith("//") and scheme.isalnum():
         raise UrlRefusedError(f"{shorten(source)!r} is neither an http nor an https URL; give one, or a local path.")
-    if policy.allow_files and (path := _allowed_path(source, policy)) is not None and _exists(path):
+    if (path := _existing_path(source, policy)) is not None:
         return _open_file(path, policy)
     if len(source) >= SHORTEST_BASE64 and BASE64.fullmatch(source):
         return io.BytesIO(decode_base64(source, policy))
@@ -106,6 +116,15 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
     raise MediaNotFoundError(
         f"There is no file {shorten(source)!r}; give an existing path, an http(s) URL, a data URL or base64 text."
     )
+
+
+def name_of(source: object, policy: FetchPolicy) -> str | None:
+    """How messages name a source: the path of a local file, shortened; None for anything else."""
+    if isinstance(source, os.PathLike):
+        return shorten(os.fspath(source))
+    if isinstance(source, str) and _existing_path(source, policy) is not None:
+        return shorten(source)
+    return None
 
 
 def shorten(text: str, length: int = 80) -> str:
@@ -194,6 +213,11 @@ def _allowed_path(path: str, policy: FetchPolicy) -> str | None:
     except (OSError, ValueError):
         return None
     return str(found) if found.is_relative_to(folder) else None
+
+
+def _existing_path(source: str, policy: FetchPolicy) -> str | None:
+    path = _allowed_path(source, policy) if policy.allow_files else None
+    return path if path is not None and _exists(path) else None
 
 
 def _open_file_url(url: str, policy: FetchPolicy) -> BinaryIO:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from gemma3n_onnx.runtime.errors import MediaError
+from gemma3n_onnx.runtime.errors import Gemma3nError, MediaError
 
 from .fetch import FetchPolicy, Source, open_media
+from .heif import is_heic, read_heic
+from .limits import check_size, too_large
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,25 +22,26 @@ if TYPE_CHECKING:
     ImageSource = Source | Image | np.ndarray
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 100_000_000
-# The maximum of JPEG; resizing a one-column image allocates `size` times its height.
-MAX_SIDE = 65_535
 ORIENTATION = 0x0112  # EXIF tag
+JPEGS = ("JPEG", "MPO")  # MPO: several JPEGs, of which the first is read
+START_OF_SCAN, END_OF_JPEG = 0xDA, b"\xff\xd9"
 
 # Pillow warns of decompression bombs through process-wide warning filters, which are not thread-safe.
 _filters = threading.Lock()
 
 
-def load_image(source: ImageSource, policy: FetchPolicy) -> Image:
+def load_image(source: ImageSource, policy: FetchPolicy, warn: Callable[[str], None] = lambda _: None) -> Image:
     """Loads an image in mode RGB, EXIF orientation applied; of an animation, the first frame.
 
     Source: any `open_media` source, a PIL image, or an array [height, width] or [height, width, 1, 3 or 4] of
     uint8, uint16, or float from 0 to 1. Transparency becomes white, as in transformers' image processors; 16-bit
-    and float values are scaled to 8 bits.
+    and float values are scaled to 8 bits. A JPEG without its end is decoded as far as it goes, as browsers do it, and
+    `warn` is told.
 
     Raises:
-        MediaError: not an image, damaged, in an unsupported format, or larger than `MAX_PIXELS` or `MAX_SIDE`.
+        MediaError: not an image, damaged, in an unsupported format, or larger than `limits` allow.
         MediaNotFoundError, UrlRefusedError: as `open_media` raises them.
+        PackageMissingError: a HEIC picture, and PyAV is not installed.
     """
     from PIL import Image
 
@@ -45,7 +50,7 @@ def load_image(source: ImageSource, policy: FetchPolicy) -> Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     with open_media(source, policy) as file:
-        return _to_rgb(_open(file))
+        return _to_rgb(_decode(file, warn))
 
 
 def resize(image: Image, size: int) -> Image:
@@ -61,28 +66,75 @@ def to_pixels(square: Image, rescale: float) -> np.ndarray:
     return values[np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))]
 
 
+def _decode(file: BinaryIO, warn: Callable[[str], None]) -> Image:
+    try:
+        if is_heic(file):
+            return read_heic(file)
+        image = _open(file)
+        check_size(*image.size)
+        try:
+            image.load()
+        except OSError:
+            if image.format not in JPEGS:
+                raise
+            image = _ended_jpeg(file)
+            lack = "lack detail" if image.info.get("progressive") else "be blank at the bottom"
+            warn(f"The end of the JPEG is missing, so the picture may {lack}.")
+        return image
+    except Gemma3nError:
+        raise
+    except Exception as error:  # decoders raise anything on damaged data
+        raise _damaged(error) from error
+
+
+def _ended_jpeg(file: BinaryIO) -> Image:
+    """A JPEG that ends too early, with an end marker added, at which libjpeg fills what is missing."""
+    file.seek(0)
+    data = file.read()
+    if not _has_scan(data):
+        raise OSError("the file ends before its picture begins")
+    image = _open(io.BytesIO(data + END_OF_JPEG))
+    image.load()
+    return image
+
+
+def _has_scan(jpeg: bytes) -> bool:
+    """Whether any data follow the segment that starts a scan."""
+    at, marker = 2, 0
+    while marker != START_OF_SCAN and jpeg[at : at + 1] == b"\xff":
+        marker = int.from_bytes(jpeg[at + 1 : at + 2], "big")
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return marker == START_OF_SCAN and at < len(jpeg)
+
+
 def _open(file: BinaryIO) -> Image:
     from PIL import Image, UnidentifiedImageError
 
+    file.seek(0)
     try:
         with _filters, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             Image.init()
-            return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+            return Image.open(file, formats=_formats())
     except Image.DecompressionBombError as error:
-        raise _too_large(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}") from error
+        raise too_large(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}") from error
     except UnidentifiedImageError as error:
         empty = not file.seek(0) and not file.read(1)
         what = "The file is empty" if empty else "This is not an image in a supported format"
-        raise MediaError(f"{what}; give one of {', '.join(FORMATS)}.") from error
-    except Exception as error:  # plugins raise anything on a damaged header
-        raise _damaged(error) from error
+        raise MediaError(f"{what}; give one of {', '.join([*_formats(), 'HEIC'])}.") from error
+
+
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow has."""
+    from PIL import Image
+
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _to_rgb(image: Image) -> Image:
     from PIL import Image, ImageOps
 
-    _check_size(*image.size)
+    check_size(*image.size)
     try:
         image.load()
         if image.getexif().get(ORIENTATION, 1) != 1:
@@ -120,7 +172,7 @@ def _from_array(values: np.ndarray) -> Image:
             "An image array must be height x width or height x width x (1, 3 or 4), not "
             f"{shape or 'a scalar'}; reshape it."
         )
-    _check_size(values.shape[1], values.shape[0])
+    check_size(values.shape[1], values.shape[0])
     if values.dtype == np.uint16:
         values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     elif values.dtype.kind == "f":
@@ -136,18 +188,6 @@ def _from_array(values: np.ndarray) -> Image:
         raise MediaError(f"An image array must be uint8, uint16 or float, not {values.dtype}; convert it.")
     grey = values.ndim == 3 and values.shape[2] == 1
     return _to_rgb(Image.fromarray(np.ascontiguousarray(values[..., 0] if grey else values)))
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise _too_large(f"{width:,} x {height:,}")
-
-
-def _too_large(found: str) -> MediaError:
-    return MediaError(
-        f"The image has too many pixels ({found}); "
-        f"scale it to at most {MAX_PIXELS:,} pixels and {MAX_SIDE:,} on a side."
-    )
 
 
 def _damaged(error: Exception) -> MediaError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy as np
 
 from gemma3n_onnx.runtime.artifact import AudioInfo, Manifest, VisionInfo
 from gemma3n_onnx.runtime.checks import require_integer, require_real
-from gemma3n_onnx.runtime.errors import MediaError, OptionError
+from gemma3n_onnx.runtime.errors import MediaError, MediaNotFoundError, OptionError, UrlRefusedError
 
 from .audio import LONG_AUDIO, LogMel, LongAudio, fit, load_audio
-from .fetch import FetchPolicy
+from .fetch import FetchPolicy, name_of
 from .image import load_image, resize, to_pixels
 from .video import sample_frames
 
@@ -53,36 +54,43 @@ class MediaOptions:
 @dataclass(frozen=True)
 class Item:
     """One image, or a clip of `seconds`. Equal keys mean equal contents; `inputs()` makes the encoder's inputs, for a
-    batch of one."""
+    batch of one. `warnings` say what its file lacks."""
 
     modality: str
     key: bytes
     inputs: Callable[[], Mapping[str, np.ndarray]]
     seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
 
 class MediaReader:
-    """Reads media with the preprocessing that an artifact's manifest describes."""
+    """Reads media with the preprocessing that an artifact's manifest describes.
+
+    Errors and warnings begin with the path of the file, or with the kind and the `number` of the source: "image 2".
+    """
 
     def __init__(self, manifest: Manifest, policy: FetchPolicy) -> None:
         self._modalities = manifest.modalities
         self._vision, self._audio, self._policy = manifest.vision, manifest.audio, policy
 
-    def image(self, source: Any, options: MediaOptions, detail: str | None = None) -> list[Item]:
+    def image(self, source: Any, options: MediaOptions, detail: str | None = None, *, number: int = 1) -> list[Item]:
         """One item. MediaError: the image cannot be read. OptionError: the encoder does not support the size."""
         vision = self._need_vision("an image")
         size = _image_size(vision, options, detail)
-        return [self._image_item(vision, load_image(source, self._policy), size)]
+        with self._naming(source, f"image {number}") as warnings:
+            image = load_image(source, self._policy, warnings.append)
+        return [self._image_item(vision, image, size, warnings)]
 
-    def video(self, source: Any, options: MediaOptions) -> list[Item]:
+    def video(self, source: Any, options: MediaOptions, *, number: int = 1) -> list[Item]:
         """One item for each sampled frame. Raises as `image`."""
         vision = self._need_vision("a video")
         size = _image_size(vision, options, None)
-        frames = sample_frames(source, self._policy, options.video_fps, options.max_frames, size)
+        with self._naming(source, f"video {number}"):
+            frames = sample_frames(source, self._policy, options.video_fps, options.max_frames, size)
         return [self._image_item(vision, frame.image, size) for frame in frames]
 
-    def clips(self, source: Any, options: MediaOptions, rate: int | None = None) -> list[Item]:
-        """One item, or several if long audio is split.
+    def clips(self, source: Any, options: MediaOptions, rate: int | None = None, *, number: int = 1) -> list[Item]:
+        """One item, or several if long audio is split; the first has the warnings.
 
         Raises:
             MediaError: the audio cannot be read. AudioTooLongError: it is too long and may not be split.
@@ -90,14 +98,30 @@ class MediaReader:
         if self._audio is None:
             raise self._lacks("audio", "audio")
         info = self._audio.log_mel
-        samples = load_audio(source, self._policy, info.sample_rate_hz, rate)
         log_mel = LogMel(info)
+        with self._naming(source, f"audio {number}") as warnings:
+            samples = load_audio(source, self._policy, info.sample_rate_hz, rate, warn=warnings.append)
+            clips = fit(samples, info, options.long_audio)
+            features = [log_mel(clip) for clip in clips]
         return [
-            self._clip_item(self._audio, *log_mel(clip), len(clip) / info.sample_rate_hz)
-            for clip in fit(samples, info, options.long_audio)
+            self._clip_item(self._audio, *pair, len(clip) / info.sample_rate_hz, () if place else warnings)
+            for place, (clip, pair) in enumerate(zip(clips, features, strict=True))
         ]
 
-    def _image_item(self, vision: VisionInfo, image: Any, size: int) -> Item:
+    @contextmanager
+    def _naming(self, source: Any, numbered: str) -> Iterator[list[str]]:
+        """A list for warnings. These, and a MediaError that does not name the source yet, get its name."""
+        name = name_of(source, self._policy) or numbered
+        warnings: list[str] = []
+        try:
+            yield warnings
+        except MediaError as error:
+            if isinstance(error, (MediaNotFoundError, UrlRefusedError)) or name in str(error):
+                raise
+            raise type(error)(f"{name}: {error}") from error
+        warnings[:] = [f"{name}: {warning}" for warning in warnings]
+
+    def _image_item(self, vision: VisionInfo, image: Any, size: int, warnings: Sequence[str] = ()) -> Item:
         resized = resize(image, size)
         name = vision.graph.inputs[0].name
 
@@ -105,12 +129,15 @@ class MediaReader:
             return {name: to_pixels(resized, vision.rescale)[None]}
 
         key = hashlib.sha256(resized.tobytes()).digest() + size.to_bytes(4, "little")
-        return Item("vision", key, inputs)
+        return Item("vision", key, inputs, warnings=tuple(warnings))
 
-    def _clip_item(self, audio: AudioInfo, features: np.ndarray, mask: np.ndarray, seconds: float) -> Item:
+    def _clip_item(
+        self, audio: AudioInfo, features: np.ndarray, mask: np.ndarray, seconds: float, warnings: Sequence[str]
+    ) -> Item:
         names = [tensor.name for tensor in audio.graph.inputs]
         key = hashlib.sha256(features.tobytes()).digest()
-        return Item("audio", key, lambda: dict(zip(names, (features[None], mask[None]), strict=True)), seconds)
+        inputs = dict(zip(names, (features[None], mask[None]), strict=True))
+        return Item("audio", key, lambda: inputs, seconds, tuple(warnings))
 
     def _need_vision(self, what: str) -> VisionInfo:
         if self._vision is None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from gemma3n_onnx.runtime.errors import MediaError, OptionError, PackageMissingError
 
 from .fetch import FetchPolicy, Source, open_media
-from .image import MAX_PIXELS, resize
+from .image import resize
+from .limits import MAX_PIXELS
 
 if TYPE_CHECKING:
     from PIL.Image import Image

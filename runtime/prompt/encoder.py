@@ -17,7 +17,7 @@ from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .chat_template import ChatTemplate
 from .conversation import holds_every_text, merge_turns, texts_of
-from .messages import TOOL_KEYS, MessageReader, items_of
+from .messages import TOOL_KEYS, MessageReader, items_of, warnings_of
 from .plain_text import PlainText
 from .soft_tokens import Placeholders
 from .tokenizer import Tokenizer, encode_plain
@@ -99,8 +99,8 @@ class PromptEncoder:
     def _encode_raw(self, prompt: Any, images: list[Any], audio: list[Any], options: MediaOptions) -> PromptTokens:
         if isinstance(prompt, str):
             self._placeholders.require(prompt, {"vision": len(images), "audio": len(audio)})
-        pictures = [self._media.image(source, options) for source in images]
-        clips = [self._media.clips(source, options) for source in audio]
+        pictures = [self._media.image(source, options, number=i) for i, source in enumerate(images, start=1)]
+        clips = [self._media.clips(source, options, number=i) for i, source in enumerate(audio, start=1)]
         if isinstance(prompt, str):
             prompt, items = self._placeholders.expand_raw(prompt, {"vision": pictures, "audio": clips})
             ids = encode_plain(prompt, self.tokenizer, self._vocab_size)
@@ -109,7 +109,8 @@ class PromptEncoder:
             items = [item for source in (*pictures, *clips) for item in source]
             if items:
                 self._placeholders.require_expanded(ids, items)
-        return PromptTokens(ids, self._placeholders.find(ids, items, self.encoders.features))
+        spans = self._placeholders.find(ids, items, self.encoders.features)
+        return PromptTokens(ids, spans, tuple(warning for item in items for warning in item.warnings))
 
     def read(
         self, messages: Sequence[Mapping[str, Any]], media: MediaOptions, *, control_tokens: bool = True
@@ -132,8 +133,9 @@ class PromptEncoder:
         return self._placeholders.expand(_render(self.template, messages, options), items_of(messages))
 
     def locate(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> PromptTokens:
-        """The token ids of rendered messages, with the spans of their images and clips."""
-        return PromptTokens(ids, self._placeholders.find(ids, items_of(messages), self.encoders.features))
+        """The token ids of rendered messages, with the spans and the warnings of their images and clips."""
+        spans = self._placeholders.find(ids, items_of(messages), self.encoders.features)
+        return PromptTokens(ids, spans, warnings_of(messages))
 
 
 def _sources(name: str, given: Any) -> list[Any]:

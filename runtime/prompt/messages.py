@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,10 @@ SOURCE_KEYS = {
     "video": ("video", "url", "path", "base64"),
     "video_url": ("video_url",),
 }
+MEDIA = {kind: "audio" if "audio" in kind else kind.removesuffix("_url") for kind in SOURCE_KEYS}
 KNOWN_TYPES = ("text", *SOURCE_KEYS)
+# Types of OpenAI's chat completions and Responses API for files of other kinds.
+FILE_TYPES = ("file", "input_file")
 TEMPLATE_TYPES = {"vision": "image", "audio": "audio"}
 
 
@@ -68,13 +72,19 @@ class MessageReader:
         """
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
             raise PromptError(f"Messages must be a list, not {type(messages).__name__}.")
-        read = [self._message(message, index, options, hide) for index, message in enumerate(messages)]
+        numbers = Counter[str]()
+        read = [self._message(message, index, options, hide, numbers) for index, message in enumerate(messages)]
         if not any(message["role"] == "user" for message in read):
             raise PromptError("The messages must include at least one user message.")
         return read
 
     def _message(
-        self, message: Any, index: int, options: MediaOptions, hide: Callable[[Any], Any] | None
+        self,
+        message: Any,
+        index: int,
+        options: MediaOptions,
+        hide: Callable[[Any], Any] | None,
+        numbers: Counter[str],
     ) -> dict[str, Any]:
         if not isinstance(message, Mapping):
             raise PromptError(f"Message {index} must be a mapping with role and content, not {_shown(message)}.")
@@ -100,7 +110,7 @@ class MessageReader:
             elif role != "user":
                 raise PromptError(f"Message {index} of role {written} has {kind}; only user messages may have media.")
             else:
-                parts += [_part_of(item) for item in self._read(part, kind, index, options)]
+                parts += [_part_of(item) for item in self._read(part, kind, index, options, numbers)]
         if role == "system":
             parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
         return {"role": role, "content": parts, **kept}
@@ -118,21 +128,31 @@ class MessageReader:
                 )
         return text
 
-    def _read(self, part: Mapping[str, Any], kind: str, index: int, options: MediaOptions) -> list[Item]:
+    def _read(
+        self, part: Mapping[str, Any], kind: str, index: int, options: MediaOptions, numbers: Counter[str]
+    ) -> list[Item]:
+        """`numbers` counts the sources read so far, by medium."""
         source = _source(part, kind, index)
         if isinstance(source, Item):
             return [source]
-        if kind in ("image", "image_url"):
-            return self._media.image(source, options, _detail(part, kind, index))
-        if kind in ("video", "video_url"):
-            return self._media.video(source, options)
-        return self._media.clips(source, options, part.get("rate"))
+        medium = MEDIA[kind]
+        numbers[medium] += 1
+        if medium == "image":
+            return self._media.image(source, options, _detail(part, kind, index), number=numbers[medium])
+        if medium == "video":
+            return self._media.video(source, options, number=numbers[medium])
+        return self._media.clips(source, options, part.get("rate"), number=numbers[medium])
 
 
 def items_of(messages: Sequence[Mapping[str, Any]]) -> list[Item]:
     """The media of messages from `MessageReader.read`, in order."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
     return [part[part["type"]] for part in parts if part["type"] != "text"]
+
+
+def warnings_of(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the files of their media lack."""
+    return tuple(warning for item in items_of(messages) for warning in item.warnings)
 
 
 def _part_of(item: Item) -> dict[str, Any]:
@@ -145,6 +165,11 @@ def _type_of(part: Any, index: int) -> str:
         raise PromptError(f"A part of message {index} must be a mapping with a type, not {_shown(part)}.")
     kind = part["type"]
     kind = SAME_TYPES.get(kind, kind) if isinstance(kind, str) else kind
+    if kind in FILE_TYPES:
+        raise PromptError(
+            f"Message {index} has a part of type {kind!r}, but the model does not take a PDF or another document; "
+            "send its text, or each page as an image."
+        )
     if kind not in KNOWN_TYPES:
         raise PromptError(f"Message {index} has a part of type {kind!r}; use one of {', '.join(KNOWN_TYPES)}.")
     return kind

@@ -40,6 +40,12 @@ class ParsedRequest:
     generates: bool = True
     check: Callable[[str], None] | None = None
 
+    @property
+    def warnings(self) -> dict[str, list[str]]:
+        """A field for the body of the response, not OpenAI's; none if all media of the request are complete."""
+        told = [warning for prompt in self.prompts for warning in prompt.warnings]
+        return {"warnings": told} if told else {}
+
 
 class Answering:
     """The sequences of one HTTP request; their events reach the event loop that made it."""

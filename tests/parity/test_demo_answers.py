@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gemma3n_onnx.export.slicing import load_slices
 from gemma3n_onnx.runtime import MediaOptions, OnnxGemma3n
@@ -19,11 +20,14 @@ from gemma3n_onnx.training.evaluate import MAX_NEW_TOKENS, answer, examine, sour
 from gemma3n_onnx.training.pictures import random_picture
 from gemma3n_onnx.training.prompts import ConversationEncoder
 from gemma3n_onnx.training.sounds import random_sound
+from heic import heic
+from media import encoded
 from multimodal import MultimodalOracle
 from oracle import log_softmax
 from support import run_command
 
 DEMO = Path(__file__).parents[2] / "demo"
+HEIC = Path(__file__).parents[1] / "runtime" / "media" / "picture.heic"
 SLICES = [spec.name for spec in load_slices(DEMO / "slices.csv").specs]
 WHOLE = "E4B"
 EACH, EACH_OF_ALL, EACH_OF_OTHERS = 4, 12, 2
@@ -145,6 +149,54 @@ def test_the_first_commands_of_the_readme(demo, monkeypatch, question, media, ex
     media = [str(DEMO / part) if part.endswith(("png", "wav")) else part for part in media]
     outcome = run_command(monkeypatch, ["gemma3n", "run", str(folder), question, *media])
     assert (outcome.code, outcome.out.strip()) == (0, expected)
+
+
+def picture_as(format: str, **options) -> bytes:
+    return encoded(Image.open(DEMO / "picture.png").convert("RGB"), format, **options)
+
+
+def streamed_sound() -> bytes:
+    wav = (DEMO / "sound.wav").read_bytes()
+    size = wav.index(b"data") + 4
+    return wav[:4] + b"\xff" * 4 + wav[8:size] + b"\xff" * 4 + wav[size + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "content", "warning"),
+    [
+        ("--image", "picture.heic", HEIC.read_bytes, ""),
+        ("--image", "tiles.heic", lambda: heic(Image.open(DEMO / "picture.png").convert("RGB"), 128), ""),
+        ("--image", "picture.avif", lambda: picture_as("AVIF"), ""),
+        ("--image", "cut.jpg", lambda: picture_as("JPEG", quality=95)[:-900], "The end of the JPEG is missing, so "),
+        ("--audio", "stream.wav", streamed_sound, "The WAV does not declare its length, so it was read to the end of "),
+        ("--audio", "cut.wav", lambda: (DEMO / "sound.wav").read_bytes()[:-2_000], "The WAV is cut off: it declares "),
+    ],
+)
+def test_files_of_other_formats_and_incomplete_ones(demo, monkeypatch, tmp_path, option, name, content, warning):
+    """The right answer, and one line on stderr that names the file and says what it lacks."""
+    folder, model = demo("E2B")
+    path = tmp_path / name
+    path.write_bytes(content())
+    kind = option.removeprefix("--")
+    question, expected = {"image": ("What is in the picture?", PICTURE), "audio": ("What do you hear?", SOUND)}[kind]
+    outcome = run_command(monkeypatch, ["gemma3n", "run", str(folder), question, option, str(path)])
+    assert (outcome.code, outcome.out.strip()) == (0, expected)
+    lines = outcome.err.splitlines()
+    assert len(lines) == bool(warning) and all(name in line and f": {warning}" in line for line in lines)
+
+    parts = [{"type": kind, kind: path.read_bytes()}, {"type": "text", "text": question}]
+    result = model.generate([{"role": "user", "content": parts}])
+    assert (result.text, len(result.warnings)) == (expected, bool(warning))
+    assert all(told.startswith(f"{kind} 1: {warning}") for told in result.warnings)
+
+
+def test_a_chat_warns_of_a_file_in_its_own_turn_only(demo):
+    _, model = demo("E2B")
+    chat = model.chat()
+    picture = {"type": "image", "image": picture_as("JPEG", quality=95)[:-900]}
+    first = chat.send([picture, {"type": "text", "text": "What is in the picture?"}])
+    assert first.text == PICTURE and len(first.warnings) == 1
+    assert chat.send("What colour is the star?").warnings == ()
 
 
 @pytest.mark.parametrize("name", ["E4B", "E2B"])

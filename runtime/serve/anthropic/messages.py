@@ -56,7 +56,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
                 return service.stream(parsed, served, MessageEvents(parsed, served.name))
             (choice,) = await service.answer(parsed, served, http)
         outcome = outcome_of(choice, parsed.tools)
-        return JSONResponse(_message(served.name, _blocks(outcome), _stop(choice, outcome), _usage(choice, parsed)))
+        message = _message(served.name, _blocks(outcome), _stop(choice, outcome), _usage(choice, parsed))
+        return JSONResponse(message | parsed.warnings)
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: MessagesRequest) -> dict[str, int]:
@@ -131,6 +132,11 @@ def _part(block: Any, place: int) -> dict[str, Any]:
             return {"type": "image", "base64": data}
         case {"type": "image", "source": {"type": "url", "url": url}}:
             return {"type": "image", "url": url}
+    if _type_of(block) == "document":
+        raise PromptError(
+            f"Message {place} has a block of type 'document', but the model does not take a PDF or another document; "
+            "send its text, or each page as an image."
+        )
     raise PromptError(
         f"Message {place} has an unsupported block of type {_type_of(block)!r}; send text, images (base64 or url), "
         "tool_use and tool_result."
@@ -209,7 +215,8 @@ class MessageEvents:
 
     def first(self) -> list[dict[str, Any]]:
         used = {"input_tokens": len(self._parsed.prompts[0]), "output_tokens": 0}
-        return [{"type": "message_start", "message": _message(self._model, [], (None, None), used)}]
+        message = _message(self._model, [], (None, None), used)
+        return [{"type": "message_start", "message": message | self._parsed.warnings}]
 
     def next(self, index: int, event: AnswerEvent) -> list[dict[str, Any]]:
         self._choice.add(event)

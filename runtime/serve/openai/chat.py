@@ -161,7 +161,7 @@ class ChatChunks(StreamChunks[ParsedChat]):
 
     def first(self) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
-        return [self._chunk(_delta(index, delta)) for index in range(len(self._choices))]
+        return [self._chunk(_delta(index, delta)) | self._parsed.warnings for index in range(len(self._choices))]
 
     def _parts(self, index: int, event: AnswerEvent) -> list[dict[str, Any]]:
         choice = self._choices[index]

@@ -75,7 +75,7 @@ async def complete(kind: CompletionKind[Parsed], request: SamplingRequest, servi
         choices = await service.answer(parsed, served, http)
     listed = [kind.choice(i, choice, parsed, served) for i, choice in enumerate(choices)]
     body = {**envelope(kind.object, kind.prefix, served.name), "choices": listed}
-    return JSONResponse({**body, "usage": usage(choices, parsed)})
+    return JSONResponse({**body, "usage": usage(choices, parsed), **parsed.warnings})
 
 
 def envelope(kind: str, prefix: str, model: str) -> dict[str, Any]:

@@ -189,6 +189,7 @@ class ResponseBuilder:
             "truncation": request.truncation,
             "usage": None,
             "metadata": request.metadata,
+            **self.parsed.warnings,
             **rest,
         }
 

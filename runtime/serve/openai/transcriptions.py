@@ -93,7 +93,7 @@ async def _answer(
         if request.stream:
             return service.stream_events(_events(parsed, served, service, http), served)
         segments = [each async for each in _segments(parsed, served, service, http, served.options.rows)]
-    return _formatted(task, request, segments, _usage(segments, parsed))
+    return _formatted(task, request, segments, {"usage": _usage(segments, parsed), **parsed.warnings})
 
 
 def _parse(request: TranscriptionRequest, data: bytes, instruction: str, served: Served) -> ParsedFile:
@@ -141,7 +141,8 @@ async def _events(
     async for segment in _segments(parsed, served, service, http, 1):
         segments.append(segment)
         yield {"type": "transcript.text.delta", "delta": segment.text if len(segments) == 1 else f" {segment.text}"}
-    yield {"type": "transcript.text.done", "text": _text_of(segments), "usage": _usage(segments, parsed)}
+    ended = {"type": "transcript.text.done", "text": _text_of(segments), "usage": _usage(segments, parsed)}
+    yield ended | parsed.warnings
 
 
 def _text_of(segments: Sequence[Segment]) -> str:
@@ -159,8 +160,9 @@ def _usage(segments: Sequence[Segment], parsed: ParsedFile) -> dict[str, Any]:
 
 
 def _formatted(
-    task: str, request: TranscriptionRequest, segments: Sequence[Segment], used: Mapping[str, Any]
+    task: str, request: TranscriptionRequest, segments: Sequence[Segment], rest: Mapping[str, Any]
 ) -> Response:
+    """`rest`: further fields of a JSON body."""
     text = _text_of(segments)
     match request.response_format:
         case "text":
@@ -172,8 +174,8 @@ def _formatted(
         case "verbose_json":
             listed = [_verbose(number, segment, request.temperature) for number, segment in enumerate(segments)]
             whole = {"task": task, "language": request.language, "duration": segments[-1].end}
-            return JSONResponse({**whole, "text": text, "segments": listed, "usage": used})
-    return JSONResponse({"text": text, "usage": used})
+            return JSONResponse({**whole, "text": text, "segments": listed, **rest})
+    return JSONResponse({"text": text, **rest})
 
 
 def _verbose(number: int, segment: Segment, temperature: float) -> dict[str, Any]:

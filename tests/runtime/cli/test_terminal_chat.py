@@ -55,6 +55,14 @@ def test_media_go_with_the_next_message(talk):
     assert out == "A red circle, a yellow star and a blue square.\nThree high beeps.\n"
 
 
+def test_an_incomplete_file_is_told_once(talk, tmp_path):
+    cut = tmp_path / "cut.wav"
+    cut.write_bytes((DEMO / "sound.wav").read_bytes()[:-2_000])
+    out, err = talk(f"/audio {cut}", "What do you hear?", "How many beeps are there?")
+    assert out.startswith("Three high beeps.\n")
+    assert err.startswith("Warning: ") and "cut.wav: The WAV is cut off" in err and err.count("\n") == 1
+
+
 def test_an_error_ends_one_message_only(talk):
     out, err = talk("/image none.png", "What is in the picture?", SUM)
     assert out == PLUS and "There is no file 'none.png'" in err

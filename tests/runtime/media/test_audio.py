@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,90 @@ def test_a_long_recording_is_not_decoded_whole(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(AudioTooLongError, match="more than the 10 s"):
         load_audio(file, POLICY, RATE_HZ, max_seconds=10)
     assert sum(frames) < 8000 * 20
+
+
+class Pipe:
+    """What FFmpeg cannot seek in, so that it leaves the sizes of a WAV at 0xFFFFFFFF."""
+
+    def __init__(self) -> None:
+        self.written = bytearray()
+
+    def write(self, data: bytes) -> int:
+        self.written += data
+        return len(data)
+
+
+def streamed_by_ffmpeg(samples: np.ndarray) -> bytes:
+    import av
+
+    pipe = Pipe()
+    with av.open(pipe, "w", format="wav") as container:
+        stream = container.add_stream("pcm_s16le", rate=RATE_HZ, layout="mono")
+        pcm = np.rint(samples * 32767).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(pcm[None], format="s16", layout="mono")
+        frame.rate = RATE_HZ
+        container.mux([*stream.encode(frame), *stream.encode()])
+    return bytes(pipe.written)
+
+
+def with_sizes(wav: bytes, riff: int, data: int) -> bytes:
+    place = wav.index(b"data") + 4
+    changed = bytearray(wav)
+    changed[4:8], changed[place : place + 4] = riff.to_bytes(4, "little"), data.to_bytes(4, "little")
+    return bytes(changed)
+
+
+def decoded_by_ffmpeg(wav: bytes) -> np.ndarray:
+    import av
+
+    with av.open(io.BytesIO(wav)) as container:
+        frames = [frame.to_ndarray().ravel() for frame in container.decode(audio=0)]
+    return np.concatenate(frames).astype(np.float32) / 32768
+
+
+WAV = sound(tone(1.5), RATE_HZ, "WAV")
+UNSET = 0xFFFF_FFFF
+
+
+@pytest.mark.parametrize(
+    "wav",
+    [
+        streamed_by_ffmpeg(tone(1.5)),
+        with_sizes(WAV, UNSET, UNSET),
+        with_sizes(WAV, 0, 0),
+        with_sizes(WAV, 36, 0),
+        with_sizes(WAV, UNSET, 0),
+        with_sizes(WAV, 0x7FFF_FFFF, 0x7FFF_FFDB),
+        with_sizes(WAV, 0x8000_0024, 0x8000_0000),
+    ],
+    ids=["ffmpeg", "unset", "zero", "empty", "unset and zero", "31 bits", "sox"],
+)
+def test_a_streamed_wav_is_read_to_its_end(wav: bytes) -> None:
+    told: list[str] = []
+    samples = load_audio(wav, POLICY, RATE_HZ, warn=told.append)
+    assert told == ["The WAV does not declare its length, so it was read to the end of the file."]
+    np.testing.assert_array_equal(samples, decoded_by_ffmpeg(wav))
+    assert len(samples) == 1.5 * RATE_HZ and np.abs(samples - tone(1.5)).max() < 1e-4
+
+
+@pytest.mark.parametrize("format", ["PCM_16", "FLOAT", "ULAW"])
+def test_a_wav_that_is_cut_off_is_read_as_far_as_it_goes(format: str) -> None:
+    whole = sound(tone(1.5), RATE_HZ, "WAV", format)
+    cut = whole[: whole.index(b"data") + 8 + (len(whole) - whole.index(b"data") - 8) // 3]
+    told: list[str] = []
+    samples = load_audio(cut, POLICY, RATE_HZ, warn=told.append)
+    assert told == ["The WAV is cut off: it declares 1.500 s but has 0.500 s."]
+    np.testing.assert_array_equal(samples, loaded(whole)[: RATE_HZ // 2])
+
+
+def test_a_whole_wav_gives_no_warning() -> None:
+    told: list[str] = []
+    after = b"LIST" + (4).to_bytes(4, "little") + b"INFO"
+    for wav in (WAV, with_sizes(WAV + after, len(WAV) + len(after) - 8, 48_000), sound(tone(1), RATE_HZ, "FLAC")):
+        load_audio(wav, POLICY, RATE_HZ, warn=told.append)
+    assert told == []
+    with pytest.raises(MediaError, match="no samples"):
+        loaded(with_sizes(WAV[: WAV.index(b"data") + 8] + after, 36 + len(after), 0))
 
 
 @pytest.mark.parametrize(("package", "extra"), [("soundfile", "audio"), ("soxr", "audio")])

@@ -14,6 +14,7 @@ from gemma3n_onnx.runtime.errors import AudioTooLongError, Gemma3nError, MediaEr
 from gemma3n_onnx.runtime.media.audio import LogMel, fit, load_audio
 from gemma3n_onnx.runtime.media.image import load_image
 from gemma3n_onnx.runtime.media.video import sample_frames
+from heic import heic
 from media import LOG_MEL, RATE_HZ, aac, encoded, photo, tone, video
 
 
@@ -52,7 +53,10 @@ def test_one_sentence(case: Case, tmp_path: Path) -> None:
     assert_one_sentence(str(raised.value), case)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "WAV", "FLAC", "OGG", "m4a", "mp4", "webm"])
+KINDS = ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "AVIF", "HEIC", "WAV", "FLAC", "OGG", "m4a", "mp4", "webm"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_random_damage_is_one_kind_of_error(kind: str, tmp_path: Path) -> None:
     """Either it still reads, or it is a MediaError; nothing else comes out of the libraries."""
     readers = Readers()
@@ -63,6 +67,8 @@ def test_random_damage_is_one_kind_of_error(kind: str, tmp_path: Path) -> None:
     elif kind in ("mp4", "webm"):
         path = video(tmp_path / f"a.{kind}", 1, codec="libvpx" if kind == "webm" else "libx264")
         data, read = path.read_bytes(), readers.video
+    elif kind == "HEIC":
+        data, read = heic(photo().resize((80, 60)), 32), readers.image
     else:
         data, read = encoded(photo().resize((80, 60)), kind), readers.image
     chance = random.Random(kind)

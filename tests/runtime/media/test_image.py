@@ -8,10 +8,11 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageFile, ImageOps, features
 
 from gemma3n_onnx.runtime.errors import MediaError
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
@@ -127,6 +128,65 @@ def test_the_first_frame_of_an_animation(format: str) -> None:
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "lime", "blue")]
     file = encoded(frames[0], format, save_all=True, append_images=frames[1:])
     assert np.abs(loaded(file).astype(int) - (255, 0, 0)).max() < 8
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9, -2])
+def test_a_jpeg_without_its_end_is_read_as_far_as_it_goes(
+    options: dict[str, Any], kept: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Pillow reads it where told to, and as FFmpeg does but for the rows after the last that is whole."""
+    file = encoded(photo(), "JPEG", quality=90, **options)
+    cut = file[: round(kept * len(file)) if kept > 0 else round(kept)]
+    told: list[str] = []
+    image = load_image(cut, POLICY, told.append)
+    assert told == [
+        "The end of the JPEG is missing, so the picture may "
+        + ("lack detail." if options.get("progressive") else "be blank at the bottom.")
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+        pillows = np.asarray(Image.open(io.BytesIO(cut)).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(image), pillows)
+    ffmpegs = decoded_by_ffmpeg(cut)
+    whole = int(image.height * kept * 0.8) // 16 * 16 if kept > 0 else image.height
+    if options.get("progressive") or not whole:
+        return
+    difference = np.abs(pillows[:whole].astype(int) - ffmpegs[:whole])
+    print(f"{whole} rows of {image.height}: mean difference from FFmpeg {difference.mean():.2f} of 255 (tolerance 2)")
+    assert difference.mean() < 2
+
+
+def decoded_by_ffmpeg(file: bytes) -> np.ndarray:
+    import av
+
+    with av.open(io.BytesIO(file)) as container:
+        return next(container.decode(video=0)).to_ndarray(format="rgb24").astype(int)
+
+
+def test_a_whole_jpeg_and_other_formats_give_no_warning() -> None:
+    told: list[str] = []
+    for format in ("JPEG", "PNG", "WEBP"):
+        load_image(encoded(photo(), format), POLICY, told.append)
+    load_image(encoded(photo(), "JPEG") + b"more", POLICY, told.append)
+    assert told == []
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+@pytest.mark.parametrize("orientation", [1, 2, 4, 6, 8])
+def test_avif_is_upright_and_on_white(orientation: int) -> None:
+    """Pillow writes the EXIF orientation as the file's irot and imir; FFmpeg decodes the same pixels, unturned."""
+    rgba = photo().resize((80, 60)).convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize(rgba.size))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    values = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(rgba, "PNG", exif=exif)))))
+    file = encoded(rgba, "AVIF", quality=100, subsampling="4:4:4", exif=exif)  # takes the orientation out of `exif`
+    difference = np.abs(loaded(file) - on_white(values[..., :3], values[..., 3:]))
+    print(f"orientation {orientation}: largest difference {difference.max():.1f}, mean {difference.mean():.2f} of 255")
+    assert difference.max() <= 12 and difference.mean() < 1.5
+    opaque = encoded(photo().resize((80, 60)), "AVIF", quality=100, subsampling="4:4:4")
+    assert np.abs(loaded(opaque) - decoded_by_ffmpeg(opaque)).mean() < 1.5
 
 
 def test_cmyk_jpeg_is_pillows_rgb() -> None:

@@ -88,6 +88,23 @@ def test_malformed_messages_are_refused(reader: MessageReader, messages: Any, re
         reader.read(messages, MediaOptions())
 
 
+@pytest.mark.parametrize("kind", ["file", "input_file"])
+def test_a_document_is_refused_by_name(reader: MessageReader, kind: str) -> None:
+    part = {"type": kind, "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0xLjc="}}
+    with pytest.raises(PromptError, match=rf"part of type '{kind}', but the model does not take a PDF"):
+        read_parts(reader, part)
+
+
+def test_media_are_numbered_by_kind_across_messages(reader: MessageReader) -> None:
+    image, clip = {"type": "image", "image": IMAGE}, {"type": "audio", "audio": (CLIP, 16_000)}
+    bad = {"type": "image_url", "image_url": {"url": b"words"}}
+    turns = [{"role": "user", "content": [image, clip]}, {"role": "user", "content": [clip, bad]}]
+    with pytest.raises(MediaError, match=r"^image 2: This is not an image"):
+        reader.read(turns, MediaOptions())
+    with pytest.raises(MediaError, match=r"^image 1: "):
+        reader.read([*reader.read(turns[:1], MediaOptions()), turns[1]], MediaOptions())
+
+
 @pytest.mark.parametrize(
     "message", [{"role": "user"}, {"role": "user", "content": None}, {"role": "user", "content": []}]
 )
