@@ -12,6 +12,7 @@ from gemma3n_onnx.export.quantization.config import QuantizationConfig
 from gemma3n_onnx.export.quantization.quantize import dequantize, quantize
 from gemma3n_onnx.export.quantization.sensitivity import sensitivities
 from gemma3n_onnx.export.slicing import whole
+from gemma3n_onnx.export.text_weights import TOKENS
 from gemma3n_onnx.export.verify.reference import stored_in, unchanged
 from gemma3n_onnx.export.weights import read_cut
 from gemma3n_onnx.runtime.artifact import load_manifest
@@ -99,3 +100,11 @@ def test_what_cannot_be_reported_is_told_before_the_export(monkeypatch, small_ch
     assert outcome.code == 1
     assert told in outcome.err
     assert not (tmp_path / "a").exists()
+
+
+def test_the_token_table_of_a_checkpoint_with_encoders_is_there(small_full_checkpoint):
+    checkpoint = Checkpoint.open(small_full_checkpoint)
+    found = measured(checkpoint, lambda name: FOUR_BITS if name == TOKENS else unchanged(name))
+    (tensor,) = found.tensors
+    assert tensor.name == TOKENS and tensor.kl > 0
+    assert tensor.kl == pytest.approx(found.kl_all, rel=1e-3)
