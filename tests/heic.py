@@ -22,11 +22,9 @@ class _Item:
     """Types and numbers, from 1."""
 
 
-def heic(
-    picture: Image.Image, tile: int | None = None, turned: Sequence[tuple[bytes, int]] = (), kind: bytes = b"grid"
-) -> bytes:
+def heic(picture: Image.Image, tile: int | None = None, turned: Sequence[tuple[bytes, int]] = ()) -> bytes:
     """`picture`, of even sides, in lossless HEVC 4:4:4; with `tile`, in squares of that side. `turned` are properties
-    irot or imir and their value. `kind` is the type of the item that joins the tiles."""
+    irot or imir and their value."""
     colours = picture.convert("RGB")
     turns = tuple(_box(name, bytes([value])) for name, value in turned)
     if tile is None:
@@ -38,7 +36,7 @@ def heic(
         geometry = struct.pack(">BBBBHH", 0, 0, rows - 1, columns - 1, *picture.size)
         size = _box(b"ispe", struct.pack(">III", 0, *picture.size))
         joined = tuple((b"dimg", number) for number in range(2, len(parts) + 2))
-        items = [_Item(kind, geometry, (size, *turns), joined), *parts]
+        items = [_Item(b"grid", geometry, (size, *turns), joined), *parts]
     if picture.mode == "RGBA":
         (alpha,) = _coded([picture.getchannel("A")], (_box(b"auxC", bytes(4), ALPHA),))
         items.append(_Item(alpha.kind, alpha.data, alpha.properties, ((b"auxl", 1),)))

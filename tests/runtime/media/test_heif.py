@@ -54,7 +54,7 @@ def test_a_file_of_libheif_is_the_picture_that_it_was_made_of() -> None:
     ],
 )
 def test_tiles_and_turns(tile: int | None, turned: list[tuple[bytes, int]], back: list[Image.Transpose]) -> None:
-    """libheif 1.23 decodes all of these files to the same pixels within 1."""
+    """The files are written by FFmpeg's encoder and boxes of our own, without loss."""
     expected = PICTURE
     for turn in back:
         expected = expected.transpose(turn)
@@ -86,21 +86,11 @@ def test_avif_is_not_taken_for_heic() -> None:
         assert not is_heic(io.BytesIO(other))
 
 
-def test_without_pyav_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pillow_heif_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     data = heic(PICTURE)
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(PackageMissingError, match=r'HEIC picture needs PyAV, .*"gemma3n-onnx\[video\]"'):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(PackageMissingError, match=r'HEIC picture needs pillow-heif, .*"gemma3n-onnx\[heic\]"'):
         load_image(data, POLICY)
-
-
-def overlapping(data: bytes) -> bytes:
-    """Every item claims the whole file."""
-    place = data.index(b"iloc") + 12
-    entries = struct.unpack_from(">H", data, place - 2)[0]
-    changed = bytearray(data)
-    for entry in range(entries):
-        struct.pack_into(">II", changed, place + 16 * entry + 8, 0, len(data))
-    return bytes(changed)
 
 
 def too_large(data: bytes) -> bytes:
@@ -112,10 +102,8 @@ def too_large(data: bytes) -> bytes:
     [
         (lambda: heic(PICTURE)[:-100], "damaged or incomplete"),
         (lambda: heic(PICTURE)[:60], "damaged or incomplete"),
-        (lambda: heic(PICTURE, 64).replace(b"dimg", b"thmb"), "damaged or incomplete"),
+        (lambda: heic(PICTURE, 64)[:-3000], "damaged or incomplete (the file is cut off)"),
         (lambda: heic(PICTURE, 64).replace(b"hvcC", b"free"), "damaged or incomplete"),
-        (lambda: heic(PICTURE, 64, kind=b"iovl"), "HEIC picture of type 'iovl' is not supported; save it as JPEG"),
-        (lambda: overlapping(heic(PICTURE, 64)), "over another one"),
         (lambda: too_large(heic(PICTURE)), "too many pixels (20,000 x 20,000)"),
     ],
 )
