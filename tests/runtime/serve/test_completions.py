@@ -63,7 +63,6 @@ def test_a_streamed_completion_of_a_sound(server):
         ({"prompt": WITH_IMAGE, "images": ["ftp://x/y.png"]}, "neither an http nor an https URL"),
         ({"prompt": [WITH_IMAGE, "x"], "images": ["picture.png"]}, "one list for each of the 2 prompts"),
         ({"prompt": WITH_IMAGE, "images": ["picture.png"], "image_size": 100}, "image_size is 100"),
-        ({"prompt": WITH_IMAGE, "images": ["picture.png"], "echo": True}, "echo takes prompts without images"),
         ({"prompt": WITH_IMAGE, "images": "picture.png"}, "images"),
     ],
 )
@@ -71,3 +70,13 @@ def test_media_that_do_not_fit_the_prompt_are_400(server, body, says):
     answer = complete(server, **body)
     assert answer.status_code in (400, 403), answer.text
     assert says in answer.json()["error"]["message"]
+
+
+def test_a_prompt_with_an_image_is_echoed_with_its_log_probabilities(server):
+    body = {"prompt": WITH_IMAGE, "images": ["picture.png"], "max_tokens": 1, "temperature": 0}
+    plain, echoed = (complete(server, **body, **more).json() for more in ({}, {"echo": True, "logprobs": 1}))
+    (choice,) = echoed["choices"]
+    assert choice["text"].endswith(plain["choices"][0]["text"]) and "What is in the picture?" in choice["text"]
+    assert len(choice["logprobs"]["token_logprobs"]) == echoed["usage"]["prompt_tokens"] + 1
+    assert echoed["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"] > 256
+    assert choice["logprobs"]["token_logprobs"][-1] == max(choice["logprobs"]["top_logprobs"][-1].values())
