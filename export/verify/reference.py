@@ -297,7 +297,7 @@ def _full_config(checkpoint: Checkpoint) -> Any:
 def _build_tower(section: Any, modality: str) -> nn.Module:
     (auto_model,) = _from_transformers("AutoModel")
     try:
-        return auto_model.from_config(section)
+        return auto_model.from_config(section, dtype=torch.float32)
     except (ImportError, RuntimeError) as error:
         raise ExportError(
             f"transformers cannot build the {modality} encoder ({_first_line(error)}); "

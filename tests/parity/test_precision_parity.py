@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,3 +202,17 @@ def test_embeddings_equal_transformers(shallow_checkpoint, exported, shallow_ora
         per_layer = shallow_oracle.model.get_per_layer_inputs(torch.from_numpy(ids)).flatten(2).numpy()
     np.testing.assert_array_equal(graph["inputs_embeds"], embeds)
     np.testing.assert_array_equal(graph["per_layer_inputs"], per_layer)
+
+
+def test_verify_computes_in_fp32_whatever_dtype_the_config_of_an_encoder_names(
+    small_full_checkpoint, small_full_artifact, tmp_path
+):
+    """transformers 5 writes the dtype of the model into each section."""
+    folder = shutil.copytree(small_full_checkpoint, tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    config["audio_config"]["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+    model = OnnxGemma3n.from_pretrained(small_full_artifact)
+    parity = verify_encoder(model, Checkpoint.open(folder), "audio", np.random.default_rng(0))
+    print(describe_encoder(parity))
+    assert parity.passed
