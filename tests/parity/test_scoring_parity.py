@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from gemma3n_onnx.runtime import OnnxGemma3n, PromptError
 from gemma3n_onnx.runtime.engine import engine as engine_module
+from gemma3n_onnx.runtime.evaluation.perplexity import perplexity, windows
 from gemma3n_onnx.runtime.tokens import PromptTokens
-from multimodal import OPTIONS, image, user
+from multimodal import OPTIONS, MultimodalOracle, image, user
 from oracle import LONG, SAME_GRAPH, TOLERANCE, WINDOW, assert_close, log_softmax, oracle_logits, random_prompt
+
+DEMO = Path(__file__).parents[2] / "demo"
 
 
 def oracle_logprobs(oracle, ids) -> np.ndarray:
@@ -87,6 +92,21 @@ def test_a_prompt_with_a_picture_equals_transformers(shallow_multimodal_model, s
     picked = log_softmax(theirs)[np.arange(len(ids)), ids]
     ours = np.array([token.logprob for token in found.tokens])
     assert_close("a continuation after a picture", ours, picked, TOLERANCE)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(2048, None), (128, None), (128, 32)])
+def test_perplexity_of_a_file_equals_transformers(exported, window, stride):
+    model, oracle = OnnxGemma3n.from_pretrained(exported(DEMO)), MultimodalOracle.load(DEMO)
+    text = (DEMO / "README.md").read_text()[:1500]
+    ids, total = model.tokenizer.encode(text, add_bos=False), 0.0
+    for begin, first, end in windows(len(ids), window - 1, stride or window - 1):
+        part = [model.manifest.bos_token_id, *ids[begin:end]]
+        scored = range(1 + first - begin, len(part))
+        total += log_softmax(oracle.logits(part, {}))[[i - 1 for i in scored], part[scored.start :]].sum()
+    found = perplexity(model, text, window=window, stride=stride)
+    error = abs(found.log_likelihood / total - 1)
+    print(f"{len(ids)} tokens in windows of {window}: relative error {error:.1e} (tolerance 1e-5)")
+    assert error < 1e-5 and found.per_token == pytest.approx(np.exp(-total / len(ids)), rel=1e-4)
 
 
 def test_log_likelihood_of_text(demo_artifact):
