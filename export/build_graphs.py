@@ -13,6 +13,7 @@ from gemma3n_onnx.graphs.passes.cache_only_decoder import CacheOnlyDecoder
 from gemma3n_onnx.graphs.passes.choose_likeliest import ChooseLikeliest
 from gemma3n_onnx.graphs.passes.narrow_products import NarrowProducts
 from gemma3n_onnx.graphs.passes.quantize_dynamic import products
+from gemma3n_onnx.graphs.passes.score_targets import ScoreTargets
 
 from . import trace
 from .encoders import FEATURES, CheckpointEncoder
@@ -61,7 +62,8 @@ def _text_graphs(plan: ExportPlan) -> dict[str, BuiltGraph]:
     if plan.argmax_in_decoder:
         graphs["candidates"] = BuiltGraph(candidates(config.vocab_size, trace.OPSET), {})
     if plan.scores:
-        scorer = trace.trace_scorer(config, precision.compute)
+        scorer = trace.trace_decoder(config, "last", precision.compute, plan.windowed_caches)
+        ScoreTargets()(scorer)
         graphs["scorer"] = BuiltGraph(scorer, graphs["decoder"].weights)
     if plan.prefill_weights:
         prefill = trace.trace_decoder(config, plan.logits, precision.compute, plan.windowed_caches)

@@ -32,7 +32,6 @@ from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.decoder import Decoder, Logits
 from gemma3n_onnx.graphs.embedding import Embedding, HardRows
 from gemma3n_onnx.graphs.repeated import one_of_each
-from gemma3n_onnx.graphs.scorer import Scorer
 from gemma3n_onnx.graphs.vision import VisionConfig, VisionEncoder
 
 OPSET = 23
@@ -40,7 +39,6 @@ OPSET = 23
 AXES = {
     names.BATCH: 1009,
     names.NEW_TOKENS: 2003,
-    names.SCORED_TOKENS: 1471,
     names.TOTAL_LENGTH: 4001,
     names.WINDOW_CAPACITY: 7001,
     names.CAPACITY: 8009,
@@ -66,15 +64,7 @@ def trace_decoder(config: TextConfig, logits: Logits, compute: str, windows: boo
 
     `compute` is the dtype of weights and activations, a key of `DTYPES`; `windows` as in `cache_specs`.
     """
-    return _with_widths(_trace_decoder(_without_widths(config), logits, compute, windows).clone(), config)
-
-
-def trace_scorer(config: TextConfig, compute: str) -> ir.Model:
-    """The decoder graph that returns log-probabilities of given tokens; dynamic axes as in `trace_decoder`."""
-    return _with_widths(_trace_scorer(_without_widths(config), compute).clone(), config)
-
-
-def _with_widths(model: ir.Model, config: TextConfig) -> ir.Model:
+    model = _trace_decoder(_without_widths(config), logits, compute, windows).clone()
     for name, shape in _shapes_of_widths(config).items():
         model.graph.initializers[name].shape = ir.Shape(shape)
     return model
@@ -134,22 +124,8 @@ def _shapes_of_widths(config: TextConfig) -> dict[str, tuple[int, ...]]:
 @functools.lru_cache(maxsize=8)
 @kept_on_disk
 def _trace_decoder(config: TextConfig, logits: Logits, compute: str, windows: bool) -> ir.Model:
-    return _trace_outline(lambda: Decoder(config, logits, windows), compute)
-
-
-@functools.lru_cache(maxsize=8)
-@kept_on_disk
-def _trace_scorer(config: TextConfig, compute: str) -> ir.Model:
     with torch.device("meta"):
-        targets = torch.empty(AXES[names.BATCH], AXES[names.SCORED_TOKENS], dtype=torch.int64)
-    return _trace_outline(lambda: Scorer(config), compute, targets)
-
-
-def _trace_outline(build: Callable[[], Decoder], compute: str, *more: torch.Tensor) -> ir.Model:
-    """Traces a decoder; `more` inputs stand before the caches."""
-    with torch.device("meta"):
-        outline = build()
-        config = outline.config
+        outline = Decoder(config, logits, windows)
         batch, new, length = (AXES[name] for name in (names.BATCH, names.NEW_TOKENS, names.TOTAL_LENGTH))
         per_layer = config.num_layers * config.hidden_size_per_layer_input
         heads, dim, dtype = config.num_kv_heads, config.head_dim, DTYPES[compute]
@@ -159,10 +135,11 @@ def _trace_outline(build: Callable[[], Decoder], compute: str, *more: torch.Tens
             torch.empty(batch, new, per_layer, dtype=dtype),
             torch.empty(batch, length, dtype=torch.int64),
             torch.empty(batch, new, dtype=torch.int64),
-            *more,
             [torch.empty(batch, heads, n, dim, dtype=dtype) for n in rows for _ in range(2)],
         )
-    return _trace(build, compute, arguments, outline.input_names, outline.output_names, {config.vocab_size})
+    inputs, outputs = outline.input_names, outline.output_names
+    known = {config.vocab_size}
+    return _trace(lambda: Decoder(config, logits, windows), compute, arguments, inputs, outputs, known)
 
 
 @functools.lru_cache(maxsize=8)

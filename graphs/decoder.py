@@ -13,7 +13,7 @@ A AltUp streams, N query heads, K KV heads, D head size, C cache capacity, V voc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -315,30 +315,6 @@ class Decoder(nn.Module):
         position_ids: Tensor,
         past: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        def last(tokens: ops.Size) -> Tensor:
-            return _last_valid(attention_mask, position_ids, tokens)
-
-        inputs = (inputs_embeds, per_layer_inputs, attention_mask, position_ids, past)
-        streams, present = self.run_layers(*inputs, last if self.logits == "last" else None)
-        logits = self.logits_of(streams)
-        if self.logits == "last":
-            return logits.unsqueeze(1), *present
-        return ops.reshape(logits, ops.size_of_axis(inputs_embeds, 0), -1, self.config.vocab_size), *present
-
-    def run_layers(
-        self,
-        inputs_embeds: Tensor,
-        per_layer_inputs: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        past: Sequence[Tensor],
-        select: Callable[[ops.Size], Tensor] | None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """AltUp streams [n, A, H] after the last layer, and the present K and V. Inputs as in `forward`.
-
-        `select`, given T, returns the flat indices [n] of the positions to continue with above the last KV producer,
-        as many at the end of each row; None for all T.
-        """
         batch = ops.size_of_axis(inputs_embeds, 0)
         step = self.step_of(batch, attention_mask, position_ids, past)
         embeds = ops.reshape(inputs_embeds, -1, self.config.hidden_size)
@@ -358,15 +334,19 @@ class Decoder(nn.Module):
                 source = self.config.kv_source(i)
                 donor = (present[2 * source], present[2 * source + 1])
                 attention = layer.self_attn.read(normed, donor, step)
-            if i == last_producer and select is not None:
-                chosen = select(ops.size_of_axis(embeds, 0))
+            if i == last_producer and self.logits == "last":
+                last = _last_valid(attention_mask, position_ids, ops.size_of_axis(embeds, 0))
                 predictions, normed, attention, per_layer = (
-                    x.index_select(0, chosen) for x in (predictions, normed, attention, per_layer)
+                    x.index_select(0, last) for x in (predictions, normed, attention, per_layer)
                 )
                 layer_inputs = ops.split(per_layer, self.config.num_layers)
-                step = _narrow(step, chosen)
+                step = _narrow(step, last)
             streams, active = repeated(layer.after_attention, predictions, normed, attention, layer_inputs[i])
-        return streams, present
+
+        logits = self.logits_of(streams)
+        if self.logits == "last":
+            return logits.unsqueeze(1), *present
+        return ops.reshape(logits, batch, -1, self.config.vocab_size), *present
 
     def step_of(self, batch: ops.Size, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]) -> Step:
         """Inputs as in `forward`; `past` may be empty if no cache is windowed."""
@@ -440,7 +420,7 @@ def _last_valid(attention_mask: Tensor, position_ids: Tensor, tokens: ops.Size) 
 
 
 def _narrow(step: Step, index: Tensor) -> Step:
-    """The step for some positions of each row; `index` [n] is flat."""
+    """The step for the positions at the flat `index`, as many in each row."""
 
     def at_index(x: Tensor) -> Tensor:
         return ops.reshape(ops.reshape(x, -1, x.shape[2]).index_select(0, index), step.batch, -1, x.shape[2])
