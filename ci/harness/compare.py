@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 BOUND = 1e-4
-"""Nats for each token; a continuation has about eight, a rolling text up to a hundred."""
+"""Of a log-likelihood, or nats where it is less than one."""
 QUANTIZED = ("int4", "int8")
 
 
@@ -28,9 +28,8 @@ def main() -> None:
         print(f"{folder}: {summary(found)}")
         for task in expected:
             error, differing = difference(expected[task], found[task])
-            print(
-                f"  {task}: largest difference {error:.1e} nats of {len(found[task])} items, {differing} answers differ"
-            )
+            compared = f"{len(found[task])} items, largest relative difference {error:.1e}"
+            print(f"  {task}: {compared}, {differing} answers differ")
             exact = not folder.name.endswith(QUANTIZED)
             wrong = wrong or (exact and (error > BOUND or differing > 0))
     sys.exit(wrong)
@@ -56,13 +55,13 @@ def summary(samples: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def difference(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> tuple[float, int]:
-    """The largest difference of two log-likelihoods, and how many answers or greedy flags differ."""
+    """The largest relative difference of two log-likelihoods, and how many answers or greedy flags differ."""
     error, differing = 0.0, 0
     for one, other in zip(expected, found, strict=True):
         assert one["doc"] == other["doc"]
         for mine, theirs in zip(flat(one["resps"]), flat(other["resps"]), strict=True):
             if isinstance(mine, float):
-                error = max(error, abs(mine - theirs))
+                error = max(error, abs(mine - theirs) / max(1, abs(mine)))
             else:
                 differing += mine != theirs
     return error, differing

@@ -25,11 +25,14 @@ for _ in $(seq 100); do
   sleep 0.2
 done
 
+# The torchvision of ci/install.sh may be built for another torch; transformers imports it with Gemma 3n.
+harness="from gemma3n_onnx.export.verify.torchvision_shim import complete_torchvision as complete; complete()
+from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
 ask() { # NAME MODEL MODEL_ARGS
-  python3 -m lm_eval --model "$2" --model_args "$3" --tasks "$tasks" --include_path tasks --output_path "$1" --log_samples > "$1.log" 2>&1 ||
+  python3 -c "$harness" --model "$2" --model_args "$3" --device cpu --tasks "$tasks" --include_path tasks --output_path "$1" --log_samples > "$1.log" 2>&1 ||
     { tail -n 20 "$1.log" >&2; exit 1; }
 }
-ask hf hf "pretrained=$root/demo,dtype=float32,device=cpu,add_bos_token=True"
+ask hf hf "pretrained=$root/demo,dtype=float32,add_bos_token=True"
 ask server local-completions "base_url=http://127.0.0.1:$port/v1/completions,model=demo-fp32,tokenizer=$root/demo,tokenizer_backend=huggingface,add_bos_token=True"
 gemma3n evaluate demo-fp32 demo-int8 demo-int4 --tasks "$tasks" --include-path tasks --output ours
 python3 "$here/compare.py" hf server ours/demo-fp32 ours/demo-int8 ours/demo-int4

@@ -58,7 +58,10 @@ class Answering:
         Raises BusyError and ContextLengthError, as `ModelWorker.submit`.
         """
         loop = asyncio.get_running_loop()
-        self._end_ids = {*served.model.manifest.eos_token_ids, *parsed.options.stop_token_ids}
+        # lm-evaluation-harness asks for one token after a scored prompt and drops the last log-probability.
+        self._unlisted = set[int]()
+        if parsed.prompt_logprobs is None:
+            self._unlisted = {*served.model.manifest.eos_token_ids, *parsed.options.stop_token_ids}
         self._check, self._texts = parsed.check, defaultdict[int, str](str)
         self._on_first_token = on_first_token
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -85,7 +88,7 @@ class Answering:
 
     async def events(self) -> AsyncIterator[tuple[int, AnswerEvent]]:
         """With the index of the choice, in order of time; ends when all choices have. End tokens report no
-        log-probability. Raises the first failure as a Gemma3nError."""
+        log-probability, except after a scored prompt. Raises the first failure as a Gemma3nError."""
         unfinished = len(self.requests)
         started: set[int] = set()
         while unfinished:
@@ -107,8 +110,8 @@ class Answering:
             return event
         if self._check is not None:
             self._texts[index] += event.text
-        ends = event.token_id in self._end_ids
-        return replace(event, logprob=None) if ends and event.logprob is not None else event
+        unlisted = event.token_id in self._unlisted and event.logprob is not None
+        return replace(event, logprob=None) if unlisted else event
 
     def cancel(self) -> None:
         for request in self.requests:

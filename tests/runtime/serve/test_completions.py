@@ -80,3 +80,12 @@ def test_a_prompt_with_an_image_is_echoed_with_its_log_probabilities(server):
     assert len(choice["logprobs"]["token_logprobs"]) == echoed["usage"]["prompt_tokens"] + 1
     assert echoed["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"] > 256
     assert choice["logprobs"]["token_logprobs"][-1] == max(choice["logprobs"]["top_logprobs"][-1].values())
+
+
+def test_one_token_after_a_scored_prompt_is_listed_even_if_it_ends_the_answer(server):
+    """lm-evaluation-harness drops the last log-probability, which must not be one of the prompt's."""
+    asked = "<start_of_turn>user\nWhat is 3 plus 4?<end_of_turn>\n<start_of_turn>model\n3 plus 4 is 7."
+    answer = complete(server, prompt=asked, max_tokens=1, temperature=0, echo=True, logprobs=1).json()
+    listed = answer["choices"][0]["logprobs"]
+    assert listed["tokens"][-1] == "<end_of_turn>" and answer["choices"][0]["finish_reason"] == "stop"
+    assert len(listed["token_logprobs"]) == len(listed["text_offset"]) == answer["usage"]["prompt_tokens"] + 1
