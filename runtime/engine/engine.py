@@ -60,7 +60,7 @@ class Engine:
         )
         check_decoder(self._session, manifest, manifest.decoder.file, logits_of(manifest))
         self.prefill_graph = PrefillGraph(folder, manifest, provider, threads, memory_budget)
-        self._scorer = Scorer(folder, manifest, provider, threads)
+        self._scorer = Scorer(folder, manifest, provider, threads, memory_budget)
         self._allocate = functools.partial(CacheMemory.allocate, manifest.caches, provider)
         self._pool = MemoryPool(self._allocate, manifest.max_context)
         self._candidates = Candidates(folder, manifest, provider)
