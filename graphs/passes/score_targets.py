@@ -50,15 +50,16 @@ class ScoreTargets(InPlacePass):
         unsqueeze = logits.producer()
         assert unsqueeze is not None and unsqueeze.op_type == "Unsqueeze" and logits.shape is not None
         (flat, *_), width = unsqueeze.inputs, logits.shape[2]  # flat: [n, V]
+        assert isinstance(width, int)
         graph.outputs.remove(logits)
-        count, axis, shape = min(TOP, int(width)), constant("vocabulary", [1]), add("Shape", [targets])
+        count, axis, shape = min(TOP, width), constant("vocabulary", [1]), add("Shape", [targets])
         top, ids = add("TopK", [flat, constant("top", [count])], {"axis": 1}, outputs=2)
         largest = add("ReduceMax", [flat, axis])
         weights = add("Exp", [add("Sub", [flat, largest])])
         log_total = add("Add", [largest, add("Log", [add("ReduceSum", [weights, axis])])])
         chosen = add("GatherElements", [flat, add("Reshape", [targets, constant("column", [-1, 1])])], {"axis": 1})
         listed = add("Concat", [shape, constant("width", [count])], {"axis": 0})
-        found = (
+        found: tuple[tuple[str, ir.Value, ir.DataType, list[int]], ...] = (
             (names.TARGET_LOGPROBS, add("Reshape", [add("Sub", [chosen, log_total]), shape]), ir.DataType.FLOAT, []),
             (names.TOP_LOGPROBS, add("Reshape", [add("Sub", [top, log_total]), listed]), ir.DataType.FLOAT, [count]),
             (names.TOP_IDS, add("Reshape", [ids, listed]), ir.DataType.INT64, [count]),
