@@ -19,6 +19,7 @@ from .errors import ArtifactError, ArtifactNotFoundError, Gemma3nError, OptionEr
 from .system import cache_folder
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ANSWER_SECONDS = 5.0
 
 
 def find_artifact(artifact: str | Path, revision: str | None = None) -> Path:
@@ -58,7 +59,11 @@ def download(repo: str, revision: str | None = None) -> Path:
         ) from error
     with hub_errors(repo, revision, ArtifactNotFoundError, ArtifactError):
         try:
-            listing = Path(huggingface_hub.hf_hub_download(repo, MANIFEST, revision=revision))
+            listing = Path(
+                huggingface_hub.hf_hub_download(
+                    repo, MANIFEST, revision=revision, local_files_only=not hub_is_reachable()
+                )
+            )
         except RemoteEntryNotFoundError as error:
             raise ArtifactNotFoundError(
                 f"{repo} has no {MANIFEST}, so it is not an exported artifact; if it is a checkpoint, export it with "
@@ -74,6 +79,18 @@ def download(repo: str, revision: str | None = None) -> Path:
                 shutil.copyfile(listing, stage / MANIFEST)
                 stage.rename(folder)
     return folder
+
+
+def hub_is_reachable() -> bool:
+    """Whether the Hub answers; huggingface_hub retries for 23 s before it says so."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_ANSWER_SECONDS)
+    except Exception:  # of its HTTP client, which depends on its version
+        return False
+    return True
 
 
 def _download_files(repo: str, commit: str, manifest: Manifest, stage: Path) -> None:

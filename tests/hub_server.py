@@ -40,6 +40,9 @@ def hub_server() -> Iterator[Hub]:
             self._answer(body=True)
 
         def _answer(self, body: bool) -> None:
+            if self.path == "/":
+                self._refuse(404, "")
+                return
             owner, name, *rest = self.path.strip("/").split("/")
             revisions = hub.repos.get(repo := f"{owner}/{name}", {})
             folders = revisions | {commit_of(folder): folder for folder in revisions.values()}

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
-from gemma3n_onnx.runtime.hub import HUB_ID, hub_errors
+from gemma3n_onnx.runtime.hub import HUB_ID, hub_errors, hub_is_reachable
 
 SLICE_TABLE = "slices.csv"
 FILE_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", SLICE_TABLE]
@@ -60,5 +60,11 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
 
     with hub_errors(repo, revision, CheckpointNotFoundError, CheckpointError):
         return Path(
-            huggingface_hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=FILE_PATTERNS)
+            huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                token=token,
+                allow_patterns=FILE_PATTERNS,
+                local_files_only=not hub_is_reachable(),
+            )
         )

@@ -118,6 +118,15 @@ def test_without_network_what_was_downloaded_is_used(hub: Hub, monkeypatch: pyte
         download("maker/other")
 
 
+def test_a_hub_that_does_not_answer_is_tried_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = download(REPO)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits for another try"))
+    assert download(REPO) == folder
+    with pytest.raises(ArtifactNotFoundError, match="the Hub cannot be reached"):
+        download("maker/other")
+
+
 def test_a_damaged_file_is_refused_and_downloaded_again(hub: Hub, uploaded: Path, small_artifact: Path) -> None:
     content = (small_artifact / "decoder.onnx.data").read_bytes()
     (uploaded / "decoder.onnx.data").write_bytes(bytes([content[0] ^ 1]) + content[1:])
