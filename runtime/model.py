@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+
 from .artifact import Manifest, load_manifest
 from .chat import Chat
 from .checks import require_integer
@@ -25,10 +27,10 @@ from .generation.stream import GenerationStream
 from .hub import find_artifact
 from .media.fetch import FetchPolicy
 from .media.reader import MediaOptions
-from .options import read_options
+from .options import read_media_options, read_options
 from .prompt.chat_template import ChatTemplate
 from .prompt.encoder import PromptEncoder, TemplateOptions
-from .prompt.tokenizer import Tokenizer
+from .prompt.tokenizer import Tokenizer, encode_plain
 from .tokens import PromptTokens
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -246,12 +248,12 @@ class OnnxGemma3n:
             media: the fields of `MediaOptions`.
 
         Raises:
-            ArtifactError: the artifact is of a version that has no scorer. PromptError: an empty continuation. Others
-            as for `generate`.
+            ArtifactError: the artifact is of a version that has no scorer. PromptError: a continuation without a token
+            of its own. Others as for `generate`.
         """
         if _is_batch(continuation):
             return [self.log_likelihood(prompt, each, images=images, audio=audio, **media) for each in continuation]
-        encode = partial(self.encode, media=MediaOptions(**media), images=images, audio=audio)
+        encode = partial(self.encode, media=read_media_options(media), images=images, audio=audio)
         whole, first = self._continued(encode, prompt, continuation)
         check_context(self.manifest.max_context, len(whole), 0)
         return LogLikelihood(token_logprobs(whole.ids[first:], self.engine.score(whole, first), 1))
@@ -260,17 +262,25 @@ class OnnxGemma3n:
         self, encode: Callable[[Any], PromptTokens], prompt: Any, continuation: Any
     ) -> tuple[PromptTokens, int]:
         """Prompt and continuation, and the position of the continuation's first token."""
+        if not isinstance(continuation, str | list | tuple | np.ndarray):
+            raise PromptError(f"A continuation must be text or token ids, not {type(continuation).__name__}.")
+        if not len(continuation):
+            raise PromptError("The continuation is empty; give the text to score.")
         if isinstance(prompt, str) and isinstance(continuation, str):
             kept = prompt.rstrip()
             whole, first = encode(prompt + continuation), len(encode(kept)) if kept else 1
+            if first >= len(whole):
+                raise PromptError(
+                    f"{continuation!r} and the prompt's end are one token, so it has no probability of its own; end "
+                    "the prompt at a whole word, or give token ids."
+                )
+            return whole, first
+        begin = encode(prompt)
+        if isinstance(continuation, str):
+            ids = self.tokenizer.encode(continuation, add_bos=False)
         else:
-            begin = encode(prompt)
-            text = isinstance(continuation, str)
-            ids = self.tokenizer.encode(continuation, add_bos=False) if text else self.encode([*continuation]).ids
-            whole, first = replace(begin, ids=[*begin.ids, *ids]), len(begin)
-        if first >= len(whole):
-            raise PromptError("The continuation is empty; give the text to score.")
-        return whole, first
+            ids = encode_plain(continuation, self.tokenizer, self.manifest.vocab_size)
+        return replace(begin, ids=[*begin.ids, *ids]), len(begin)
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation whose KV cache is kept from turn to turn."""

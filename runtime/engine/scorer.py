@@ -96,9 +96,9 @@ class Scorer:
         tokens."""
         shared = min(shared_prefix(self.keys, keys), needed)
         if self.cache is None or self.cache.capacity < len(keys):
-            capacity = -(-len(keys) // _CAPACITY_STEP) * _CAPACITY_STEP
+            capacity = max(-(-len(keys) // _CAPACITY_STEP), 1) * _CAPACITY_STEP
+            self.cache, shared = None, 0  # before the larger one, so that both are not in memory together
             self.cache = KVCache(CacheMemory.allocate(self._infos, self._provider, 1, capacity))
-            shared = 0
         self.cache.truncate(0, shared)
         self.keys = keys[:shared]
         return self.cache

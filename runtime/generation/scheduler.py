@@ -454,6 +454,10 @@ def _emit(request: Request, event: Event) -> None:
 
 def check_context(capacity: int, prompt_tokens: int, max_new_tokens: int) -> None:
     """Raises ContextLengthError if prompt and answer together may exceed `capacity` tokens."""
+    if prompt_tokens > capacity and max_new_tokens == 0:
+        raise ContextLengthError(
+            f"The text has {prompt_tokens:,} tokens, which is more than the context of {capacity:,}; shorten it."
+        )
     if prompt_tokens + max_new_tokens > capacity:
         raise ContextLengthError(
             f"The prompt has {prompt_tokens:,} tokens and max_new_tokens is {max_new_tokens:,}, which is more "

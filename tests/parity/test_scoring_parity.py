@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma3n_onnx.runtime import OnnxGemma3n, PromptError
+from gemma3n_onnx.runtime import OnnxGemma3n, OptionError, PromptError
 from gemma3n_onnx.runtime.engine import engine as engine_module
 from gemma3n_onnx.runtime.evaluation.perplexity import perplexity, windows
 from gemma3n_onnx.runtime.tokens import PromptTokens
@@ -109,8 +109,13 @@ def test_perplexity_of_a_file_equals_transformers(exported, window, stride):
     assert error < 1e-5 and found.per_token == pytest.approx(np.exp(-total / len(ids)), rel=1e-4)
 
 
-def test_log_likelihood_of_text(demo_artifact):
-    model = OnnxGemma3n.from_pretrained(demo_artifact("E2B"))
+@pytest.fixture(scope="module")
+def demo_model(demo_artifact) -> OnnxGemma3n:
+    return OnnxGemma3n.from_pretrained(demo_artifact("E2B"))
+
+
+def test_log_likelihood_of_text(demo_model):
+    model = demo_model
     question = [{"role": "user", "content": "What is 3 plus 4?"}]
     right, wrong = model.log_likelihood(question, ["3 plus 4 is 7.", "3 plus 4 is 8."])
     assert right.is_greedy and not wrong.is_greedy
@@ -121,7 +126,25 @@ def test_log_likelihood_of_text(demo_artifact):
     assert model.log_likelihood("", "3 plus 4 is 7.").tokens[-1:] == again.tokens[-1:]
 
 
-@pytest.mark.parametrize("prompt", ["3 plus 4", [2, 9]])
-def test_an_empty_continuation_is_refused(shallow_model, prompt):
-    with pytest.raises(PromptError, match="continuation is empty"):
-        shallow_model.log_likelihood(prompt, "")
+@pytest.mark.parametrize(
+    ("prompt", "continuation", "told"),
+    [
+        ("3 plus 4", "", "continuation is empty"),
+        ([2, 9], [], "continuation is empty"),
+        ("Wh", "at", "'at' and the prompt's end are one token"),
+        ([2, 9], None, "must be text or token ids, not NoneType"),
+        ([2, 9], b"a", "must be text or token ids, not bytes"),
+        ([2, 9], [{"role": "user", "content": "x"}], "is not a token id"),
+        ([2, 9], [-1], "is not a token id"),
+        ([2, 9], [1.5], "is not a token id"),
+        ([2] * 4096, [9], "The text has 4,097 tokens, which is more than the context of 4,096; shorten it"),
+    ],
+)
+def test_what_cannot_be_scored_is_told(demo_model, prompt, continuation, told):
+    with pytest.raises(PromptError, match=told):
+        demo_model.log_likelihood(prompt, continuation)
+
+
+def test_an_option_of_generation_is_refused(shallow_model):
+    with pytest.raises(OptionError, match="Unknown option 'temperature'; use one of image_size"):
+        shallow_model.log_likelihood([2], [9], temperature=0)

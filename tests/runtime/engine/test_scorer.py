@@ -12,6 +12,7 @@ from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
 from gemma3n_onnx.runtime import ArtifactError, OnnxGemma3n, ProviderError
+from gemma3n_onnx.runtime.tokens import PromptTokens
 
 TEXT = [2, 5, 6, 7]
 
@@ -42,6 +43,11 @@ def test_weights_that_would_take_memory_twice_need_room_for_it(int8: Path, small
     with pytest.raises(ProviderError, match=r"Scoring text takes .* GB more for the weights, but 0 GB are free"):
         OnnxGemma3n.from_pretrained(int8, memory_budget=size).log_likelihood(TEXT, [8])
     assert OnnxGemma3n.from_pretrained(small_artifact, memory_budget=0).log_likelihood(TEXT, [8]).tokens
+
+
+def test_one_token_has_nothing_to_score(small_artifact: Path) -> None:
+    scores = OnnxGemma3n.from_pretrained(small_artifact).engine.score(PromptTokens([2]), 1)
+    assert scores.logprobs.shape == (0,) and scores.top_ids.shape == (0, 20)
 
 
 def test_release_frees_it(small_artifact: Path) -> None:
