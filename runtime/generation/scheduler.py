@@ -81,7 +81,7 @@ class Request:
     `sample` numbers the continuations of one prompt. `deadline` is a time of `time.monotonic`.
 
     With `prompt_logprobs`, the first event is a PromptEvent, whose positions list so many of the most likely tokens.
-    Unless it `generates`, the request ends there.
+    Unless it `generates`, the request ends before a token.
     """
 
     prompt: PromptTokens
@@ -94,6 +94,11 @@ class Request:
     submitted: float = field(default_factory=time.monotonic)
     timings: RowTimings = field(default_factory=RowTimings)
     cancelled: bool = False
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens of its answer."""
+        return self.options.max_new_tokens if self.generates else 0
 
     def cancel(self) -> None:
         """May be called from any thread; the row is free after the scheduler's next step."""
@@ -182,7 +187,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Raises ContextLengthError if prompt and new tokens do not fit into a row."""
-        check_context(self.capacity, len(request.prompt), request.options.max_new_tokens)
+        check_context(self.capacity, len(request.prompt), request.most_tokens)
         self._waiting.append(request)
 
     def advance(self) -> bool:
@@ -206,6 +211,9 @@ class Scheduler:
             self._require_wanted(request)
             sampler = SamplerState(request.options, request.prompt.ids, request.sample)
             if request.prompt_logprobs is not None and self._score(request, request.prompt_logprobs, sampler):
+                return
+            if not request.generates:
+                _emit(request, FinishEvent("length", len(request.prompt), 0, 0, request.timings))
                 return
         except _CancelledError:
             return
@@ -231,7 +239,8 @@ class Scheduler:
             self._prefilling = None
 
     def _score(self, request: Request, top: int, sampler: SamplerState) -> bool:
-        """Emits the log-probabilities of a prompt; True if that ends the request. The other rows continue."""
+        """Emits the log-probabilities of a prompt, and the only token of a greedy answer; True if that ends the
+        request. The other rows continue."""
         started = time.perf_counter()
         request.prompt = prompt = self._encode(request.prompt, request)
         encoded = time.perf_counter()
@@ -241,7 +250,7 @@ class Scheduler:
             if self._overlaps and self._running:
                 self._step()
 
-        one_more = request.generates and request.options.max_new_tokens == 1 and sampler.takes_argmax
+        one_more = request.most_tokens == 1 and sampler.takes_argmax
         scores = self._engine.score(prompt, 1, and_next=one_more, after_chunk=after_chunk)
         timings = request.timings
         timings.prefill_tokens, timings.encoder_seconds = len(prompt), encoded - started
@@ -254,12 +263,9 @@ class Scheduler:
             state = _Row(request, sampler, TextAssembler(self._tokenizer, request.options.stop))
             for event in self._events(state, token, None if wanted is None else logprob):
                 _emit(request, event)
-        elif not request.generates:
-            _emit(request, FinishEvent("length", len(prompt), 0, 0, timings))
-        ended = one_more or not request.generates
-        if ended:
+        if one_more or not request.generates:
             self.counts.prompt_tokens += len(prompt)
-        return ended
+        return one_more
 
     def _free_row(self, keys: list[Hashable]) -> int:
         """The free row with a prefix worth reusing; else the first empty row, else the first free one.

@@ -55,13 +55,14 @@ class Answering:
     ) -> None:
         """`on_first_token` is given the seconds from submission to each sequence's first token.
 
-        Raises BusyError and ContextLengthError, as `ModelWorker.submit`.
+        Raises the errors of `ModelWorker.submit`.
         """
         loop = asyncio.get_running_loop()
         # lm-evaluation-harness asks for one token after a scored prompt and drops the last log-probability.
         self._unlisted = set[int]()
         if parsed.prompt_logprobs is None:
             self._unlisted = {*served.model.manifest.eos_token_ids, *parsed.options.stop_token_ids}
+        self._n = parsed.n
         self._check, self._texts = parsed.check, defaultdict[int, str](str)
         self._on_first_token = on_first_token
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -76,7 +77,7 @@ class Answering:
                 partial(put, index),
                 sample=index % parsed.n,
                 deadline=deadline,
-                prompt_logprobs=parsed.prompt_logprobs,
+                prompt_logprobs=parsed.prompt_logprobs if index % parsed.n == 0 else None,
                 generates=parsed.generates,
             )
             for index, prompt in enumerate(prompt for prompt in parsed.prompts for _ in range(parsed.n))
@@ -95,15 +96,17 @@ class Answering:
             index, event = await self._events.get()
             if isinstance(event, FailureEvent):
                 raise to_gemma3n_error(event.error)
-            if index not in started and not isinstance(event, PromptEvent):
+            if isinstance(event, PromptEvent):  # a prompt is scored once for its answers
+                for choice in range(index, index + self._n):
+                    yield choice, event
+                continue
+            if index not in started and isinstance(event, TokenEvent):
                 started.add(index)
                 self._on_first_token(self.requests[index].timings.time_to_first_token)
             yield index, self._checked(index, event)
             unfinished -= isinstance(event, FinishEvent)
 
-    def _checked(self, index: int, event: AnswerEvent) -> AnswerEvent:
-        if isinstance(event, PromptEvent):
-            return event
+    def _checked(self, index: int, event: TokenEvent | FinishEvent) -> AnswerEvent:
         if isinstance(event, FinishEvent):
             if self._check is not None and event.reason == "stop":
                 self._check(self._texts[index])

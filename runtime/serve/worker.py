@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from gemma3n_onnx.runtime.engine.prefix_cache import PrefixCache
-from gemma3n_onnx.runtime.errors import Gemma3nError, ProviderError
+from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError, ProviderError
 from gemma3n_onnx.runtime.generation.scheduler import Counts, Request, Scheduler, check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
@@ -59,10 +59,15 @@ class ModelWorker:
         """Submits all of the requests or none.
 
         Raises:
-            BusyError: the queue is full. ContextLengthError: a request does not fit into a row.
+            OptionError: more requests than the queue ever takes. BusyError: the queue is full. ContextLengthError: a
+            request does not fit into a row.
         """
         for request in requests:
-            check_context(self.context, len(request.prompt), request.options.max_new_tokens)
+            check_context(self.context, len(request.prompt), request.most_tokens)
+        if len(requests) > (most := self._rows + self._queue_limit):
+            raise OptionError(
+                f"The request asks for {len(requests)} answers, but this server takes at most {most} at once; split it."
+            )
         with self._changed:
             free = self._rows - self.running
             if self._closed or self.waiting + len(requests) > free + self._queue_limit:

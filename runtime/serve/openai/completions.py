@@ -17,9 +17,11 @@ from gemma3n_onnx.runtime.generation.detokenizer import IncrementalDetokenizer
 from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
 from gemma3n_onnx.runtime.generation.scheduler import PromptEvent, TokenEvent
 from gemma3n_onnx.runtime.media.reader import MediaOptions
+from gemma3n_onnx.runtime.prompt.tokenizer import BOS_TOKEN
 from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice, ParsedRequest
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
+from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .completion import CompletionKind, StreamChunks, complete, token_text
 from .requests import generation_options
@@ -42,7 +44,8 @@ class CompletionRequest(ConstrainedRequest):
 
 @dataclass(frozen=True)
 class Echo:
-    """A prompt at the beginning of its answer: token ids, and the text that each of them completes."""
+    """A prompt at the beginning of its answer: token ids, and the text that each of them completes. Special tokens are
+    spelled out, as in the prompt; an image or a clip is one placeholder."""
 
     ids: Sequence[int] = ()
     pieces: Sequence[str] = ()
@@ -84,24 +87,34 @@ def read_completion(request: CompletionRequest, served: Served) -> ParsedComplet
         prompts = [served.model.encode(given, media, images=images, audio=audio)]  # type: ignore[arg-type]
     if request.max_tokens == 0 and not request.echo:
         raise OptionError("max_tokens 0 needs echo; give at least 1.")
-    scores = request.echo and (request.logprobs is not None or request.max_tokens == 0)
+    scores = request.echo and request.logprobs is not None
+    if scores and served.model.manifest.scorer is None:
+        raise OptionError(
+            f"{served.name} has no graph that scores given text; leave echo or logprobs out, or export it again."
+        )
     parsed = ParsedCompletion(
         prompts,
         generation_options(
             request, served, prompts, 1 if request.max_tokens == 0 else request.max_tokens, request.logprobs
         ),
         request.n,
-        prompt_logprobs=(request.logprobs or 0) if scores else None,
+        prompt_logprobs=request.logprobs if scores else None,
         generates=request.max_tokens != 0,
-        echoes=[_echo(prompt.ids, served) for prompt in prompts] if request.echo else (),
+        echoes=[_echo(*each, served) for each in zip(given if several else [given], prompts)] if request.echo else (),
     )
     return constrained(parsed, constraint_of(request, served.grammars))
 
 
-def _echo(ids: Sequence[int], served: Served) -> Echo:
-    detokenizer = IncrementalDetokenizer(served.model.tokenizer)
-    pieces = [detokenizer.push(token) for token in ids]
-    return Echo(ids, [*pieces[:-1], pieces[-1] + detokenizer.flush()])
+def _echo(given: object, prompt: PromptTokens, served: Served) -> Echo:
+    tokenizer = served.model.tokenizer
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special=False)
+    pieces = [detokenizer.push(token) for token in prompt.ids]
+    pieces[-1] += detokenizer.flush()
+    if prompt.ids[0] == tokenizer.bos_id and not (isinstance(given, str) and given.startswith(BOS_TOKEN)):
+        pieces[0] = ""  # the encoder added it
+    for span in prompt.spans:
+        pieces[span.start + 1 : span.stop] = [""] * (span.count - 1)
+    return Echo(prompt.ids, pieces)
 
 
 def completion_choice(index: int, choice: Choice, parsed: ParsedCompletion, served: Served) -> dict[str, Any]:

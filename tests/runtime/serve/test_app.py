@@ -72,9 +72,11 @@ def test_limits_of_body_time_and_queue(demo_artifact):
             chat(running, message(LONG_ANSWER), **endless)
         assert caught.value.status_code == 504
         assert len(chat(running, message(SUM), n=2).choices) == 2, "one runs, one waits"
-        with pytest.raises(openai.RateLimitError, match="queue of this model is full"):
+        with pytest.raises(openai.BadRequestError, match="3 answers, but this server takes at most 2 at once"):
             chat(running, message(SUM), n=3)
         with ThreadPoolExecutor(8) as pool:
             waits = [pool.submit(chat, running, message(LONG_ANSWER), **endless) for _ in range(8)]
             errors = [wait.exception() for wait in waits]
         assert {type(error) for error in errors} == {openai.RateLimitError, openai.InternalServerError}
+        full = [str(error) for error in errors if isinstance(error, openai.RateLimitError)]
+        assert all("queue of this model is full" in message for message in full)

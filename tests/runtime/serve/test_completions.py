@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import httpx
 import pytest
 
@@ -89,3 +91,75 @@ def test_one_token_after_a_scored_prompt_is_listed_even_if_it_ends_the_answer(se
     listed = answer["choices"][0]["logprobs"]
     assert listed["tokens"][-1] == "<end_of_turn>" and answer["choices"][0]["finish_reason"] == "stop"
     assert len(listed["token_logprobs"]) == len(listed["text_offset"]) == answer["usage"]["prompt_tokens"] + 1
+
+
+ECHO = {"echo": True, "max_tokens": 0}
+TURN = "<start_of_turn>user\nWhat is 3 plus 4? é👩‍👩<end_of_turn>\n<start_of_turn>model\n"
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": 2}, {"logprobs": 2, "max_tokens": 0}, {"max_tokens": 0}], ids=str)
+def test_an_echo_is_the_prompt_as_given_and_a_stream_has_the_same(server, more):
+    body = {"prompt": [TURN, "Kira", "<bos>Kira", "<bos>"], "n": 2, "echo": True, "max_tokens": 4} | more
+    whole = complete(server, **body).json()["choices"]
+    given = [prompt for prompt in body["prompt"] for _ in range(2)]
+    assert all(choice["text"].startswith(prompt) for choice, prompt in zip(whole, given))
+    assert "max_tokens" not in more or [choice["text"] for choice in whole] == given
+    chunks = server.client.completions.create(model=E2B, temperature=0, stream=True, **body)
+    streamed = [{"text": "", "logprobs": None, "finish_reason": None} for _ in whole]
+    for (part,) in (chunk.choices for chunk in chunks):
+        one = streamed[part.index]
+        one["text"] += part.text
+        one["finish_reason"] = part.finish_reason or one["finish_reason"]
+        if part.logprobs is not None:
+            one["logprobs"] = one["logprobs"] or {name: [] for name in whole[0]["logprobs"]}
+            for name in one["logprobs"]:
+                one["logprobs"][name] += getattr(part.logprobs, name)
+    assert streamed == [{name: choice[name] for name in streamed[0]} for choice in whole]
+    for choice in whole if "logprobs" in more else ():
+        listed = choice["logprobs"]
+        assert listed["text_offset"] == sorted(listed["text_offset"]) and listed["token_logprobs"][0] is None
+        for token, offset in zip(listed["tokens"], listed["text_offset"]):
+            known = not token.startswith("\\x") and token not in ("<bos>", "<end_of_turn>")
+            assert not known or choice["text"].startswith(token, offset)
+
+
+def test_a_prompt_may_fill_the_context_if_nothing_is_generated(server):
+    fits, longer = (complete(server, prompt=[2] * count, **ECHO) for count in (1024, 1025))
+    assert fits.status_code == 200 and fits.json()["usage"]["prompt_tokens"] == 1024
+    assert longer.status_code == 400 and "1,025 tokens" in longer.json()["error"]["message"]
+
+
+def test_a_prompt_is_scored_once_for_its_answers(server, monkeypatch):
+    engine, ran = server.pool.loaded[E2B].model.engine, []
+    score = engine.score
+    monkeypatch.setattr(engine, "score", lambda *each, **more: ran.append(each) or score(*each, **more))
+    answer = complete(server, prompt=[TURN, "Kira"], n=3, echo=True, logprobs=0, max_tokens=1)
+    choices = answer.json()["choices"]
+    assert len(ran) == 2
+    for same in (choices[:3], choices[3:]):
+        assert len({str(choice["logprobs"]["token_logprobs"][:-1]) for choice in same}) == 1
+    complete(server, prompt="Kira", **ECHO)
+    assert len(ran) == 2, "nobody asked for log-probabilities"
+
+
+def test_scored_prompts_are_no_first_tokens(server):
+    def counted() -> list[str]:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return [line for line in lines if line.startswith("gemma3n_first_token_seconds_count")]
+
+    before = counted()
+    assert complete(server, prompt="Kira", logprobs=0, **ECHO).status_code == 200
+    assert counted() == before
+
+
+def test_prompts_that_never_fit_the_queue_are_400(server):
+    answer = complete(server, prompt=["a"] * 69, **ECHO)
+    assert answer.status_code == 400 and "69 answers, but this server takes at most 68" in answer.text
+
+
+def test_an_artifact_without_a_scorer_is_400(server, model, monkeypatch):
+    complete(server, prompt="Kira", **ECHO)
+    monkeypatch.setattr(server.pool.loaded[E2B].model, "manifest", replace(model.manifest, scorer=None))
+    answer = complete(server, prompt="Kira", logprobs=0, **ECHO)
+    assert answer.status_code == 400 and "no graph that scores given text" in answer.json()["error"]["message"]
+    assert complete(server, prompt="Kira", **ECHO).status_code == 200
