@@ -16,15 +16,21 @@ from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .options import load_options
 
+_LENGTH = 2048
+
 
 @click.command()
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--tasks", required=True, help="Names of tasks or groups, separated by commas, as for lm_eval.")
 @click.option("--include-path", type=click.Path(exists=True, file_okay=False), help="A folder with tasks of your own.")
 @click.option("--num-fewshot", type=click.IntRange(0), help="Examples in the prompt. Default: the task's own.")
-@click.option("--limit", type=float, help="Items of each task, or a share of them below 1; for a quick look.")
 @click.option(
-    "--max-length", type=click.IntRange(2), default=2048, show_default=True, help="Tokens of prompt and answer."
+    "--limit",
+    type=click.FloatRange(0, min_open=True),
+    help="Items of each task, or a share of them below 1; for a quick look.",
+)
+@click.option(
+    "--max-length", type=click.IntRange(2), help="Tokens of prompt and answer. Default: 2048, or the context if less."
 )
 @click.option("--apply-chat-template", is_flag=True, help="Make each prompt a user message.")
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Save results and samples here.")
@@ -36,27 +42,34 @@ def evaluate(
     include_path: str | None,
     num_fewshot: int | None,
     limit: float | None,
-    max_length: int,
+    max_length: int | None,
     apply_chat_template: bool,
     output: Path | None,
     load: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Run tasks of lm-evaluation-harness on the folders or Hub ids ARTIFACTS, to compare slices and precisions."""
-    folders = [find_artifact(artifact) for artifact in artifacts]
-    for folder in folders:
-        if (context := load_manifest(folder).max_context) < max_length:
+    wanted = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not wanted:
+        raise OptionError("--tasks names no task; list them with: lm_eval ls tasks.")
+    names = [artifact.resolve().name for artifact in artifacts]
+    if output is not None and (same := [name for name in names if names.count(name) > 1]):
+        raise OptionError(f"Results of artifacts of one name, {same[0]}, cannot be in one folder; evaluate them apart.")
+    folders = {str(artifact): find_artifact(artifact) for artifact in artifacts}
+    contexts = {given: load_manifest(folder).max_context for given, folder in folders.items()}
+    max_length = min(_LENGTH, *contexts.values()) if max_length is None else max_length
+    for given, context in contexts.items():
+        if context < max_length:
             raise OptionError(
-                f"--max-length {max_length} exceeds the context of {folder}, {context:,} tokens; use less."
+                f"--max-length {max_length} exceeds the context of {given}, {context:,} tokens; use less."
             )
     from gemma3n_onnx.runtime.evaluation.harness import run_tasks, table
 
-    wanted = [name.strip() for name in tasks.split(",") if name.strip()]
     quiet = not sys.stderr.isatty()
     found = {}
-    for folder in folders:
+    for given, folder in folders.items():
         model = OnnxGemma3n.from_pretrained(folder, prefix_cache_size=0, **load)
-        found[str(folder)] = run_tasks(
+        found[given] = run_tasks(
             model,
             wanted,
             include_path=include_path,
@@ -64,10 +77,10 @@ def evaluate(
             limit=limit,
             max_length=max_length,
             chat=apply_chat_template,
-            output=None if output is None else output / folder.resolve().name,
+            output=None if output is None else output / Path(given).resolve().name,
             quiet=quiet,
         )
         if not as_json:
-            click.echo(f"{folder}\n{table(found[str(folder)])}")
+            click.echo(f"{given}\n{table(found[given])}")
     if as_json:
-        click.echo(json.dumps({folder: each["results"] for folder, each in found.items()}, indent=2))
+        click.echo(json.dumps({given: each["results"] for given, each in found.items()}, indent=2))

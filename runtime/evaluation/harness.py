@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 from tqdm import tqdm
 
-from gemma3n_onnx.runtime.errors import OptionError
+from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
 from gemma3n_onnx.runtime.media.reader import MediaOptions
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 from gemma3n_onnx.runtime.prompt.encoder import TemplateOptions
@@ -80,6 +80,11 @@ class HarnessModel(TemplateLM):
         return [found[place] for place in range(len(requests))]
 
     def _score(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
+        if not 1 <= len(continuation) <= self.max_length:
+            raise OptionError(
+                f"A task has a text of {len(continuation):,} tokens to score, but from 1 to {self.max_length:,} can be "
+                "scored; change the task, or the largest length (--max-length)."
+            )
         ids = [*context, *continuation][-(self.max_length + 1) :]
         scores = self._model.engine.score(PromptTokens(ids), len(ids) - len(continuation))
         greedy = scores.top_ids[:, 0].tolist() == ids[-len(continuation) :]
@@ -93,7 +98,12 @@ class HarnessModel(TemplateLM):
             asked = dict(normalize_gen_kwargs(given, _NEW_TOKENS))
             stop = handle_stop_sequences(asked.pop("until", None), eos=end)
             count = asked.pop("max_gen_toks")
-            ids = self.tok_encode(context)[-max(self.max_length - count, 1) :]
+            if count >= self.max_length:
+                raise OptionError(
+                    f"A task asks for answers of {count:,} tokens, which leave no room for a prompt in "
+                    f"{self.max_length:,}; raise the largest length (--max-length)."
+                )
+            ids = self.tok_encode(context)[count - self.max_length :]
             made = self._model.generate(ids, max_new_tokens=count, stop=tuple(stop), **_sampling(asked)).text
             answers.append(postprocess_generated_text(made, stop=stop, think_end_token=None))
             self.cache_hook.add_partial("generate_until", request.args, answers[-1])
@@ -126,23 +136,29 @@ def run_tasks(
     """The harness's results; with `output`, also written there, with each item's answers, in the harness's form.
 
     Raises:
-        OptionError: there is no such task, or a task needs an option that is not supported.
+        OptionError: there is no such task, it cannot be built, or it needs an option that is not supported.
     """
     manager = TaskManager(include_path=include_path)
     for name in tasks:
         if not manager.match_tasks([name]):
             raise OptionError(f"lm-evaluation-harness has no task {name!r}; list them with: lm_eval ls tasks.")
     tracker = None if output is None else EvaluationTracker(output_path=str(output))
-    found = simple_evaluate(
-        HarnessModel(model, max_length, quiet=quiet),
-        tasks=[*tasks],
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=chat,
-        task_manager=manager,
-        log_samples=output is not None,
-        evaluation_tracker=tracker,
-    )
+    try:
+        found = simple_evaluate(
+            HarnessModel(model, max_length, quiet=quiet),
+            tasks=[*tasks],
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=chat,
+            task_manager=manager,
+            log_samples=output is not None,
+            evaluation_tracker=tracker,
+        )
+    except (Gemma3nError, OSError):
+        raise
+    except Exception as error:  # any: a task is code and data of somebody else
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise OptionError(f"lm-evaluation-harness cannot run {', '.join(tasks)} ({reason}); check the task.") from error
     assert found is not None
     if tracker is not None:
         samples = found.pop("samples")

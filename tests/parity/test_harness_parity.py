@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -14,13 +16,20 @@ from harness.make_tasks import make_tasks
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
-from gemma3n_onnx.runtime import OnnxGemma3n
-from gemma3n_onnx.runtime.evaluation.harness import HarnessModel
+from gemma3n_onnx.runtime import OnnxGemma3n, OptionError
+from gemma3n_onnx.runtime.evaluation import harness
+from gemma3n_onnx.runtime.evaluation.harness import HarnessModel, run_tasks
 from support import run_command
 
 DEMO = Path(__file__).parents[2] / "demo"
 ITEMS = 4
 TOLERANCE = 1e-4  # nats of an item, fp32
+
+
+@pytest.fixture(autouse=True)
+def no_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness takes five seconds to list its own."""
+    monkeypatch.setattr(harness, "TaskManager", partial(TaskManager, include_defaults=False))
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +107,38 @@ def test_on_the_command_line(model, tasks, monkeypatch, tmp_path):
     [
         (["--tasks", "no_such_task"], "has no task 'no_such_task'"),
         (["--tasks", "x", "--max-length", "1000000"], "use less"),
+        (["--tasks", ","], "--tasks names no task"),
+        (["--tasks", "x", "--limit", "0"], "'--limit': 0.0 is not in the range"),
     ],
 )
 def test_what_cannot_be_evaluated_is_told_in_a_sentence(model, monkeypatch, options, told):
     outcome = run_command(monkeypatch, ["gemma3n", "evaluate", str(model.folder), *options])
-    assert outcome.code == 1 and told in outcome.err and outcome.err.count("\n") == 1
+    assert outcome.code in (1, 2) and told in outcome.err and outcome.err.count("Error: ") == 1
+
+
+def test_results_of_one_name_are_not_mixed(model, monkeypatch, tmp_path):
+    command = ["gemma3n", "evaluate", str(model.folder), str(model.folder), "--tasks", "x", "--output", str(tmp_path)]
+    assert "cannot be in one folder" in run_command(monkeypatch, command).err
+
+
+def test_texts_that_do_not_fit_are_told(model):
+    short = HarnessModel(model, 8, quiet=True)
+    for continuation in ([], [5] * 9):
+        with pytest.raises(OptionError, match=rf"text of {len(continuation)} tokens to score, but from 1 to 8"):
+            short._loglikelihood_tokens([(("", ""), [2], continuation)])
+    assert len(short._loglikelihood_tokens([(("", ""), [2], [5] * 8)])) == 1
+    asked = SimpleNamespace(args=("What is 3 plus 4?", {"max_gen_toks": 8}))
+    with pytest.raises(OptionError, match="answers of 8 tokens, which leave no room for a prompt in 8"):
+        short.generate_until([asked])
+
+
+def test_a_task_that_cannot_run_is_told_in_a_sentence(model, tasks):
+    folder, names = tasks
+    options = {"num_fewshot": None, "limit": None, "max_length": 64, "chat": False, "output": None, "quiet": True}
+    for changed, told in (("wrong_field: {}", "unexpected keyword"), ("output_type: telepathy", "telepathy")):
+        broken = folder.parent / "broken"
+        broken.mkdir(exist_ok=True)
+        text = (folder / "multiple_choice.yaml").read_text().replace(names[0], "demo_broken")
+        (broken / "task.yaml").write_text(text.replace("output_type: multiple_choice", changed))
+        with pytest.raises(OptionError, match=rf"cannot run demo_broken \(.*{told}"):
+            run_tasks(model, ["demo_broken"], include_path=str(broken), **options)
