@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +31,7 @@ def perplexity(
     from gemma3n_onnx.runtime.evaluation.perplexity import perplexity as measure
 
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptError(f"{file} is not UTF-8 text; convert it first.") from error
     model = OnnxGemma3n.from_pretrained(artifact, prefix_cache_size=0, **load)
@@ -43,7 +44,8 @@ def perplexity(
         found = measure(model, text, window=window, stride=stride, progress=show)
     figures = {"perplexity": found.per_token, "word_perplexity": found.per_word, "bits_per_byte": found.bits_per_byte}
     if as_json:
-        click.echo(json.dumps(figures | asdict(found)))
+        finite = {name: figure if math.isfinite(figure) else None for name, figure in figures.items()}
+        click.echo(json.dumps(finite | asdict(found)))
         return
     click.echo(f"perplexity {found.per_token:.4f} per token, {found.per_word:.4f} per word")
     click.echo(f"{found.bits_per_byte:.4f} bits per byte; {found.tokens:,} tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -26,15 +27,20 @@ class Perplexity:
 
     @property
     def per_token(self) -> float:
-        return math.exp(-self.log_likelihood / self.tokens)
+        return _exp(-self.log_likelihood / self.tokens)
 
     @property
     def per_word(self) -> float:
-        return math.exp(-self.log_likelihood / self.words)
+        """Infinite if it exceeds a float, as of a long text without whitespace."""
+        return _exp(-self.log_likelihood / self.words)
 
     @property
     def bits_per_byte(self) -> float:
         return -self.log_likelihood / self.bytes / math.log(2)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < math.log(sys.float_info.max) else math.inf
 
 
 def perplexity(

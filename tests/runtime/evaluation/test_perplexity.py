@@ -71,6 +71,30 @@ def test_on_the_command_line(model: OnnxGemma3n, tmp_path: Path, monkeypatch: py
     assert figures["perplexity"] == pytest.approx(found.per_token) and figures["tokens"] == found.tokens
 
 
+def test_a_file_is_scored_with_its_line_ends_and_without_its_byte_order_mark(
+    model: OnnxGemma3n, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "text.txt"
+    found = []
+    for content in (b"3 plus\r\n4", b"\xef\xbb\xbf3 plus\r\n4"):
+        file.write_bytes(content)
+        shown = run_command(monkeypatch, ["gemma3n", "perplexity", str(model.folder), str(file), "--json"])
+        found.append(json.loads(shown.out))
+    assert found[0] == found[1] and found[0]["bytes"] == 9
+    assert found[0]["log_likelihood"] == perplexity(model, "3 plus\r\n4").log_likelihood
+
+
+def test_a_long_text_without_a_space_has_an_infinite_word_perplexity(
+    model: OnnxGemma3n, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("字" * 99)
+    command = ["gemma3n", "perplexity", str(model.folder), str(file)]
+    assert "inf per word" in run_command(monkeypatch, command).out
+    figures = json.loads(run_command(monkeypatch, [*command, "--json"]).out)
+    assert figures["word_perplexity"] is None and figures["words"] == 1 and figures["perplexity"] > 1
+
+
 @pytest.mark.parametrize(
     ("text", "options", "told"),
     [
