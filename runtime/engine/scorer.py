@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma3n_onnx.runtime.artifact import TARGET_LOGPROBS, TARGETS, TOP_IDS, TOP_LOGPROBS, Manifest
+from gemma3n_onnx.runtime.artifact import TARGET_LOGPROBS, TARGETS, TOP_IDS, TOP_LOGPROBS, CacheInfo, Manifest
 from gemma3n_onnx.runtime.errors import ArtifactError, ProviderError
 from gemma3n_onnx.runtime.system import available_memory_bytes
 from gemma3n_onnx.runtime.tokens import shared_prefix
@@ -25,6 +25,23 @@ from .providers.base import ExecutionProvider
 SCORED_AT_ONCE = 32
 """Positions whose logits are computed together: 32 x 262,144 in fp32 take 34 MB. More are not faster."""
 _CAPACITY_STEP = 1024
+
+
+def second_weights_bytes(manifest: Manifest) -> int:
+    """What the scorer's weights take beside the decoder's: nothing in fp32, because they are mapped, and shared; all
+    others take memory a second time."""
+    shared = manifest.storage == manifest.compute_dtype and not manifest.quantization
+    return 0 if shared else manifest.step_bytes
+
+
+def scorer_caches(manifest: Manifest) -> tuple[CacheInfo, ...]:
+    """The decoder's KV caches; those of sliding layers keep all positions, too."""
+    return tuple(replace(info, window=None) for info in manifest.caches)
+
+
+def scorer_capacity(tokens: int) -> int:
+    """Of the KV caches for a text of `tokens`."""
+    return max(-(-tokens // _CAPACITY_STEP), 1) * _CAPACITY_STEP
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,7 @@ class Scorer:
     ) -> None:
         self._budget = memory_budget
         self._folder, self._manifest, self._provider, self._threads = folder, manifest, provider, threads
-        self._infos = tuple(replace(info, window=None) for info in manifest.caches)
+        self._infos = scorer_caches(manifest)
         self.session: Session | None = None
         self.cache: KVCache | None = None
         self.keys: list[Hashable] = []
@@ -79,16 +96,13 @@ class Scorer:
         return self.session
 
     def _require_memory(self) -> None:
-        """Fp32 weights are mapped, and shared with the decoder; all others take memory a second time."""
-        manifest = self._manifest
-        if manifest.storage == manifest.compute_dtype and not manifest.quantization:
-            return
-        free = available_memory_bytes() if self._budget is None else self._budget - manifest.step_bytes
-        if free is not None and manifest.step_bytes > free:
-            needed, left = manifest.step_bytes / 1e9, max(free, 0) / 1e9
+        needed = second_weights_bytes(self._manifest)
+        free = available_memory_bytes() if self._budget is None else self._budget - self._manifest.step_bytes
+        if needed and free is not None and needed > free:
+            left = max(free, 0) / 1e9
             raise ProviderError(
-                f"Scoring text takes {needed:.3g} GB more for the weights, but {left:.3g} GB are free; free memory, "
-                "raise memory_budget, or score an artifact in fp32, whose weights are shared."
+                f"Scoring text takes {needed / 1e9:.3g} GB more for the weights, but {left:.3g} GB are free; free "
+                "memory, raise memory_budget, or score an artifact in fp32, whose weights are shared."
             )
 
     def prepare(self, keys: list[Hashable], needed: int) -> KVCache:
@@ -96,7 +110,7 @@ class Scorer:
         tokens."""
         shared = min(shared_prefix(self.keys, keys), needed)
         if self.cache is None or self.cache.capacity < len(keys):
-            capacity = max(-(-len(keys) // _CAPACITY_STEP), 1) * _CAPACITY_STEP
+            capacity = scorer_capacity(len(keys))
             self.cache, shared = None, 0  # before the larger one, so that both are not in memory together
             self.cache = KVCache(CacheMemory.allocate(self._infos, self._provider, 1, capacity))
         self.cache.truncate(0, shared)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, MANIFEST, Manifest, load_manifest
+from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, MANIFEST, CacheInfo, Manifest, load_manifest
 from gemma3n_onnx.runtime.engine.kv_cache import cache_capacity
 from gemma3n_onnx.runtime.engine.providers.select import provider_of
-from gemma3n_onnx.runtime.errors import ArtifactError, Gemma3nError, OptionError
+from gemma3n_onnx.runtime.engine.scorer import scorer_caches, scorer_capacity, second_weights_bytes
+from gemma3n_onnx.runtime.errors import ArtifactError, Gemma3nError, OptionError, ProviderError
 from gemma3n_onnx.runtime.generation.scheduler import Counts
 from gemma3n_onnx.runtime.hub import find_artifact
 from gemma3n_onnx.runtime.model import OnnxGemma3n
@@ -63,7 +64,7 @@ class ServeOptions:
 
 @dataclass
 class Served:
-    """A loaded model, in use by `users` requests."""
+    """A loaded model, in use by `users` requests. `bytes` include the scorer's memory once it `scores`."""
 
     name: str
     model: OnnxGemma3n
@@ -71,6 +72,7 @@ class Served:
     grammars: Grammars
     options: ServeOptions
     bytes: int
+    scores: bool = False
     used: float = field(default_factory=time.monotonic)
     users: int = 0
 
@@ -167,6 +169,33 @@ class ModelPool:
                 del self._loading[name]
                 self._changed.notify_all()
         return served
+
+    def reserve_scorer(self, served: Served) -> None:
+        """Adds the memory of the scorer, which loads at the first use, to an acquired model's. Unloads idle models to
+        make room.
+
+        Raises:
+            BusyError: models in use fill the memory budget. ProviderError: the budget is too small for this model's.
+        """
+        budget, context = self._options.memory_budget, self.context_of(served.name)
+        size = scorer_bytes(self.manifests[served.name], context)
+        with self._changed:
+            if served.scores:
+                return
+            if budget is not None and served.bytes + size > budget:
+                raise ProviderError(
+                    f"Scoring text with {served.name} takes {(served.bytes + size) / 1e9:.3g} GB, but the memory for "
+                    f"all models is {budget / 1e9:.3g} GB; raise --models-memory, or leave echo or logprobs out."
+                )
+            idle = self._make_room(size)
+            removed = sum(each.bytes for each in idle)
+            served.bytes, served.scores = served.bytes + size + removed, True
+        try:
+            while idle:
+                self._unload(idle.pop())
+        finally:
+            with self._changed:
+                served.bytes -= removed
 
     def retain(self, served: Served) -> None:
         """Adds a user to a model that is already acquired. Never blocks."""
@@ -284,12 +313,21 @@ def estimated_bytes(manifest: Manifest, rows: int, context: int) -> int:
     """Estimated memory of a model: graph weights without the tables, and KV caches."""
     tables = {manifest.token_embeddings.file, manifest.per_layer_embeddings.file}
     weights = sum(info.bytes for name, info in manifest.files.items() if name not in tables)
+    return max(weights, manifest.step_bytes) + rows * _cache_bytes(manifest.caches, manifest, context)
+
+
+def scorer_bytes(manifest: Manifest, context: int) -> int:
+    """Estimated memory of a model's scorer: weights that it does not share with the decoder, and KV caches."""
+    caches = _cache_bytes(scorer_caches(manifest), manifest, scorer_capacity(context))
+    return second_weights_bytes(manifest) + caches
+
+
+def _cache_bytes(caches: Sequence[CacheInfo], manifest: Manifest, context: int) -> int:
+    """Of one row."""
     provider = provider_of(manifest)
-    caches = sum(
-        2 * c.kv_heads * c.head_dim * BYTES_PER_VALUE[c.dtype] * cache_capacity(c, provider, context)
-        for c in manifest.caches
+    return sum(
+        2 * c.kv_heads * c.head_dim * BYTES_PER_VALUE[c.dtype] * cache_capacity(c, provider, context) for c in caches
     )
-    return max(weights, manifest.step_bytes) + rows * caches
 
 
 def artifacts_in(folder: Path) -> list[Path]:

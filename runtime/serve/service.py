@@ -107,6 +107,10 @@ class Service:
         """Frees a model, or only its encoders; False if it is not loaded. Errors as of `ModelPool.unload`."""
         return await asyncio.to_thread(self.pool.release_encoders if encoders else self.pool.unload, name)
 
+    async def reserve_scorer(self, served: Served) -> None:
+        """Makes room for a model's scorer. Errors as of `ModelPool.reserve_scorer`."""
+        await asyncio.to_thread(self.pool.reserve_scorer, served)
+
     async def read(self, reader: Callable[[_Request, Served], _Parsed], request: _Request, served: Served) -> _Parsed:
         return await asyncio.get_running_loop().run_in_executor(self._readers, reader, request, served)
 

@@ -70,6 +70,8 @@ async def complete(kind: CompletionKind[Parsed], request: SamplingRequest, servi
     """The whole answer as JSON, or a stream of chunks."""
     async with service.held(request.model) as served:
         parsed = await service.read(kind.read, request, served)
+        if parsed.prompt_logprobs is not None:
+            await service.reserve_scorer(served)
         if request.stream:
             return service.stream(parsed, served, kind.chunks(parsed, served, with_usage=request.wants_usage))
         choices = await service.answer(parsed, served, http)

@@ -135,7 +135,7 @@ def test_a_prompt_is_scored_once_for_its_answers(server, monkeypatch):
     monkeypatch.setattr(engine, "score", lambda *each, **more: ran.append(each) or score(*each, **more))
     answer = complete(server, prompt=[TURN, "Kira"], n=3, echo=True, logprobs=0, max_tokens=1)
     choices = answer.json()["choices"]
-    assert len(ran) == 2
+    assert len(ran) == 2 and server.pool.loaded[E2B].scores
     for same in (choices[:3], choices[3:]):
         assert len({str(choice["logprobs"]["token_logprobs"][:-1]) for choice in same}) == 1
     complete(server, prompt="Kira", **ECHO)

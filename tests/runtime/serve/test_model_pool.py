@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import openai
 import pytest
 
-from gemma3n_onnx.runtime import ArtifactError, OptionError
+from gemma3n_onnx.runtime import ArtifactError, OptionError, ProviderError
 from gemma3n_onnx.runtime.artifact import load_manifest
-from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in, estimated_bytes
+from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in, estimated_bytes, scorer_bytes
 from gemma3n_onnx.runtime.serve.run import run_app
+from gemma3n_onnx.runtime.serve.worker import BusyError
 from serving import E2B, HALF, LONG_ANSWER, SUM, chat, message, serving
 
 
@@ -41,6 +43,35 @@ def test_models_that_rest_make_room(demo_artifact):
         with pytest.raises(openai.RateLimitError, match="Every model in memory is in use"):
             chat(running, message(SUM), model=HALF)
         stream.close()
+
+
+def test_a_scorer_needs_room_too(demo_artifact):
+    folders = [demo_artifact(name) for name in ("E2B", "half")]
+    manifest = load_manifest(folders[0])
+    first, second = (estimated_bytes(load_manifest(folder), 1, 512) for folder in folders)
+    scorer = scorer_bytes(manifest, 512)
+    pool = ModelPool(folders, ServeOptions(rows=1, context=512, memory_budget=first + max(second, scorer)), {})
+    served, other = pool.acquire(E2B), pool.acquire(HALF)
+    with pytest.raises(BusyError):
+        pool.reserve_scorer(served)
+    assert served.bytes == first
+    pool.release(other)
+    for _ in range(2):
+        pool.reserve_scorer(served)
+        assert [*pool.loaded] == [E2B] and served.bytes == first + scorer
+    pool.close()
+    small = ModelPool(folders[:1], ServeOptions(rows=1, context=512, memory_budget=first), {})
+    with pytest.raises(ProviderError, match=r"Scoring text with demo-E2B takes .* raise --models-memory"):
+        small.reserve_scorer(small.acquire(E2B))
+    small.close()
+
+
+def test_weights_count_twice_unless_they_are_shared(demo_artifact):
+    manifest = load_manifest(demo_artifact("E2B"))
+    cache = sum(2 * info.kv_heads * info.head_dim * 4 * 1024 for info in manifest.caches)
+    assert scorer_bytes(manifest, 512) == cache
+    halved = replace(manifest, storage="fp16")
+    assert scorer_bytes(halved, 512) == cache + manifest.step_bytes
 
 
 def test_what_cannot_be_served(demo_artifact, tmp_path):
