@@ -63,8 +63,9 @@ def evaluate(
             raise OptionError(
                 f"--max-length {max_length} exceeds the context of {given}, {context:,} tokens; use less."
             )
-    from gemma3n_onnx.runtime.evaluation.harness import run_tasks, table
+    from gemma3n_onnx.runtime.evaluation.harness import find_tasks, run_tasks, table
 
+    manager = find_tasks(wanted, include_path)
     quiet = not sys.stderr.isatty()
     found = {}
     for given, folder in folders.items():
@@ -72,7 +73,7 @@ def evaluate(
         found[given] = run_tasks(
             model,
             wanted,
-            include_path=include_path,
+            manager,
             num_fewshot=num_fewshot,
             limit=limit,
             max_length=max_length,

@@ -121,11 +121,28 @@ def _sampling(asked: dict[str, Any]) -> dict[str, Any]:
     return asked
 
 
+def find_tasks(names: Sequence[str], include_path: str | None) -> TaskManager:
+    """The harness's index of tasks. Its own tasks are in thousands of files, read only if `include_path` lacks a task.
+
+    Raises:
+        OptionError: there is no such task or group.
+    """
+    if include_path is not None:
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if {*names} <= {*manager.all_subtasks}:  # the members of a group may be the harness's
+            return manager
+    manager = TaskManager(include_path=include_path)
+    for name in names:
+        if not manager.match_tasks([name]):
+            raise OptionError(f"lm-evaluation-harness has no task {name!r}; list them with: lm_eval ls tasks.")
+    return manager
+
+
 def run_tasks(
     model: OnnxGemma3n,
     tasks: Sequence[str],
+    manager: TaskManager,
     *,
-    include_path: str | None,
     num_fewshot: int | None,
     limit: float | None,
     max_length: int,
@@ -136,12 +153,8 @@ def run_tasks(
     """The harness's results; with `output`, also written there, with each item's answers, in the harness's form.
 
     Raises:
-        OptionError: there is no such task, it cannot be built, or it needs an option that is not supported.
+        OptionError: a task cannot be built, or needs an option that is not supported.
     """
-    manager = TaskManager(include_path=include_path)
-    for name in tasks:
-        if not manager.match_tasks([name]):
-            raise OptionError(f"lm-evaluation-harness has no task {name!r}; list them with: lm_eval ls tasks.")
     tracker = None if output is None else EvaluationTracker(output_path=str(output))
     try:
         found = simple_evaluate(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,18 +18,12 @@ from lm_eval.tasks import TaskManager
 
 from gemma3n_onnx.runtime import OnnxGemma3n, OptionError
 from gemma3n_onnx.runtime.evaluation import harness
-from gemma3n_onnx.runtime.evaluation.harness import HarnessModel, run_tasks
+from gemma3n_onnx.runtime.evaluation.harness import HarnessModel, find_tasks, run_tasks
 from support import run_command
 
 DEMO = Path(__file__).parents[2] / "demo"
 ITEMS = 4
 TOLERANCE = 1e-4  # nats of an item, fp32
-
-
-@pytest.fixture(autouse=True)
-def no_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness takes five seconds to list its own."""
-    monkeypatch.setattr(harness, "TaskManager", partial(TaskManager, include_defaults=False))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +99,6 @@ def test_on_the_command_line(model, tasks, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--tasks", "no_such_task"], "has no task 'no_such_task'"),
         (["--tasks", "x", "--max-length", "1000000"], "use less"),
         (["--tasks", ","], "--tasks names no task"),
         (["--tasks", "x", "--limit", "0"], "'--limit': 0.0 is not in the range"),
@@ -141,4 +134,13 @@ def test_a_task_that_cannot_run_is_told_in_a_sentence(model, tasks):
         text = (folder / "multiple_choice.yaml").read_text().replace(names[0], "demo_broken")
         (broken / "task.yaml").write_text(text.replace("output_type: multiple_choice", changed))
         with pytest.raises(OptionError, match=rf"cannot run demo_broken \(.*{told}"):
-            run_tasks(model, ["demo_broken"], include_path=str(broken), **options)
+            run_tasks(model, ["demo_broken"], find_tasks(["demo_broken"], str(broken)), **options)
+
+
+def test_tasks_are_of_a_folder_or_the_harness(tasks, monkeypatch):
+    monkeypatch.setattr(harness, "TaskManager", functools.cache(TaskManager))  # the harness's index takes seconds
+    folder, names = str(tasks[0]), tasks[1]
+    assert find_tasks(names, folder).all_tasks == sorted(names)
+    assert {names[0], "arc_easy"} <= {*find_tasks([names[0], "arc_easy"], folder).all_tasks}
+    with pytest.raises(OptionError, match="has no task 'no_such_task'"):
+        find_tasks(["no_such_task"], folder)
