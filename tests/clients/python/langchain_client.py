@@ -7,15 +7,16 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_openai import ChatOpenAI
 
 from checks import (
+    AUDIO,
     BASE,
     COUNT,
     COUNT_ANSWER,
     HEAR,
     HEAR_ANSWER,
+    IMAGE,
     KEY,
     MODEL,
     PICTURE_BASE64,
-    PICTURE_URL,
     SEE,
     SEE_ANSWER,
     SOUND_BASE64,
@@ -30,7 +31,6 @@ from models import Add, Trip
 
 check = Checks("langchain-openai", "langchain-openai")
 llm = ChatOpenAI(model=MODEL, base_url=BASE, api_key=KEY, temperature=0, max_retries=0)
-IMAGE = {"type": "image_url", "image_url": {"url": PICTURE_URL}}
 
 
 @check("text")
@@ -57,7 +57,7 @@ def _() -> None:
 @check("audio")
 def _() -> None:
     standard = {"type": "audio", "base64": SOUND_BASE64, "mime_type": "audio/wav"}
-    for part in (standard, {"type": "input_audio", "input_audio": {"data": SOUND_BASE64, "format": "wav"}}):
+    for part in (standard, AUDIO):
         assert llm.invoke([HumanMessage([part, {"type": "text", "text": HEAR}])]).content == HEAR_ANSWER
 
 
