@@ -22,7 +22,6 @@ from gemma3n_onnx.runtime.errors import (
 from gemma3n_onnx.runtime.generation.scheduler import DeadlineError
 
 from .grammar import AnswerSchemaError
-from .model_pool import UnknownModelError
 from .worker import BusyError
 
 ANTHROPIC_TYPES = {"server_error": "api_error", "model_not_found": "not_found_error"}
@@ -34,7 +33,11 @@ class NotFoundError(Gemma3nError, KeyError):
     """The server has no such thing."""
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        return str(self.args[0])  # KeyError's is quoted
+
+
+class UnknownModelError(NotFoundError):
+    """The server offers no model of this name."""
 
 
 def error_body(error: Gemma3nError | str, kind: str, code: str | None = None) -> dict[str, Any]:

@@ -14,23 +14,17 @@ from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, MANIFEST, CacheInfo, 
 from gemma3n_onnx.runtime.engine.kv_cache import cache_capacity
 from gemma3n_onnx.runtime.engine.providers.select import provider_of
 from gemma3n_onnx.runtime.engine.scorer import scorer_caches, scorer_capacity, second_weights_bytes
-from gemma3n_onnx.runtime.errors import ArtifactError, Gemma3nError, OptionError, ProviderError
+from gemma3n_onnx.runtime.errors import ArtifactError, OptionError, ProviderError
 from gemma3n_onnx.runtime.generation.scheduler import Counts
 from gemma3n_onnx.runtime.hub import find_artifact
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
+from .errors import UnknownModelError
 from .grammar import Grammars
 from .worker import BusyError, ModelWorker
 
 # Names of clients that know no model's.
 ANY_MODEL = ("", "default", "ignore", "none")
-
-
-class UnknownModelError(Gemma3nError, KeyError):
-    """The server offers no model of this name."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 @dataclass(frozen=True)
