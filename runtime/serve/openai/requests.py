@@ -59,22 +59,24 @@ class ApiModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+    def _read(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return cls._fields({name: value for name, value in data.items() if value is not None})
+
+    @classmethod
+    def _fields(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The fields to validate of those `given`. Raises ValueError for one that is not supported."""
+        return given
 
 
 class ApiRequest(ApiModel):
     model: str = ""
 
-    @model_validator(mode="before")
     @classmethod
-    def _without_neutral_fields(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for name, value in data.items():
-            if value is None:
-                continue
+    def _fields(cls, given: dict[str, Any]) -> dict[str, Any]:
+        kept: dict[str, Any] = {}
+        for name, value in given.items():
             if name in cls.model_fields:
                 kept[name] = value
             elif name in SAME and SAME[name] in cls.model_fields:
