@@ -18,6 +18,11 @@ class Outcome:
     calls: tuple[dict[str, Any], ...]
     finish: str
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether a limit of tokens ended it."""
+        return self.finish == "length"
+
 
 def outcome_of(choice: Choice, tools: CallableTools) -> Outcome:
     """The outcome of a choice that has ended. A forced call that was cut off is a call with finish "length"."""

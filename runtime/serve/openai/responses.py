@@ -113,30 +113,29 @@ def _conversation(request: ResponsesRequest, store: ResponseStore) -> Conversati
 
 def _messages_of(items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Items as messages of chat completions; consecutive calls become one message."""
-    calls: list[dict[str, Any]] = []
-    for place, item in enumerate(items):
-        kind = item.get("type", "message")
-        if kind == "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments")}
-            calls.append({"id": item.get("call_id"), "type": "function", "function": function})
+    groups = itertools.groupby(enumerate(items), lambda placed: placed[1].get("type") == "function_call")
+    for are_calls, group in groups:
+        if are_calls:
+            yield {"role": "assistant", "content": "", "tool_calls": [_tool_call(item) for _, item in group]}
             continue
-        if calls:
-            yield {"role": "assistant", "content": "", "tool_calls": calls}
-            calls = []
-        match kind:
-            case "message":
-                yield {"role": item.get("role"), "content": item.get("content")}
-            case "function_call_output":
-                yield {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
-            case "reasoning":
-                continue
-            case _:
-                raise PromptError(
-                    f"Item {place} of the input has type {kind!r}; supported are message, function_call, "
-                    "function_call_output and item_reference."
-                )
-    if calls:
-        yield {"role": "assistant", "content": "", "tool_calls": calls}
+        for place, item in group:
+            match kind := item.get("type", "message"):
+                case "message":
+                    yield {"role": item.get("role"), "content": item.get("content")}
+                case "function_call_output":
+                    yield {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
+                case "reasoning":
+                    continue
+                case _:
+                    raise PromptError(
+                        f"Item {place} of the input has type {kind!r}; supported are message, function_call, "
+                        "function_call_output and item_reference."
+                    )
+
+
+def _tool_call(item: Mapping[str, Any]) -> dict[str, Any]:
+    function = {"name": item.get("name"), "arguments": item.get("arguments")}
+    return {"id": item.get("call_id"), "type": "function", "function": function}
 
 
 def _chat_request(request: ResponsesRequest, conversation: Conversation) -> ChatRequest:
@@ -198,11 +197,10 @@ class ResponseBuilder:
         return self.ended(choice, outcome, _items(outcome))
 
     def ended(self, choice: Choice, outcome: Outcome, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        cut = outcome.finish == "length"
         return self.whole(
-            "incomplete" if cut else "completed",
+            _status(outcome),
             items,
-            incomplete_details={"reason": "max_output_tokens"} if cut else None,
+            incomplete_details={"reason": "max_output_tokens"} if outcome.is_cut else None,
             usage=_usage(choice, self.parsed),
         )
 
@@ -227,10 +225,16 @@ def _usage(choice: Choice, parsed: ParsedChat) -> dict[str, Any]:
     }
 
 
-def _items(outcome: Outcome) -> list[dict[str, Any]]:
-    status = "incomplete" if outcome.finish == "length" else "completed"
-    items = [_call_item(call, status, call["function"]["arguments"]) for call in outcome.calls]
-    return items if outcome.text is None else [_message_item(_new_id("msg"), status, [_text_part(outcome.text)])]
+def _status(outcome: Outcome) -> str:
+    return "incomplete" if outcome.is_cut else "completed"
+
+
+def _items(outcome: Outcome, message_id: str | None = None) -> list[dict[str, Any]]:
+    """Output items. `message_id`: of the message item, if its text has been streamed."""
+    status = _status(outcome)
+    if outcome.text is not None:
+        return [_message_item(message_id or _new_id("msg"), status, [_text_part(outcome.text)])]
+    return [_call_item(call, status, call["function"]["arguments"]) for call in outcome.calls]
 
 
 def _message_item(item_id: str, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
@@ -292,8 +296,7 @@ class ResponseEvents:
             events = [event for place, item in enumerate(items) for event in self._call(place, item)]
         else:
             events = [*self._text(self._holder.rest(self._choice), last=True)]
-            item = _message_item(self._message or "", "completed", [_text_part(outcome.text)])
-            items = [item | {"status": "incomplete" if outcome.finish == "length" else "completed"}]
+            items = _items(outcome, self._message)
             events += self._text_end(items[0], outcome.text)
         whole = self._answer.ended(self._choice, outcome, items)
         self._answer.keep(self._store, self._conversation, whole)
