@@ -41,7 +41,7 @@ def load_image(source: ImageSource, policy: FetchPolicy, warn: Callable[[str], N
     Raises:
         MediaError: not an image, damaged, in an unsupported format, or larger than `limits` allow.
         MediaNotFoundError, UrlRefusedError: as `open_media` raises them.
-        PackageMissingError: a HEIC picture, and PyAV is not installed.
+        PackageMissingError: a HEIC picture, and pillow-heif is not installed.
     """
     from PIL import Image
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoProcessor
 
-from gemma3n_onnx.runtime import FetchPolicy, MediaError, OnnxGemma3n, PromptError, UrlRefusedError
+from gemma3n_onnx.runtime import FetchPolicy, MediaError, MediaOptions, OnnxGemma3n, PromptError, UrlRefusedError
 
 DEMO = Path(__file__).parents[3] / "demo"
 IMAGE, AUDIO = "<image_soft_token>", "<audio_soft_token>"
@@ -110,8 +110,6 @@ def test_token_ids_with_other_soft_tokens_than_media_are_refused(model: OnnxGemm
 
 
 def test_long_audio_takes_one_placeholder_and_as_many_clips_as_it_has(model: OnnxGemma3n) -> None:
-    from gemma3n_onnx.runtime import MediaOptions
-
     long = (np.tile(SOUND, 65), RATE_HZ)
     prompt = model.encode(f"{AUDIO} is loud", MediaOptions(long_audio="split"), audio=[long])
     assert len(prompt.spans) == 3
