@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 from .anthropic import messages
 from .errors import handle_errors
-from .middleware import Lenient, LimitBody, RequireHost, RequireKey
+from .middleware import AnswerBugs, Lenient, LimitBody, RequireHost, RequireKey
 from .model_pool import ModelPool
 from .openai import chat, completions, embeddings, models, responses, tokenize, transcriptions
 from .service import Limits, Service
@@ -51,6 +51,7 @@ def create_app(pool: ModelPool, limits: Limits, access: Access | None = None) ->
     app.add_middleware(LimitBody, limit=limits.body_bytes)
     app.add_middleware(RequireKey, key=access.api_key)
     app.add_middleware(Lenient, origins=access.origins)
+    app.add_middleware(AnswerBugs)
     if access.origins:
         app.add_middleware(
             CORSMiddleware,

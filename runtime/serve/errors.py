@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +24,6 @@ from .grammar import AnswerSchemaError
 from .worker import BusyError
 
 ANTHROPIC_TYPES = {"server_error": "api_error", "model_not_found": "not_found_error"}
-
-log = logging.getLogger(__name__)
 
 
 class NotFoundError(Gemma3nError, KeyError):
@@ -110,8 +107,3 @@ def handle_errors(app: FastAPI) -> None:
         }
         message = known.get(error.status_code, error.detail)
         return answer(request, error.status_code, error_body(message, "invalid_request_error"))
-
-    @app.exception_handler(Exception)
-    async def of_bug(request: Request, error: Exception) -> JSONResponse:
-        log.error("a request failed", exc_info=error)
-        return answer(request, 500, error_body("The server failed on this request; see its log.", "server_error"))

@@ -1,8 +1,9 @@
-"""ASGI middleware: hosts, keys, bodies, and what clients write in different ways."""
+"""ASGI middleware: hosts, keys, bodies, bugs, and what clients write in different ways."""
 
 from __future__ import annotations
 
 import hmac
+import logging
 from collections.abc import Collection
 from typing import Any
 
@@ -15,6 +16,8 @@ FORM_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Without secrets, and asked by monitors that have no key.
 OPEN_PATHS = ("/", "/health", "/healthz", "/metrics")
+
+log = logging.getLogger(__name__)
 
 
 class RequireHost:
@@ -64,6 +67,31 @@ class Lenient:
         origin = _header(scope, b"origin")
         allowed = "*" in self._origins or origin in self._origins
         return bool(origin) and not allowed and origin.partition("://")[2] != _header(scope, b"host")
+
+
+class AnswerBugs:
+    """Answers an exception that no handler takes with 500, and logs it. The answers of an application's own handler of
+    `Exception` pass no middleware, so they have no CORS headers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        except Exception as error:
+            if started or scope["type"] != "http":
+                raise
+            log.error("a request failed", exc_info=error)
+            body = error_body("The server failed on this request; see its log.", "server_error")
+            await _refuse(scope, receive, send, 500, body)
 
 
 class RequireKey:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gemma3n_onnx.runtime.serve import middleware
 from gemma3n_onnx.runtime.serve.app import Access
 from gemma3n_onnx.runtime.serve.middleware import LOOPBACK, host_of
 from gemma3n_onnx.runtime.serve.model_pool import ServeOptions
@@ -40,6 +41,21 @@ def test_a_page_of_an_allowed_origin_may_ask(guarded: Any) -> None:
     assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == ORIGIN, "the page reads why"
     other = httpx.options(url, headers={"Origin": "http://evil.example", **asked})
     assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_page_reads_that_the_server_failed(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug, logged = ZeroDivisionError(), []
+
+    def fail(_: str) -> None:
+        raise bug
+
+    monkeypatch.setattr(guarded.pool, "resolve", fail)
+    monkeypatch.setattr(middleware.log, "error", lambda _, exc_info: logged.append(exc_info))
+    headers = {"Origin": ORIGIN, "Authorization": "Bearer secret"}
+    answer = httpx.post(f"{guarded.url}/v1/completions", json={"model": E2B, "prompt": SUM}, headers=headers)
+    assert answer.status_code == 500 and answer.headers["access-control-allow-origin"] == ORIGIN
+    assert answer.json()["error"]["type"] == "server_error" and "see its log" in answer.json()["error"]["message"]
+    assert logged == [bug]
 
 
 def test_without_origins_no_page_may_ask(server: Any) -> None:
