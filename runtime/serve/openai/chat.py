@@ -21,7 +21,7 @@ from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
 
 from . import tools
-from .completion import CompletionKind, StreamChunks, complete, token_text
+from .completion import CompletionKind, StreamChunks, complete, listed_logprobs
 from .outcome import TextHolder, outcome_of
 from .requests import generation_options
 from .response_format import ConstrainedRequest, constrained, constraint_of
@@ -141,15 +141,7 @@ def chat_choice(index: int, choice: Choice, parsed: ParsedChat, served: Served) 
 
 
 def _logprobs(tokens: Sequence[TokenLogprob], served: Served) -> dict[str, Any]:
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        text, spelled = token_text(token_id, served)
-        return {"token": text, "logprob": logprob, "bytes": [*spelled]}
-
-    listed = [
-        {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*likely) for likely in token.top]}
-        for token in tokens
-    ]
-    return {"content": listed, "refusal": None}
+    return {"content": listed_logprobs(tokens, served), "refusal": None}
 
 
 class ChatChunks(StreamChunks[ParsedChat]):

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
+from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
 from gemma3n_onnx.runtime.generation.result import RowTimings, batch_timings
 from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice, ParsedRequest
 from gemma3n_onnx.runtime.serve.model_pool import Served
@@ -108,6 +109,19 @@ def _speeds(timings: Sequence[RowTimings]) -> dict[str, float]:
         "prompt_tokens_per_second": round(whole.prefill_tokens_per_second, 1),
         "completion_tokens_per_second": round(whole.decode_tokens_per_second, 1),
     }
+
+
+def listed_logprobs(tokens: Sequence[TokenLogprob], served: Served) -> list[dict[str, Any]]:
+    """Log-probabilities in the form of chat completions and responses."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text, spelled = token_text(token_id, served)
+        return {"token": text, "logprob": logprob, "bytes": [*spelled]}
+
+    return [
+        {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*likely) for likely in token.top]}
+        for token in tokens
+    ]
 
 
 def token_text(token_id: int, served: Served) -> tuple[str, bytes]:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -18,13 +18,16 @@ from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError, PromptError
 from gemma3n_onnx.runtime.generation.scheduler import TokenEvent
 from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice
 from gemma3n_onnx.runtime.serve.errors import status_and_body
+from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import NamedEvents, Service
 
 from .chat import ChatRequest, ParsedChat, read_chat
-from .completion import usage
+from .completion import listed_logprobs, usage
 from .outcome import Outcome, TextHolder, outcome_of
 from .requests import ApiModel, ApiRequest, StreamOptions
 from .response_store import ResponseStore
+
+LOGPROBS = "message.output_text.logprobs"
 
 
 class TextFormat(ApiModel):
@@ -58,7 +61,8 @@ class ResponsesRequest(ApiRequest):
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
     stream_options: StreamOptions | None = None
-    include: list[Literal["reasoning.encrypted_content"]] = Field(default_factory=list)
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(default_factory=list)
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -78,7 +82,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         conversation = _conversation(request, store)
         async with service.held(request.model) as served:
             parsed = await service.read(read_chat, _chat_request(request, conversation), served)
-            answer = ResponseBuilder(request, served.name, parsed)
+            answer = ResponseBuilder(request, served, parsed)
             if request.stream:
                 return service.stream(parsed, served, ResponseEvents(answer, conversation, store))
             (choice,) = await service.answer(parsed, served, http)
@@ -148,7 +152,11 @@ def _chat_request(request: ResponsesRequest, conversation: Conversation) -> Chat
         "tools": request.tools,
         "tool_choice": request.tool_choice,
         "parallel_tool_calls": request.parallel_tool_calls,
+        "logprobs": LOGPROBS in request.include,
+        "top_logprobs": request.top_logprobs,
     }
+    if request.top_logprobs and LOGPROBS not in request.include:
+        raise OptionError(f"top_logprobs needs {LOGPROBS!r} in include; add it.")
     if (wanted := request.text.format) is not None:
         if wanted.type == "json_schema" and wanted.schema_ is None:
             raise OptionError("text.format of type json_schema needs the field schema; add it.")
@@ -159,9 +167,9 @@ def _chat_request(request: ResponsesRequest, conversation: Conversation) -> Chat
 class ResponseBuilder:
     """The response object in its states."""
 
-    def __init__(self, request: ResponsesRequest, model: str, parsed: ParsedChat) -> None:
-        self.request, self.parsed = request, parsed
-        self.id, self._model, self._created = _new_id("resp"), model, int(time.time())
+    def __init__(self, request: ResponsesRequest, served: Served, parsed: ParsedChat) -> None:
+        self.request, self.parsed, self._served = request, parsed, served
+        self.id, self._created = _new_id("resp"), int(time.time())
 
     def whole(self, status: str, output: Sequence[Mapping[str, Any]] = (), **rest: Any) -> dict[str, Any]:
         request = self.request
@@ -174,7 +182,7 @@ class ResponseBuilder:
             "incomplete_details": None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
-            "model": self._model,
+            "model": self._served.name,
             "output": list(output),
             "parallel_tool_calls": request.parallel_tool_calls,
             "previous_response_id": request.previous_response_id,
@@ -184,6 +192,7 @@ class ResponseBuilder:
             "text": {"format": _text_format(request)},
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools,
+            "top_logprobs": request.top_logprobs,
             "top_p": 1.0 if request.top_p is None else request.top_p,
             "truncation": request.truncation,
             "usage": None,
@@ -194,7 +203,19 @@ class ResponseBuilder:
 
     def finished(self, choice: Choice) -> dict[str, Any]:
         outcome = outcome_of(choice, self.parsed.tools)
-        return self.ended(choice, outcome, _items(outcome))
+        return self.ended(choice, outcome, self.items(choice, outcome))
+
+    def items(self, choice: Choice, outcome: Outcome, message_id: str | None = None) -> list[dict[str, Any]]:
+        """Output items. `message_id`: of the message item, if its text has been streamed."""
+        status = _status(outcome)
+        if outcome.text is not None:
+            part = _text_part(outcome.text, self.logprobs(choice))
+            return [_message_item(message_id or _new_id("msg"), status, [part])]
+        return [_call_item(call, status, call["function"]["arguments"]) for call in outcome.calls]
+
+    def logprobs(self, choice: Choice, pieces: slice = slice(None)) -> list[dict[str, Any]]:
+        """Those of some pieces of the text; none unless they were asked for."""
+        return listed_logprobs(choice.logprobs[pieces], self._served)
 
     def ended(self, choice: Choice, outcome: Outcome, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return self.whole(
@@ -229,20 +250,12 @@ def _status(outcome: Outcome) -> str:
     return "incomplete" if outcome.is_cut else "completed"
 
 
-def _items(outcome: Outcome, message_id: str | None = None) -> list[dict[str, Any]]:
-    """Output items. `message_id`: of the message item, if its text has been streamed."""
-    status = _status(outcome)
-    if outcome.text is not None:
-        return [_message_item(message_id or _new_id("msg"), status, [_text_part(outcome.text)])]
-    return [_call_item(call, status, call["function"]["arguments"]) for call in outcome.calls]
-
-
 def _message_item(item_id: str, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
     return {"id": item_id, "type": "message", "status": status, "role": "assistant", "content": content}
 
 
-def _text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _text_part(text: str, logprobs: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": [*logprobs]}
 
 
 def _call_item(call: Mapping[str, Any], status: str, arguments: str) -> dict[str, Any]:
@@ -292,12 +305,12 @@ class ResponseEvents:
             return [*self._text(self._holder.release(self._choice))]
         outcome = outcome_of(self._choice, self._answer.parsed.tools)
         if outcome.text is None:
-            items = _items(outcome)
+            items = self._answer.items(self._choice, outcome)
             events = [event for place, item in enumerate(items) for event in self._call(place, item)]
         else:
             events = [*self._text(self._holder.rest(self._choice), last=True)]
-            items = _items(outcome, self._message)
-            events += self._text_end(items[0], outcome.text)
+            items = self._answer.items(self._choice, outcome, self._message)
+            events += self._text_end(items[0])
         whole = self._answer.ended(self._choice, outcome, items)
         self._answer.keep(self._store, self._conversation, whole)
         return [*events, self._event(f"response.{whole['status']}", response=whole)]
@@ -314,21 +327,22 @@ class ResponseEvents:
         return {"type": kind, "sequence_number": next(self._numbers), **fields}
 
     def _text(self, pieces: slice, last: bool = False) -> Iterator[dict[str, Any]]:
-        text = "".join(self._choice.pieces[pieces])
-        if self._message is None and (text or last):
+        text, listed = "".join(self._choice.pieces[pieces]), self._answer.logprobs(self._choice, pieces)
+        if self._message is None and (text or listed or last):
             self._message = _new_id("msg")
             item = _message_item(self._message, "in_progress", [])
             yield self._event("response.output_item.added", output_index=0, item=item)
             yield self._event("response.content_part.added", **self._place(), part=_text_part(""))
-        if text:
-            yield self._event("response.output_text.delta", **self._place(), delta=text, logprobs=[])
+        if text or listed:
+            yield self._event("response.output_text.delta", **self._place(), delta=text, logprobs=listed)
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._message, "output_index": 0, "content_index": 0}
 
-    def _text_end(self, item: Mapping[str, Any], text: str) -> Iterator[dict[str, Any]]:
-        yield self._event("response.output_text.done", **self._place(), text=text, logprobs=[])
-        yield self._event("response.content_part.done", **self._place(), part=_text_part(text))
+    def _text_end(self, item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        (part,) = item["content"]
+        yield self._event("response.output_text.done", **self._place(), text=part["text"], logprobs=part["logprobs"])
+        yield self._event("response.content_part.done", **self._place(), part=part)
         yield self._event("response.output_item.done", output_index=0, item=item)
 
     def _call(self, place: int, item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -58,6 +58,21 @@ def test_events_of_a_text(server: Any) -> None:
     assert {event.item_id for event in events if hasattr(event, "item_id")} == {events[-1].response.output[0].id}
 
 
+def test_log_probabilities_are_the_models(server: Any, model: Any) -> None:
+    wanted = model.generate([{"role": "user", "content": SUM}], logprobs=3).logprobs
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 3}
+    whole = ask(server, **asked).output[0].content[0]
+    events = [*ask(server, stream=True, **asked)]
+    streamed = [entry for event in events if event.type == "response.output_text.delta" for entry in event.logprobs]
+    (done,) = [event for event in events if event.type == "response.output_text.done"]
+    for found in (whole.logprobs, streamed, done.logprobs, events[-1].response.output[0].content[0].logprobs):
+        assert "".join(entry.token for entry in found) == ANSWER
+        for ours, theirs in zip(found, wanted[:-1], strict=True):  # the end token is not listed
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            assert [top.logprob for top in ours.top_logprobs] == pytest.approx([p for _, p in theirs.top], abs=1e-3)
+    assert ask(server).output[0].content[0].logprobs == []
+
+
 def test_the_clients_helper_adds_the_events_up(server: Any) -> None:
     with server.client.responses.stream(model=E2B, input=SUM, temperature=0) as stream:
         for _ in stream:
@@ -114,7 +129,8 @@ def test_a_conversation_goes_on(server: Any) -> None:
         ({"tools": [{"type": "web_search"}]}, "not supported"),
         ({"input": [{"type": "computer_call"}]}, "has type 'computer_call'"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "needs the field schema"),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"include": ["file_search_call.results"]}, "include"),
+        ({"top_logprobs": 3}, "top_logprobs needs 'message.output_text.logprobs' in include"),
         ({"input": []}, "at least 1"),
         ({"temperature": -1}, "temperature must be"),
     ],
