@@ -64,9 +64,12 @@ def trace_decoder(config: TextConfig, logits: Logits, compute: str, windows: boo
 
     `compute` is the dtype of weights and activations, a key of `DTYPES`; `windows` as in `cache_specs`.
     """
-    model = _trace_decoder(_without_widths(config), logits, compute, windows).clone()
-    for name, shape in _shapes_of_widths(config).items():
+    model = _trace_decoder(_without_vocabulary(_without_widths(config)), logits, compute, windows).clone()
+    for name, shape in {**_shapes_of_widths(config), **_shapes_of_vocabulary(config)}.items():
         model.graph.initializers[name].shape = ir.Shape(shape)
+    output = model.graph.outputs[0]
+    assert output.shape is not None
+    output.shape = ir.Shape([*output.shape[:2], config.vocab_size])
     return model
 
 
@@ -100,9 +103,15 @@ def _without_widths(config: TextConfig) -> TextConfig:
     return dataclasses.replace(config, intermediate_sizes=(32,) * config.num_layers, tied_head=True)
 
 
+def _without_vocabulary(config: TextConfig) -> TextConfig:
+    """The decoder's nodes do not depend on the tables' rows, nor on a length that the config only declares."""
+    return dataclasses.replace(config, vocab_size=32, vocab_size_per_layer_input=32, max_position_embeddings=32)
+
+
 def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the decoder graph, in the order in which the layers use them."""
-    return {**_parameter_shapes(_without_widths(config)), **_shapes_of_widths(config)}
+    outline = _parameter_shapes(_without_vocabulary(_without_widths(config)))
+    return {**outline, **_shapes_of_widths(config), **_shapes_of_vocabulary(config)}
 
 
 @functools.lru_cache(maxsize=8)
@@ -119,6 +128,10 @@ def _shapes_of_widths(config: TextConfig) -> dict[str, tuple[int, ...]]:
                             ("down", (config.hidden_size, width))):  # fmt: skip
             shapes[f"layers.{i}.mlp.{name}_proj.weight"] = shape
     return shapes
+
+
+def _shapes_of_vocabulary(config: TextConfig) -> dict[str, tuple[int, ...]]:
+    return {"lm_head.weight": (config.vocab_size, config.hidden_size)}
 
 
 @functools.lru_cache(maxsize=8)
@@ -138,8 +151,7 @@ def _trace_decoder(config: TextConfig, logits: Logits, compute: str, windows: bo
             [torch.empty(batch, heads, n, dim, dtype=dtype) for n in rows for _ in range(2)],
         )
     inputs, outputs = outline.input_names, outline.output_names
-    known = {config.vocab_size}
-    return _trace(lambda: Decoder(config, logits, windows), compute, arguments, inputs, outputs, known)
+    return _trace(lambda: Decoder(config, logits, windows), compute, arguments, inputs, outputs)
 
 
 @functools.lru_cache(maxsize=8)

@@ -346,7 +346,7 @@ class Decoder(nn.Module):
         logits = self.logits_of(streams)
         if self.logits == "last":
             return logits.unsqueeze(1), *present
-        return ops.reshape(logits, batch, -1, self.config.vocab_size), *present
+        return ops.reshape(logits, batch, ops.size_of_axis(inputs_embeds, 1), -1), *present
 
     def step_of(self, batch: ops.Size, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]) -> Step:
         """Inputs as in `forward`; `past` may be empty if no cache is windowed."""

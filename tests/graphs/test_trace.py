@@ -103,6 +103,16 @@ def test_a_vocabulary_may_have_a_size_that_a_traced_one_divides(
     assert embedding.graph.initializers["embed_tokens.weight"].shape == [3 * 1009, 32]
 
 
+def test_decoders_of_other_vocabularies_share_a_trace() -> None:
+    trace._trace_decoder.cache_clear()
+    other = dataclasses.replace(CONFIG, vocab_size=97, vocab_size_per_layer_input=65, max_position_embeddings=99)
+    for config in (CONFIG, other):
+        graph = trace.trace_decoder(config, "last", "fp32").graph
+        assert graph.initializers["lm_head.weight"].shape == trace.parameter_shapes(config)["lm_head.weight"]
+        assert graph.outputs[0].shape[2] == config.vocab_size
+    assert trace._trace_decoder.cache_info().misses == 1
+
+
 def test_half_precision_computes_rope_magnitudes_and_gates_in_fp32() -> None:
     half = trace.trace_decoder(CONFIG, "last", "fp16")
     inputs = {value.name: value.dtype for value in half.graph.inputs}

@@ -88,10 +88,10 @@ def untied_oracle(untied_checkpoint: Path) -> Gemma3nForCausalLM:
 
 
 @pytest.fixture(scope="session")
-def grown_checkpoint(shallow_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`shallow_checkpoint` with tokens added, as transformers adds them."""
-    model = Gemma3nForCausalLM.from_pretrained(shallow_checkpoint, dtype=torch.float32)
-    return grow(model, shallow_checkpoint, tmp_path_factory.mktemp("checkpoint") / "grown")
+def grown_checkpoint(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`small_checkpoint` with tokens added, as transformers adds them."""
+    model = Gemma3nForCausalLM.from_pretrained(small_checkpoint, dtype=torch.float32)
+    return grow(model, small_checkpoint, tmp_path_factory.mktemp("checkpoint") / "grown")
 
 
 @pytest.fixture(scope="session")

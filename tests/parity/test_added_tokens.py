@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, Gemma3nForCausalLM, Gemma3nForConditiona
 from added_tokens import ADDED, FIRST_ADDED, grow, resize_token_table
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.verify.parity import describe, random_prompts, verify
+from gemma3n_onnx.export.weights import as_torch
+from gemma3n_onnx.graphs.audio import AudioConfig, AudioEncoder
 from gemma3n_onnx.runtime import OnnxGemma3n
 from multimodal import MultimodalOracle, assert_equals_transformers, clip, image, user
 from oracle import (
@@ -51,9 +53,9 @@ def test_added_tokens_equal_transformers(grown_checkpoint, exported, grown_oracl
     assert_equals("both tables resized", model, grown_oracle)
 
 
-def test_without_rows_in_the_per_layer_table_they_equal_transformers(shallow_checkpoint, exported, tmp_path: Path):
-    model = Gemma3nForCausalLM.from_pretrained(shallow_checkpoint, dtype=torch.float32)
-    folder = grow(model, shallow_checkpoint, tmp_path / "checkpoint", resize_token_table)
+def test_without_rows_in_the_per_layer_table_they_equal_transformers(small_checkpoint, exported, tmp_path: Path):
+    model = Gemma3nForCausalLM.from_pretrained(small_checkpoint, dtype=torch.float32)
+    folder = grow(model, small_checkpoint, tmp_path / "checkpoint", resize_token_table)
     ours = OnnxGemma3n.from_pretrained(exported(folder))
     assert ours.manifest.per_layer_embeddings.rows == 1024
     assert_equals("token table resized", ours, load_oracle(folder))
@@ -144,13 +146,31 @@ def test_clips_are_padded_as_before_the_resize(full, exported, small_full_checkp
         full_oracle.logits(inputs.ids, inputs.media)
 
 
-def test_a_smaller_vocabulary_pads_clips_with_its_last_id(small_full_checkpoint, exported, tmp_path: Path):
+@pytest.fixture(scope="module")
+def shrunk(small_full_checkpoint, tmp_path_factory):
+    """1,200 ids: the last ones of the image tokens, and the audio tokens, are gone."""
     model = Gemma3nForConditionalGeneration.from_pretrained(small_full_checkpoint, dtype=torch.float32)
     resize_token_table(model, 1200)
-    folder = save_as_transformers(model, small_full_checkpoint, tmp_path / "checkpoint")
+    folder = save_as_transformers(model, small_full_checkpoint, tmp_path_factory.mktemp("checkpoint") / "shrunk")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = {token: i for token, i in vocab.items() if i < 1200}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    ours, oracle = OnnxGemma3n.from_pretrained(exported(folder)), MultimodalOracle.load(folder)
-    assert_equals_transformers("1,200 ids", ours, oracle, [user("Listen", clip(0), "and tell.")])
+    return folder
+
+
+def test_a_smaller_vocabulary_equals_transformers_and_pads_clips_with_its_last_id(shrunk, exported):
+    ours, oracle = OnnxGemma3n.from_pretrained(exported(shrunk, modalities=("text",))), MultimodalOracle.load(shrunk)
+    found = generate_greedily(ours, [2, *range(1000, 1200)], 4)
+    assert_close("1,200 ids", found.logits, oracle.logits(found.oracle_ids, {}, 4), TOLERANCE)
+
+    checkpoint = Checkpoint.open(shrunk)
+    encoder = AudioEncoder(AudioConfig.from_hf(checkpoint.config))
+    names = [name for name, _ in encoder.named_parameters()]
+    encoder.load_state_dict(
+        {name: as_torch(checkpoint.raw_read(checkpoint.encoder_raw_name(name))) for name in names}, strict=False
+    )
+    with torch.no_grad():
+        padding = encoder(torch.zeros(1, 16, 128), torch.ones(1, 16, dtype=torch.bool))[1:]
+        last = oracle.model.model.embed_audio(torch.tensor([[1199]]))[0]
+    assert_close("the padding of a clip", padding.numpy(), last.expand_as(padding).numpy(), TOLERANCE)

@@ -117,9 +117,8 @@ def data_url(file: str, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(Path(file).read_bytes()).decode()}"
 
 
-def test_several_images_and_clips_and_a_batch(shallow_multimodal_model, shallow_multimodal_oracle) -> None:
+def test_several_images_and_clips_and_a_batch(model: OnnxGemma3n, oracle: MultimodalOracle) -> None:
     """In any order; each prompt of a batch has its own."""
-    model, oracle = shallow_multimodal_model, shallow_multimodal_oracle
     prompt = "First <image_soft_token><audio_soft_token> and then <image_soft_token>, <audio_soft_token>."
     pictures, sounds = [image(0), image(1)], [clip(0), clip(1)]
     images, audio = [part["image"] for part in pictures], [part["audio"] for part in sounds]
