@@ -268,9 +268,7 @@ def _decode(file: BinaryIO, sample_rate_hz: int, max_seconds: float, warn: Calla
         declared = sound.frames if sound.frames < UNKNOWN_LENGTH else 0
         _check_seconds(declared / rate, max_seconds)
         if wav is not None and not wav.is_streamed and 0 < wav.present < wav.declared:
-            seconds = declared / rate
-            whole = seconds * wav.declared / wav.present
-            warn(f"The WAV is cut off: it declares {whole:.3f} s but has {seconds:.3f} s.")
+            warn(f"The WAV is cut off: it declares {wav.declared:,} bytes of sound but has {wav.present:,}.")
         try:
             return _Resampler(rate, sample_rate_hz).all_of(_sound_blocks(sound, rate, declared, max_seconds))
         except soundfile.SoundFileError as error:

@@ -166,6 +166,11 @@ def with_sizes(wav: bytes, riff: int, data: int) -> bytes:
     return bytes(changed)
 
 
+def with_sizes_in_ds64(rf64: bytes, riff: int, data: int) -> bytes:
+    place = rf64.index(b"ds64") + 8
+    return rf64[:place] + riff.to_bytes(8, "little") + data.to_bytes(8, "little") + rf64[place + 16 :]
+
+
 def decoded_by_ffmpeg(wav: bytes) -> np.ndarray:
     import av
 
@@ -176,6 +181,7 @@ def decoded_by_ffmpeg(wav: bytes) -> np.ndarray:
 
 WAV = sound(tone(1.5), RATE_HZ, "WAV")
 UNSET = 0xFFFF_FFFF
+RF64 = sound(tone(1.5), RATE_HZ, "RF64")
 
 
 @pytest.mark.parametrize(
@@ -186,10 +192,11 @@ UNSET = 0xFFFF_FFFF
         with_sizes(WAV, 0, 0),
         with_sizes(WAV, 36, 0),
         with_sizes(WAV, UNSET, 0),
+        with_sizes(WAV, len(WAV) - 8, 0),
         with_sizes(WAV, 0x7FFF_FFFF, 0x7FFF_FFDB),
         with_sizes(WAV, 0x8000_0024, 0x8000_0000),
     ],
-    ids=["ffmpeg", "unset", "zero", "empty", "unset and zero", "31 bits", "sox"],
+    ids=["ffmpeg", "unset", "zero", "empty", "unset and zero", "only the data zero", "31 bits", "sox"],
 )
 def test_a_streamed_wav_is_read_to_its_end(wav: bytes) -> None:
     told: list[str] = []
@@ -199,20 +206,31 @@ def test_a_streamed_wav_is_read_to_its_end(wav: bytes) -> None:
     assert len(samples) == 1.5 * RATE_HZ and np.abs(samples - tone(1.5)).max() < 1e-4
 
 
-@pytest.mark.parametrize("format", ["PCM_16", "FLOAT", "ULAW"])
-def test_a_wav_that_is_cut_off_is_read_as_far_as_it_goes(format: str) -> None:
-    whole = sound(tone(1.5), RATE_HZ, "WAV", format)
+def test_an_rf64_without_sizes_is_read_to_its_end() -> None:
+    """FFmpeg reads nothing of it."""
+    told: list[str] = []
+    samples = load_audio(with_sizes_in_ds64(RF64, 0, 0), POLICY, RATE_HZ, warn=told.append)
+    assert told == ["The WAV does not declare its length, so it was read to the end of the file."]
+    np.testing.assert_array_equal(samples, loaded(RF64))
+
+
+@pytest.mark.parametrize(
+    ("container", "format", "declared"),
+    [("WAV", "PCM_16", 48_000), ("WAV", "FLOAT", 96_000), ("WAV", "ULAW", 24_000), ("RF64", "PCM_24", 72_000)],
+)
+def test_a_wav_that_is_cut_off_is_read_as_far_as_it_goes(container: str, format: str, declared: int) -> None:
+    whole = sound(tone(1.5), RATE_HZ, container, format)
     cut = whole[: whole.index(b"data") + 8 + (len(whole) - whole.index(b"data") - 8) // 3]
     told: list[str] = []
     samples = load_audio(cut, POLICY, RATE_HZ, warn=told.append)
-    assert told == ["The WAV is cut off: it declares 1.500 s but has 0.500 s."]
+    assert told == [f"The WAV is cut off: it declares {declared:,} bytes of sound but has {declared // 3:,}."]
     np.testing.assert_array_equal(samples, loaded(whole)[: RATE_HZ // 2])
 
 
 def test_a_whole_wav_gives_no_warning() -> None:
     told: list[str] = []
     after = b"LIST" + (4).to_bytes(4, "little") + b"INFO"
-    for wav in (WAV, with_sizes(WAV + after, len(WAV) + len(after) - 8, 48_000), sound(tone(1), RATE_HZ, "FLAC")):
+    for wav in (WAV, with_sizes(WAV + after, len(WAV) + len(after) - 8, 48_000), RF64, sound(tone(1), RATE_HZ, "FLAC")):
         load_audio(wav, POLICY, RATE_HZ, warn=told.append)
     assert told == []
     with pytest.raises(MediaError, match="no samples"):
