@@ -86,9 +86,11 @@ def run(
 
 
 def _read_standard_input() -> str:
-    """All of it, without the newline that ends it."""
+    """All of it, without a byte order mark and the newline that ends it."""
+    if sys.stdin is None:
+        raise PromptError("Standard input is closed; give the prompt as an argument, or pipe it in.")
     try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
+        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise PromptError("Standard input is not UTF-8 text; convert it, or give the prompt as an argument.") from error
 

@@ -15,6 +15,7 @@ from gemma3n_onnx.runtime.generation.stream import GenerationStream
 from support import Outcome, run_command
 
 OPTIONS = ("--max-new-tokens", "12")
+CLOSED = "Standard input is closed; give the prompt as an argument, or pipe it in."
 
 
 @pytest.fixture
@@ -47,6 +48,20 @@ def test_standard_input_without_a_prompt(gemma3n, small_artifact: Path, typed: b
     outcome = gemma3n(small_artifact, "-", typed=typed)
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err.startswith("Error: ") and says in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_standard_input_may_begin_with_a_byte_order_mark(gemma3n, small_artifact: Path) -> None:
+    marked, plain = (
+        gemma3n(small_artifact, "-", "--raw", *OPTIONS, typed=typed) for typed in (b"\xef\xbb\xbfHello\n", b"Hello")
+    )
+    assert marked == plain and marked.code == 0
+
+
+def test_closed_standard_input(monkeypatch: pytest.MonkeyPatch, small_artifact: Path) -> None:
+    """As Python has it after `<&-`."""
+    monkeypatch.setattr(sys, "stdin", None)
+    outcome = run_command(monkeypatch, ["gemma3n", "run", str(small_artifact), "-"])
+    assert outcome == Outcome(1, "", f"Error: {CLOSED}\n")
 
 
 def test_json_is_the_result(gemma3n, small_artifact: Path) -> None:
