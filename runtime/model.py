@@ -337,8 +337,9 @@ def _of_each(name: str, given: Any, prompts: Sequence[Any]) -> list[Any]:
     """The media of each prompt of a batch."""
     if given is None:
         return [None] * len(prompts)
-    if not isinstance(given, list) or len(given) != len(prompts):
-        raise PromptError(f"{name} must be a list with one list for each of the {len(prompts)} prompts.")
+    lists = isinstance(given, list) and all(each is None or isinstance(each, list) for each in given)
+    if not lists or len(given) != len(prompts):
+        raise PromptError(f"In a batch, {name} must be a list of lists, one for each prompt ({len(prompts)} here).")
     return given
 
 

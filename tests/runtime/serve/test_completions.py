@@ -63,7 +63,7 @@ def test_a_streamed_completion_of_a_sound(server):
         ({"prompt": WITH_IMAGE, "images": ["../README.md"]}, "README.md"),
         ({"prompt": WITH_IMAGE, "images": ["/etc/passwd"]}, "/etc/passwd"),
         ({"prompt": WITH_IMAGE, "images": ["ftp://x/y.png"]}, "neither an http nor an https URL"),
-        ({"prompt": [WITH_IMAGE, "x"], "images": ["picture.png"]}, "one list for each of the 2 prompts"),
+        ({"prompt": [WITH_IMAGE, "x"], "images": ["picture.png"]}, "images must be a list of lists"),
         ({"prompt": WITH_IMAGE, "images": ["picture.png"], "image_size": 100}, "image_size is 100"),
         ({"prompt": WITH_IMAGE, "images": "picture.png"}, "images"),
     ],
