@@ -166,9 +166,11 @@ def _type_of(part: Any, index: int) -> str:
     kind = part["type"]
     kind = SAME_TYPES.get(kind, kind) if isinstance(kind, str) else kind
     if kind in FILE_TYPES:
+        holder = part["file"] if isinstance(part.get("file"), Mapping) else part
+        named = f" ({_shown(name)})" if (name := holder.get("filename")) else ""
         raise PromptError(
-            f"Message {index} has a part of type {kind!r}, but the model does not take a PDF or another document; "
-            "send its text, or each page as an image."
+            f"Message {index} has a part of type {kind!r}{named}, but the model does not take a PDF or another "
+            "document; send its text, or each page as an image."
         )
     if kind not in KNOWN_TYPES:
         raise PromptError(f"Message {index} has a part of type {kind!r}; use one of {', '.join(KNOWN_TYPES)}.")

@@ -1,5 +1,6 @@
 """What messages may look like, and what becomes of the media in them."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -88,10 +89,20 @@ def test_malformed_messages_are_refused(reader: MessageReader, messages: Any, re
         reader.read(messages, MediaOptions())
 
 
-@pytest.mark.parametrize("kind", ["file", "input_file"])
-def test_a_document_is_refused_by_name(reader: MessageReader, kind: str) -> None:
-    part = {"type": kind, "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0xLjc="}}
-    with pytest.raises(PromptError, match=rf"part of type '{kind}', but the model does not take a PDF"):
+PDF = "data:application/pdf;base64,JVBERi0xLjc="
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"type": "file", "file": {"filename": "a.pdf", "file_data": PDF}}, "'file' ('a.pdf')"),
+        ({"type": "input_file", "filename": "a.pdf", "file_data": PDF}, "'input_file' ('a.pdf')"),
+        ({"type": "file", "file": {"file_id": "file-1"}}, "'file'"),
+        ({"type": "input_file", "file_url": "https://example.com/a.pdf"}, "'input_file'"),
+    ],
+)
+def test_a_document_is_refused_by_name(reader: MessageReader, part: dict[str, Any], named: str) -> None:
+    with pytest.raises(PromptError, match=re.escape(f"part of type {named}, but the model does not take a PDF")):
         read_parts(reader, part)
 
 
