@@ -288,10 +288,11 @@ class Checkpoint:
             CheckpointError: config.json says that the head is not tied, and there is none.
         """
         if self.naming.head not in self._tensors:
-            if self.config.get("tie_word_embeddings", True):
+            if tied := self.config.get("tie_word_embeddings", True):
                 return True
             raise CheckpointError(
-                f"{self.folder} has no {self.naming.head}, but its config.json sets tie_word_embeddings to false; save "
+                f"{self.folder} has no {self.naming.head}, but its config.json sets tie_word_embeddings to "
+                f"{json.dumps(tied)}; save "
                 "the whole model with its head, or set it to true if the head is the token embedding."
             )
         spec = self.spec(EMBEDDING)
