@@ -423,6 +423,11 @@ CASES = [
         ("no lm_head.weight", "tie_word_embeddings to false"),
     ),
     Case(
+        "weights_head_missing_and_tied_to_null",
+        exporting(rewrite_json("config.json", lambda c: c.update(tie_word_embeddings=None))),
+        ("no lm_head.weight", "tie_word_embeddings to null"),
+    ),
+    Case(
         "weights_unsupported_dtype",
         exporting(change_header(lambda h: h[TENSOR].update(dtype="I32"))),
         (TENSOR, "dtype I32"),
