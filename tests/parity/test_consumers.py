@@ -101,9 +101,12 @@ PROMPTS = [random_prompt(length, seed=length) for length in (3, WINDOW + 5, LONG
 
 @pytest.mark.parametrize("layout", [*DECODER])
 def test_each_row_of_a_left_padded_batch_is_as_alone(shallow_checkpoint, exported, shallow_oracle, layout):
+    """Also beside a row of padding alone, whose logits mean nothing but are finite."""
     consumer = Consumer(exported(shallow_checkpoint, layout=layout), layout)
+    tokens, logits = consumer.generate_batch(*padded([*PROMPTS, []], lambda n: n), STEPS)
+    assert np.isfinite(logits).all()
     ids, mask = padded(PROMPTS, lambda n: n)
-    tokens, logits = consumer.generate_batch(ids, mask, STEPS)
+    tokens, logits = tokens[:-1], logits[:-1]
     for prompt, made, found in zip(PROMPTS, tokens.tolist(), logits, strict=True):
         theirs = oracle_logits(shallow_oracle, [*prompt, *made[:-1]], STEPS)
         assert_close(f"{layout}, prompt of {len(prompt)} padded to {ids.shape[1]}", found, theirs, TOLERANCE)
