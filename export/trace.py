@@ -64,8 +64,8 @@ def trace_decoder(config: TextConfig, logits: Logits, compute: str, windows: boo
 
     `compute` is the dtype of weights and activations, a key of `DTYPES`; `windows` as in `cache_specs`.
     """
-    model = _trace_decoder(_without_vocabulary(_without_widths(config)), logits, compute, windows).clone()
-    for name, shape in {**_shapes_of_widths(config), **_shapes_of_vocabulary(config)}.items():
+    model = _trace_decoder(_shared(config), logits, compute, windows).clone()
+    for name, shape in _own_shapes(config).items():
         model.graph.initializers[name].shape = ir.Shape(shape)
     output = model.graph.outputs[0]
     assert output.shape is not None
@@ -84,7 +84,10 @@ def trace_embedding(
 
     `soft_token_ids` maps a feature input to the soft token that it replaces.
     """
-    return _trace_embedding(_without_widths(config), storage, compute, hard_rows, tuple(soft_token_ids.items())).clone()
+    shared = dataclasses.replace(
+        _shared(config), vocab_size=config.vocab_size, vocab_size_per_layer_input=config.vocab_size_per_layer_input
+    )
+    return _trace_embedding(shared, storage, compute, hard_rows, tuple(soft_token_ids.items())).clone()
 
 
 def trace_audio(config: AudioConfig) -> ir.Model:
@@ -97,21 +100,22 @@ def trace_vision(config: VisionConfig) -> ir.Model:
     return _trace_vision(config).clone()
 
 
-def _without_widths(config: TextConfig) -> TextConfig:
-    """The nodes depend neither on the FFN widths nor on the source of the head, so slices of the same depth share a
-    trace."""
-    return dataclasses.replace(config, intermediate_sizes=(32,) * config.num_layers, tied_head=True)
-
-
-def _without_vocabulary(config: TextConfig) -> TextConfig:
-    """The decoder's nodes do not depend on the tables' rows, nor on a length that the config only declares."""
-    return dataclasses.replace(config, vocab_size=32, vocab_size_per_layer_input=32, max_position_embeddings=32)
+def _shared(config: TextConfig) -> TextConfig:
+    """The config with fixed values where a decoder's nodes depend on none: slices of one depth and checkpoints with
+    added tokens share a trace."""
+    return dataclasses.replace(
+        config,
+        intermediate_sizes=(32,) * config.num_layers,
+        vocab_size=32,
+        vocab_size_per_layer_input=32,
+        max_position_embeddings=32,
+        tied_head=True,
+    )
 
 
 def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the decoder graph, in the order in which the layers use them."""
-    outline = _parameter_shapes(_without_vocabulary(_without_widths(config)))
-    return {**outline, **_shapes_of_widths(config), **_shapes_of_vocabulary(config)}
+    return {**_parameter_shapes(_shared(config)), **_own_shapes(config)}
 
 
 @functools.lru_cache(maxsize=8)
@@ -120,18 +124,14 @@ def _parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in Decoder(config, "last").named_parameters()}
 
 
-def _shapes_of_widths(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters that depend on the FFN widths."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _own_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that are others in the shared config."""
+    shapes: dict[str, tuple[int, ...]] = {"lm_head.weight": (config.vocab_size, config.hidden_size)}
     for i, width in enumerate(config.intermediate_sizes):
         for name, shape in (("gate", (width, config.hidden_size)), ("up", (width, config.hidden_size)),
                             ("down", (config.hidden_size, width))):  # fmt: skip
             shapes[f"layers.{i}.mlp.{name}_proj.weight"] = shape
     return shapes
-
-
-def _shapes_of_vocabulary(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    return {"lm_head.weight": (config.vocab_size, config.hidden_size)}
 
 
 @functools.lru_cache(maxsize=8)

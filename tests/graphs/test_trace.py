@@ -76,12 +76,29 @@ def test_all_logits_keep_the_sliding_donor_full() -> None:
     assert [spec.windowed for spec in decoder.cache_specs(CONFIG, "last")] == [True, False]
 
 
-def test_ffn_widths_do_not_leak_between_slices(model: ir.Model) -> None:
-    other = dataclasses.replace(CONFIG, intermediate_sizes=(32, 32, 32, 32))
-    narrow = trace.trace_decoder(other, "last", "fp32")
-    name = "layers.0.mlp.down_proj.weight"
-    assert tuple(narrow.graph.initializers[name].shape.numpy()) == (32, 32)
-    assert tuple(model.graph.initializers[name].shape.numpy()) == (32, 64)
+def described(model: ir.Model) -> tuple[list[str], dict[str, str]]:
+    graph = model.graph
+    nodes = [str(node) for node in graph]
+    values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+    return nodes, {value.name: f"{value.dtype} {value.shape} {value.const_value}" for value in values}
+
+
+@pytest.mark.parametrize("logits", ["last", "all"])
+def test_a_shared_trace_is_the_one_that_the_config_alone_gives(model: ir.Model, logits: decoder.Logits) -> None:
+    before = described(model)
+    other = dataclasses.replace(
+        CONFIG,
+        intermediate_sizes=(96, 96, 96, 96),
+        vocab_size=320,
+        vocab_size_per_layer_input=96,
+        max_position_embeddings=77,
+        tied_head=False,
+    )
+    shared = trace.trace_decoder(other, logits, "fp32")
+    assert tuple(shared.graph.initializers["layers.1.mlp.down_proj.weight"].shape.numpy()) == (32, 96)
+    assert shared.graph.outputs[0].shape[2] == 320
+    assert described(shared) == described(trace._trace_decoder.__wrapped__.__wrapped__(other, logits, "fp32", True))
+    assert described(model) == before
 
 
 def test_a_fixed_size_in_a_graph_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -101,16 +118,6 @@ def test_a_vocabulary_may_have_a_size_that_a_traced_one_divides(
     assert trace.trace_decoder(config, "all", "fp32").graph.outputs[0].shape == ["batch", "new_tokens", 2018]
     embedding = trace.trace_embedding(config, "fp32", "fp32", HardRows(1009, 1009))
     assert embedding.graph.initializers["embed_tokens.weight"].shape == [3 * 1009, 32]
-
-
-def test_decoders_of_other_vocabularies_share_a_trace() -> None:
-    trace._trace_decoder.cache_clear()
-    other = dataclasses.replace(CONFIG, vocab_size=97, vocab_size_per_layer_input=65, max_position_embeddings=99)
-    for config in (CONFIG, other):
-        graph = trace.trace_decoder(config, "last", "fp32").graph
-        assert graph.initializers["lm_head.weight"].shape == trace.parameter_shapes(config)["lm_head.weight"]
-        assert graph.outputs[0].shape[2] == config.vocab_size
-    assert trace._trace_decoder.cache_info().misses == 1
 
 
 def test_half_precision_computes_rope_magnitudes_and_gates_in_fp32() -> None:
