@@ -13,9 +13,7 @@ Shape legend: B batch, S new tokens, T tokens of the mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from gemma3n_onnx.graphs.names import ATTENTION_MASK, POSITION_IDS
 
+from .new_nodes import add_before, constant
 from .split_donor_cache import ATTENTION, donor_of
 
 _BIAS = 10  # its place among the operator's inputs
@@ -40,9 +39,9 @@ class MaskPadding(InPlacePass):
         readers_of_mask = [*mask.consumers()]
         attentions = [node for node in graph if node.op_type == ATTENTION]
         (pick,) = (node for node in graph if node.op_type == "GatherElements")
-        add, constant = partial(_add, graph, graph[0]), partial(_constant, graph)
+        add, number = partial(add_before, graph, graph[0]), partial(constant, graph, "padding")
 
-        zero, one = constant("zero", [0]), constant("one", [1])
+        zero, one = number("zero", [0]), number("one", [1])
         total, new = (add("Shape", [value], {"start": 1, "end": 2}) for value in (mask, positions))
         past = add("Sub", [total, new])
         padded = add("Equal", [mask, zero])  # [B, T]
@@ -50,12 +49,12 @@ class MaskPadding(InPlacePass):
 
         def bias_of(hidden: ir.Value) -> ir.Value:
             """[B, T] -> [B, 1, 1, T]"""
-            bias = add("Where", [hidden, constant("hidden", [_HIDDEN]), constant("visible", [np.float32(0)])])
-            return add("Unsqueeze", [bias, constant("axes", [1, 2])])
+            bias = add("Where", [hidden, number("hidden", [_HIDDEN]), number("visible", [np.float32(0)])])
+            return add("Unsqueeze", [bias, number("axes", [1, 2])])
 
         bias_of_all = add("Expand", [bias_of(padded), add("Concat", [one, one, new, one], {"axis": 0})])
 
-        columns = add("Range", [constant("first", 0), add("Squeeze", [total]), constant("step", 1)])
+        columns = add("Range", [number("first", 0), add("Squeeze", [total]), number("step", 1)])
         distances = add("Sub", [add("Add", [past, last]), columns])  # [B, T]
         hidden = add("Or", [padded, add("Less", [distances, zero])])
         bias_of_last = {-1: bias_of(hidden)}
@@ -67,7 +66,7 @@ class MaskPadding(InPlacePass):
                 continue
             window = node.attributes[_WINDOW].as_int()
             if window not in bias_of_last:
-                outside = add("GreaterOrEqual", [distances, constant(f"window.{window}", [window])])
+                outside = add("GreaterOrEqual", [distances, number(f"window.{window}", [window])])
                 bias_of_last[window] = bias_of(add("Or", [hidden, outside]))
             node.replace_input_with(_BIAS, bias_of_last[window])
             node.attributes.add(ir.AttrInt64(_WINDOW, -1))
@@ -77,25 +76,3 @@ class MaskPadding(InPlacePass):
             node.replace_input_with(node.inputs.index(mask), full)
         RemoveUnusedNodesPass()(model)
         return PassResult(model, modified=True)
-
-
-def _add(
-    graph: ir.Graph,
-    before: ir.Node,
-    kind: str,
-    inputs: Sequence[ir.Value],
-    attributes: Mapping[str, Any] | None = None,
-) -> ir.Value:
-    node = ir.node(kind, inputs, attributes or {})
-    graph.insert_before(before, node)
-    return node.outputs[0]
-
-
-def _constant(graph: ir.Graph, name: str, content: Any) -> ir.Value:
-    """int64 or fp32, registered at the first call."""
-    name = f"padding.{name}"
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.asarray(content), name=name)
-        shape, dtype = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-        graph.register_initializer(ir.Value(name=name, shape=shape, type=dtype, const_value=tensor))
-    return graph.initializers[name]

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from .new_nodes import add_before
+
 _DOMAIN = "com.microsoft"
 _LEAST = 1e-30
 
@@ -69,8 +71,8 @@ def _replace(
         scaled[x] = _scaled_rows(graph, node, x)
     rows, magnitudes = scaled[x]
     parts = [_initializer(graph, tensor) for tensor in (weights.codes, weights.scales)]
-    product = _add(graph, node, "DynamicQuantizeMatMul", [rows, *parts], domain=_DOMAIN)
-    made = _add(graph, node, "Mul", [product, magnitudes])
+    product = add_before(graph, node, "DynamicQuantizeMatMul", [rows, *parts], domain=_DOMAIN)
+    made = add_before(graph, node, "Mul", [product, magnitudes])
     made.name, made.type, made.shape = out.name, out.type, out.shape
     out.replace_all_uses_with(made, replace_graph_outputs=True)
     graph.remove(node, safe=True)
@@ -80,22 +82,9 @@ def _scaled_rows(graph: ir.Graph, before: ir.Node, x: ir.Value) -> tuple[ir.Valu
     """x [T, K] -> rows divided by their largest magnitude [T, K], and these magnitudes [T, 1]."""
     last = _initializer(graph, ir.tensor([-1], name="rows.axis"))
     least = _initializer(graph, ir.tensor([_LEAST], dtype=ir.DataType.FLOAT, name="rows.least"))
-    largest = _add(graph, before, "ReduceMax", [_add(graph, before, "Abs", [x]), last], {"keepdims": 1})
-    magnitudes = _add(graph, before, "Max", [largest, least])
-    return _add(graph, before, "Div", [x, magnitudes]), magnitudes
-
-
-def _add(
-    graph: ir.Graph,
-    before: ir.Node,
-    kind: str,
-    inputs: list[ir.Value],
-    attributes: Mapping[str, int] | None = None,
-    domain: str = "",
-) -> ir.Value:
-    node = ir.node(kind, inputs, attributes or {}, domain=domain, version=1 if domain else None)
-    graph.insert_before(before, node)
-    return node.outputs[0]
+    largest = add_before(graph, before, "ReduceMax", [add_before(graph, before, "Abs", [x]), last], {"keepdims": 1})
+    magnitudes = add_before(graph, before, "Max", [largest, least])
+    return add_before(graph, before, "Div", [x, magnitudes]), magnitudes
 
 
 def _is_product(node: ir.Node, weight: ir.Value) -> bool:

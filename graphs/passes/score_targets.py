@@ -24,6 +24,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from gemma3n_onnx.graphs import names
 
+from .new_nodes import constant
 from .split_donor_cache import ATTENTION, donor_of
 
 TOP = 20
@@ -37,11 +38,11 @@ class ScoreTargets(InPlacePass):
         graph = model.graph
         (pick,) = (node for node in graph if node.op_type == "GatherElements")
         targets = _new_input(graph)
-        add, constant = partial(_add, graph), partial(_constant, graph)
+        add, number = partial(_add, graph), partial(constant, graph, "score")
 
         scored = add("Shape", [targets], {"start": 1, "end": 2}, before=pick)
         first = add("Neg", [scored], before=pick)
-        last = add("Slice", [pick.inputs[0], first, constant("end", [_END]), constant("columns", [1])], before=pick)
+        last = add("Slice", [pick.inputs[0], first, number("end", [_END]), number("columns", [1])], before=pick)
         ir.convenience.replace_all_uses_with(pick.outputs[0], last)
 
         _keep_all_positions(graph)
@@ -52,13 +53,13 @@ class ScoreTargets(InPlacePass):
         (flat, *_), width = unsqueeze.inputs, logits.shape[2]  # flat: [n, V]
         assert isinstance(width, int)
         graph.outputs.remove(logits)
-        count, axis, shape = min(TOP, width), constant("vocabulary", [1]), add("Shape", [targets])
-        top, ids = add("TopK", [flat, constant("top", [count])], {"axis": 1}, outputs=2)
+        count, axis, shape = min(TOP, width), number("vocabulary", [1]), add("Shape", [targets])
+        top, ids = add("TopK", [flat, number("top", [count])], {"axis": 1}, outputs=2)
         largest = add("ReduceMax", [flat, axis])
         weights = add("Exp", [add("Sub", [flat, largest])])
         log_total = add("Add", [largest, add("Log", [add("ReduceSum", [weights, axis])])])
-        chosen = add("GatherElements", [flat, add("Reshape", [targets, constant("column", [-1, 1])])], {"axis": 1})
-        listed = add("Concat", [shape, constant("width", [count])], {"axis": 0})
+        chosen = add("GatherElements", [flat, add("Reshape", [targets, number("column", [-1, 1])])], {"axis": 1})
+        listed = add("Concat", [shape, number("width", [count])], {"axis": 0})
         found: tuple[tuple[str, ir.Value, ir.DataType, list[int]], ...] = (
             (names.TARGET_LOGPROBS, add("Reshape", [add("Sub", [chosen, log_total]), shape]), ir.DataType.FLOAT, []),
             (names.TOP_LOGPROBS, add("Reshape", [add("Sub", [top, log_total]), listed]), ir.DataType.FLOAT, [count]),
@@ -113,11 +114,3 @@ def _add(
     for place, value in enumerate(node.outputs):
         value.name = f"score.{len(graph)}.{place}"
     return node.outputs[0] if outputs == 1 else node.outputs
-
-
-def _constant(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
-    tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=f"score.{name}")
-    int64 = ir.TensorType(ir.DataType.INT64)
-    value = ir.Value(name=tensor.name, shape=ir.Shape([len(values)]), type=int64, const_value=tensor)
-    graph.register_initializer(value)
-    return value

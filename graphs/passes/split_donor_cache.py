@@ -12,6 +12,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from .new_nodes import constant
+
 ATTENTION = "GroupQueryAttention"
 _END = (1 << 63) - 1
 
@@ -46,8 +48,8 @@ def donor_of(attention: ir.Node) -> ir.Node | None:
 
 def _split(graph: ir.Graph, before: ir.Node, cache: ir.Value) -> tuple[ir.Value, ir.Value]:
     """cache [B, K, T, D] -> all rows but the last [B, K, T - 1, D], and the last [B, 1, K * D]."""
-    start, minus_one, end, axis = (_constant(graph, f"donor.{name}", [value]) for name, value in _BOUNDS)
-    rows = _constant(graph, "donor.row", [0, 1, -1])
+    start, minus_one, end, axis = (constant(graph, "donor", name, [value]) for name, value in _BOUNDS)
+    rows = constant(graph, "donor", "row", [0, 1, -1])
     earlier = ir.node("Slice", [cache, start, minus_one, axis])
     last = ir.node("Slice", [cache, minus_one, end, axis])
     transposed = ir.node("Transpose", [last.outputs[0]], {"perm": [0, 2, 1, 3]})
@@ -57,11 +59,3 @@ def _split(graph: ir.Graph, before: ir.Node, cache: ir.Value) -> tuple[ir.Value,
 
 
 _BOUNDS = (("start", 0), ("last", -1), ("end", _END), ("axis", 2))
-
-
-def _constant(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
-    if name not in graph.initializers:
-        tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
-        int64 = ir.TensorType(ir.DataType.INT64)
-        graph.register_initializer(ir.Value(name=name, shape=ir.Shape([len(values)]), type=int64, const_value=tensor))
-    return graph.initializers[name]
