@@ -4,5 +4,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ruff check .
 ruff format --check .
-bash ci/mypy.sh
-python -m pytest -rP -n 2 --dist loadfile --no-loadscope-reorder --durations 10 "$@"
+# mypy uses one core; it runs beside the tests.
+bash ci/mypy.sh &
+types=$!
+tests=0
+python -m pytest -rP -n 2 --dist loadfile --no-loadscope-reorder --durations 10 "$@" || tests=$?
+wait $types
+exit $tests
