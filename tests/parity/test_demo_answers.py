@@ -92,16 +92,16 @@ def assert_answers_as_transformers_and_right(model, oracle, questions):
 
 def test_surprise_is_what_transformers_gives_the_right_answer(demo, oracle, questions):
     _, model = demo(WHOLE)
-    errors = []
-    for conversation, *_ in questions.values():
+    errors, firsts = [], [conversation for conversation, *_ in questions.values()][::2]
+    for conversation in firsts:
         inputs = oracle.inputs(messages_of(conversation, sources_of(conversation)))
         ids = model.tokenizer.encode(f"{conversation.turns[0].answer}<end_of_turn>", add_bos=False)
         chances = log_softmax(oracle.logits([*inputs.ids, *ids[:-1]], inputs.media, len(ids)))
         errors.append(abs(surprise(model, conversation) + chances[np.arange(len(ids)), ids].sum()))
     print(f"-ln p of {len(errors)} right answers: error {max(errors):.1e} nats (tolerance {SAME_NATS:.0e})")
     assert max(errors) < SAME_NATS
-    scores = examine(model, {task: asked[:1] for task, asked in questions.items()})
-    assert abs(scores.nats - np.mean([surprise(model, first) for first, *_ in questions.values()])) < SAME_NATS
+    scores = examine(model, {"first": firsts[:3]})
+    assert abs(scores.nats - np.mean([surprise(model, first) for first in firsts[:3]])) < SAME_NATS
 
 
 @pytest.mark.parametrize("name", [name for name in SLICES if name != WHOLE])
