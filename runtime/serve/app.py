@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 
+from . import page
 from .anthropic import messages
 from .errors import handle_errors
 from .middleware import AnswerBugs, Lenient, LimitBody, RequireHost, RequireKey
@@ -65,10 +65,7 @@ def create_app(pool: ModelPool, limits: Limits, access: Access | None = None) ->
     handle_errors(app)
     for endpoint in ENDPOINTS:
         endpoint.add_routes(app, service)
-
-    @app.get("/", response_class=HTMLResponse)
-    async def page() -> str:
-        return resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    page.add_routes(app)
 
     @app.get("/health")
     @app.get("/healthz")

@@ -16,6 +16,7 @@ FORM_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Without secrets, and asked by monitors that have no key.
 OPEN_PATHS = ("/", "/health", "/healthz", "/metrics")
+OPEN_FOLDER = "/page/"
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,9 @@ class RequireKey:
         await _refuse(scope, receive, send, 401, body)
 
     def _may_pass(self, scope: Scope) -> bool:
-        if scope["type"] != "http" or self._key is None or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or self._key is None:
+            return True
+        if scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER):
             return True
         scheme, _, bearer = _header(scope, b"authorization").partition(" ")
         given = bearer.strip() if scheme.lower() == "bearer" else _header(scope, b"x-api-key")

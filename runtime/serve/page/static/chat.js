@@ -1,0 +1,247 @@
+// The page: a conversation with one of the server's models.
+import { complete, listModels } from "./api.js";
+import { acceptFiles, hasAttachments, pickFiles, takeAttachments } from "./attachments.js";
+import { at, element, icon } from "./elements.js";
+import { partOf } from "./media.js";
+import { announce, notify } from "./notices.js";
+import { chooseModel, onSettingsClosed, openSettings, settings } from "./settings.js";
+import { loadTurns, onOtherTab, saveTurns } from "./store.js";
+import { AnswerView, userTurn } from "./turns.js";
+
+const STARTERS = [
+  { icon: "image", title: "Show a picture", ask: "What is in the picture?", accept: "image/*" },
+  { icon: "sound", title: "Play a sound", ask: "What do you hear?", accept: "audio/*" },
+  { icon: "text", title: "Just ask", ask: "What is 3 plus 4?" },
+];
+
+// In order, {role: "user", text, media} and {role: "assistant", text, state, error, note}, where state is "running",
+// "done", "stopped" or "failed".
+let turns = [];
+let models = [];
+let answering = null; // the AbortController of the answer that is running
+
+// Models
+
+async function showModels() {
+  try {
+    models = await listModels(settings.key);
+  } catch (error) {
+    if (error.status === 401) openSettings(at("key"));
+    notify(error.message);
+    return;
+  }
+  notify("");
+  at("model").replaceChildren(...models.map(model => new Option(model.id, model.id)));
+  if (models.some(model => model.id === settings.model)) at("model").value = settings.model;
+  showHints();
+}
+
+const chosenModel = () => models.find(model => model.id === at("model").value);
+
+// What is shown
+
+function showHints() {
+  at("hints").hidden = turns.length > 0;
+  at("starters").replaceChildren(...STARTERS.map(({ icon: name, title, ask, accept }) => {
+    const start = () => {
+      at("text").value = ask;
+      fitText();
+      at("text").focus();
+      if (accept) pickFiles(accept);
+    };
+    return element("button", { type: "button", onclick: start }, icon(name), element("b", {}, title), element("span", {}, ask));
+  }));
+}
+
+function showTurns() {
+  at("talk").replaceChildren();
+  turns.forEach(showTurn);
+  showHints();
+}
+
+/** Appends a turn; returns the view of an answer. */
+function showTurn(turn) {
+  const view = turn.role === "assistant" ? new AnswerView(retry) : null;
+  view?.update(turn);
+  at("talk").append(view?.element ?? userTurn(turn));
+  at("hints").hidden = true;
+  scrollDown();
+  return view;
+}
+
+const scrollDown = () => { at("scroll").scrollTop = at("scroll").scrollHeight; };
+const isAtEnd = () => at("scroll").scrollHeight - at("scroll").scrollTop - at("scroll").clientHeight < 80;
+
+function fitText() {
+  at("text").style.height = "auto";
+  at("text").style.height = `${at("text").scrollHeight}px`;
+}
+
+// Asking
+
+async function ask() {
+  const text = at("text").value.trim();
+  if (answering || !text) {
+    if (hasAttachments() && !text) notify("Write a question about the attachment, then send.");
+    return;
+  }
+  notify("");
+  turns.push({ role: "user", text, media: takeAttachments() });
+  showTurn(turns.at(-1));
+  at("text").value = "";
+  fitText();
+  await answer();
+}
+
+async function retry() {
+  if (answering) return;
+  turns.pop();
+  at("talk").lastElementChild.remove();
+  at("text").focus();
+  await answer();
+}
+
+/** Answers the last turn, the user's. */
+async function answer() {
+  const conversation = turns;
+  const asked = [...turns];
+  const turn = { role: "assistant", text: "", state: "running" };
+  turns.push(turn);
+  const view = showTurn(turn);
+  answering = new AbortController();
+  showSending();
+  announce("Answering.");
+  await saveTurns(turns);
+  const shown = paced(() => {
+    const follow = isAtEnd();
+    view.update(turn);
+    if (follow) scrollDown();
+  });
+  const started = performance.now();
+  let usage = null, finish = null;
+  try {
+    for await (const chunk of complete(await requestOf(asked), settings.key, answering.signal)) {
+      turn.text += chunk.choices[0]?.delta.content ?? "";
+      finish = chunk.choices[0]?.finish_reason ?? finish;
+      usage = chunk.usage ?? usage;
+      if (chunk.warnings) notify(chunk.warnings.join(" "));
+      shown();
+    }
+    turn.state = "done";
+    turn.note = noteOf(usage, finish, (performance.now() - started) / 1000);
+  } catch (error) {
+    turn.state = error.name === "AbortError" ? "stopped" : "failed";
+    turn.note = turn.state === "stopped" ? "Stopped" : "";
+    if (turn.state === "failed") turn.error = messageOf(error);
+    if (error.status === 401) openSettings(at("key"));
+  }
+  answering = null;
+  showSending();
+  shown.now();
+  announce(turn.state === "done" ? "The answer is complete." : turn.error ?? "Stopped.");
+  if (conversation === turns) await saveTurns(turns);
+}
+
+/** The request for an answer to `asked`. Questions without an answer are left out, except the last. */
+async function requestOf(asked) {
+  const messages = settings.system ? [{ role: "system", content: settings.system }] : [];
+  for (const [i, { role, text, media }] of asked.entries()) {
+    if (role === "assistant") {
+      if (text) messages.push({ role, content: text });
+    } else if (i === asked.length - 1 || asked[i + 1].text) {
+      const parts = await Promise.all(media.map(partOf));
+      messages.push({ role, content: parts.length ? [...parts, { type: "text", text }] : text });
+    }
+  }
+  const limit = settings.length === null ? {} : { max_tokens: settings.length };
+  return { model: at("model").value, messages, temperature: settings.temperature, long_audio: "split", ...limit };
+}
+
+function messageOf(error) {
+  if (error.code !== "context_length_exceeded") return error.message;
+  const room = chosenModel().max_model_len.toLocaleString("en");
+  return `The conversation is longer than the ${room} tokens that the model reads at once; start a new chat, or ask for less.`;
+}
+
+function noteOf(usage, finish, seconds) {
+  if (!usage) return "";
+  const { completion_tokens: made, total_tokens: taken } = usage;
+  const room = chosenModel()?.max_model_len;
+  const full = room ? ` · ${Math.round(100 * taken / room)} % of the context` : "";
+  const cut = finish === "length" ? " · cut at the longest length" : "";
+  return `${made} tokens in ${seconds.toFixed(1)} s${full}${cut}`;
+}
+
+/** Calls `act` at most once a frame; `now` calls it at once, and for the last time. */
+function paced(act) {
+  let frame = 0;
+  const soon = () => {
+    frame ||= requestAnimationFrame(() => {
+      frame = 0;
+      act();
+    });
+  };
+  soon.now = () => {
+    cancelAnimationFrame(frame);
+    act();
+  };
+  return soon;
+}
+
+function showSending() {
+  const label = answering ? "Stop" : "Send";
+  at("send").setAttribute("aria-label", label);
+  at("send").title = label;
+  at("send").replaceChildren(icon(answering ? "stop" : "send"));
+}
+
+function startOver() {
+  answering?.abort();
+  const kept = turns;
+  turns = [];
+  saveTurns(turns);
+  showTurns();
+  at("text").focus();
+  if (!kept.length) return;
+  const undo = () => {
+    turns = kept;
+    saveTurns(turns);
+    showTurns();
+    notify("");
+  };
+  notify("A new chat has begun.", element("button", { type: "button", onclick: undo }, "Undo"));
+}
+
+// Wiring
+
+at("form").onsubmit = event => {
+  event.preventDefault();
+  if (answering) answering.abort();
+  else ask();
+};
+at("text").oninput = fitText;
+at("text").onkeydown = event => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  ask();
+};
+at("new").onclick = startOver;
+at("model").onchange = () => chooseModel(at("model").value);
+acceptFiles(() => chosenModel()?.modalities ?? []);
+onSettingsClosed(() => {
+  if (!models.length && settings.key) showModels();
+});
+document.onkeydown = event => {
+  if (event.key === "Escape" && !at("dialog").open) answering?.abort();
+};
+
+// An answer that was running when the page was left has stopped.
+turns = (await loadTurns()).map(turn => (turn.state === "running" ? { ...turn, state: "stopped", note: "Interrupted" } : turn));
+showTurns();
+onOtherTab(async () => {
+  if (answering) return;
+  turns = await loadTurns();
+  showTurns();
+});
+await showModels();
+document.body.dataset.ready = "yes";
