@@ -18,8 +18,10 @@ from .tokens import PromptTokens
 
 
 class Chat:
-    """Created by `OnnxGemma3n.chat`. `messages` is the conversation so far, with its media decoded. The warnings of a
-    result are about the media of its own turn.
+    """Created by `OnnxGemma3n.chat`. The warnings of a result are about the media of its own turn.
+
+    `messages` is the conversation so far, with its media decoded; a part of it, or what `OnnxGemma3n.read` returns, may
+    replace it.
 
     Later turns reuse the generated token ids if these decode to the reply; all other text is tokenized.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,24 @@ from gemma3n_onnx.runtime.model import OnnxGemma3n
 from gemma3n_onnx.runtime.options import read_options
 
 from .options import answer_options, artifact_argument, load_options, template_option
-from .terminal_chat import TerminalChat, line_history
+from .terminal import open_terminal
+from .terminal_chat import COMMANDS, WITH_PATHS, TerminalChat
+
+HISTORY = Path(click.get_app_dir("gemma3n")) / "chat-history"
 
 
 @click.command()
 @artifact_argument
 @template_option
+@click.option("--drop-oldest", is_flag=True, help="When the context is full, drop the oldest turns.")
+@click.option("--history/--no-history", default=True, show_default=True, help=f"Keep what you type in {HISTORY}.")
 @answer_options
 @load_options
 def chat(
     artifact: Path,
     chat_template: Path | None,
+    drop_oldest: bool,
+    history: bool,
     system: str | None,
     allow_private_urls: bool,
     load: dict[str, Any],
@@ -34,8 +40,7 @@ def chat(
     read_options(options)  # reject bad options before loading a model
     fetch = FetchPolicy(allow_private=allow_private_urls)
     model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, chat_template=chat_template, **load)
-    typed = sys.stdin.isatty()
-    if typed:
+    terminal = open_terminal([*COMMANDS], WITH_PATHS, HISTORY if history else None)
+    if sys.stdin.isatty():
         click.echo("/help lists the commands.", err=True)
-    with line_history(Path(click.get_app_dir("gemma3n")) / "history") if typed else contextlib.nullcontext():
-        TerminalChat(model, system, options).run()
+    TerminalChat(model, terminal, system, options, drop_oldest).run()
