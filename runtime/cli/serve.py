@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
 
 from .options import gigabytes_to_bytes, load_options, template_option
+
+if TYPE_CHECKING:
+    from gemma3n_onnx.runtime.serve.model_pool import ModelPool
 
 
 @click.command()
@@ -21,7 +24,9 @@ from .options import gigabytes_to_bytes, load_options, template_option
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--api-key", envvar="GEMMA3N_API_KEY", help="Key that clients must send; also from GEMMA3N_API_KEY.")
 @click.option("--rows", default=4, show_default=True, help="Concurrent answers per model.")
-@click.option("--context", default=4096, show_default=True, help="Maximum tokens of a prompt and its answer.")
+@click.option(
+    "--context", type=int, help="Maximum tokens of a prompt and its answer. [default: 4096, or the model's if fewer]"
+)
 @click.option("--queue", default=64, show_default=True, help="Maximum waiting requests per model.")
 @click.option(
     "--prefix-cache-size", default=2, show_default=True, help="Prompts per model whose KV caches are kept for reuse."
@@ -31,6 +36,7 @@ from .options import gigabytes_to_bytes, load_options, template_option
     type=click.FloatRange(min=0, min_open=True),
     help="Memory for all models in GB; idle models are unloaded to make room. [default: no limit]",
 )
+@click.option("--preload", is_flag=True, help="Load all models before the first request.")
 @click.option("--media-folder", type=click.Path(path_type=Path), help="Files that requests may read. [default: none]")
 @click.option("--allow-private-urls", is_flag=True, help="Also fetch URLs at loopback and private addresses.")
 @click.option(
@@ -72,6 +78,7 @@ def serve(
     port: int,
     api_key: str | None,
     models_memory: float | None,
+    preload: bool,
     media_folder: Path | None,
     allow_private_urls: bool,
     max_body: float,
@@ -84,13 +91,13 @@ def serve(
 ) -> None:
     """Serve the folders or Hub ids ARTIFACTS over OpenAI's HTTP API, with a chat page at /.
 
-    A request's "model" is a folder or a Hub id as given here, or its last part; the model is loaded at its first
-    request.
+    A request's "model" is a folder or a Hub id as given here, or its last part; one that is served alone needs no
+    name. Models are loaded at their first request.
     """
     from gemma3n_onnx.runtime.serve.app import Access, create_app
     from gemma3n_onnx.runtime.serve.middleware import LOOPBACK, host_of
     from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in
-    from gemma3n_onnx.runtime.serve.run import is_loopback, run_app
+    from gemma3n_onnx.runtime.serve.run import bind, is_loopback, run_app, url_of
     from gemma3n_onnx.runtime.serve.service import Limits
 
     # Absolute paths: the artifacts of a folder go by their own names.
@@ -106,4 +113,22 @@ def serve(
     known = tuple(dict.fromkeys([*LOOPBACK, *map(host_of, [host, *allow_hosts])]))
     hosts = known if allow_hosts or is_loopback(host) else None
     access = Access(api_key, tuple(allow_origins), hosts)
-    run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), access), host, port)
+    listening = bind(host, port)  # before models load, which takes longer
+    if preload:
+        pool.preload()
+    click.echo(_announcement(pool, url_of(listening), api_key is not None, preload), err=True)
+    if api_key is None and not is_loopback(host):
+        click.echo(f"Warning: anyone who reaches {host} may use this server; set a key (--api-key).", err=True)
+    run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), access), listening)
+
+
+def _announcement(pool: ModelPool, url: str, guarded: bool, loaded: bool) -> str:
+    aliases = [name for name in pool.names if name not in pool.folders]
+    also = f" (also {', '.join(aliases)})" if aliases else ""
+    named = "; requests need not name it" if len(pool.folders) == 1 else ""
+    when = "" if loaded else ", loaded at the first request"
+    return (
+        f"Serving {', '.join(pool.folders)}{also}{when}{named}.\n"
+        f"API: {url}/v1 ({'with the key' if guarded else 'no key needed'})\n"
+        f"Page: {url}"
+    )

@@ -25,6 +25,7 @@ from .worker import BusyError, ModelWorker
 
 # Names of clients that know no model's.
 ANY_MODEL = ("", "default", "ignore", "none")
+CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ServeOptions:
 
     Attributes:
         rows: sequences that each model generates at once.
-        context: tokens of one sequence, prompt and answer.
+        context: tokens of one sequence, prompt and answer; None for `CONTEXT`, or what a model has if that is less.
         queue: sequences of each model that may wait for a row.
         prefix_cache_size: prompts of each model whose KV caches are kept for reuse.
         memory_budget: bytes for all loaded models; None for no limit.
@@ -43,7 +44,7 @@ class ServeOptions:
     """
 
     rows: int = 4
-    context: int = 4096
+    context: int | None = None
     queue: int = 64
     prefix_cache_size: int = 2
     memory_budget: int | None = None
@@ -52,7 +53,7 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("context", 1), ("queue", 1), ("prefix_cache_size", 0)):
-            if (value := getattr(self, name)) < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 raise OptionError(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
 
 
@@ -77,7 +78,7 @@ class ModelPool:
 
     Raises:
         ArtifactError: a folder is not an artifact, two folders have the same name, or a download failed.
-        OptionError: an alias names no model, or is another model's name.
+        OptionError: an alias names no model, or is another model's name; the context is longer than a model's.
     """
 
     def __init__(
@@ -92,6 +93,11 @@ class ModelPool:
             if manifest.logits != "last":
                 raise ArtifactError(
                     f"{folder} returns logits of all positions; export it with --logits last to serve it."
+                )
+            if (options.context or 0) > manifest.max_context:
+                raise OptionError(
+                    f"--context is {options.context:,}, but {name} takes {manifest.max_context:,} tokens; give at most "
+                    "that."
                 )
             if name in self.folders:
                 raise ArtifactError(f"{self.folders[name]} and {folder} have the same name; rename one.")
@@ -128,7 +134,22 @@ class ModelPool:
 
     def context_of(self, name: str) -> int:
         """Tokens of one sequence. Raises UnknownModelError: no model of this name."""
-        return min(self._options.context, self.manifest(name).max_context)
+        return self._options.context or min(CONTEXT, self.manifest(name).max_context)
+
+    def preload(self) -> None:
+        """Loads every model.
+
+        Raises:
+            OptionError: the memory budget does not hold all of them. ArtifactError, ProviderError: as of `acquire`.
+        """
+        needed = sum(self._size_of(name) for name in self.folders)
+        if (budget := self._options.memory_budget) is not None and needed > budget:
+            raise OptionError(
+                f"The models need {needed / 1e9:.2f} GB and --models-memory is {budget / 1e9:.2f}; give more, or leave "
+                "out --preload."
+            )
+        for name in self.folders:
+            self.release(self.acquire(name))
 
     def acquire(self, name: str) -> Served:
         """Returns the model, loaded, until `release`. Unloads idle models to make room.
@@ -140,8 +161,7 @@ class ModelPool:
             ArtifactError, ProviderError: the model cannot be loaded.
         """
         name = self.resolve(name)
-        manifest, context = self.manifests[name], self.context_of(name)
-        size = estimated_bytes(manifest, self._options.rows, context)
+        size = self._size_of(name)
         with self._changed:
             while name in self._loading:
                 self._changed.wait()
@@ -154,7 +174,7 @@ class ModelPool:
             while idle:
                 self._unload(idle.pop())
             self._loading[name] = size
-            served = self._load_model(name, size, context)
+            served = self._load_model(name, size)
             with self._changed:
                 self.loaded[name] = served
                 self.retain(served)
@@ -251,8 +271,11 @@ class ModelPool:
             served.users += change
             served.used = time.monotonic()
 
-    def _load_model(self, name: str, size: int, context: int) -> Served:
-        options = self._options
+    def _size_of(self, name: str) -> int:
+        return estimated_bytes(self.manifests[name], self._options.rows, self.context_of(name))
+
+    def _load_model(self, name: str, size: int) -> Served:
+        options, context = self._options, self.context_of(name)
         model = OnnxGemma3n.from_pretrained(self.folders[name], prefix_cache_size=0, **self._load)
         worker = ModelWorker(model, options.rows, context, options.queue, options.prefix_cache_size)
         return Served(name, model, worker, Grammars(self.folders[name], self.manifests[name]), options, size)

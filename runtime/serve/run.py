@@ -12,22 +12,12 @@ from fastapi import FastAPI
 from gemma3n_onnx.runtime.errors import OptionError
 
 
-def run_app(app: FastAPI, host: str, port: int) -> None:
-    """Raises OptionError if the address cannot be used."""
-    sockets = [_listen(host, port)]
-    uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=5)).run(sockets)
+def run_app(app: FastAPI, listening: socket.socket) -> None:
+    uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=5)).run([listening])
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a name or an address is reachable from this machine only."""
-    try:
-        address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
-    except OSError:
-        return False
-    return ipaddress.ip_address(address).is_loopback
-
-
-def _listen(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """A socket for `run_app`. Raises OptionError: the address cannot be used."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
@@ -37,3 +27,21 @@ def _listen(host: str, port: int) -> socket.socket:
         reason = "another program uses the port" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
         raise OptionError(f"Cannot listen on {host}:{port} ({reason}); choose another host or port.") from error
     return listening
+
+
+def url_of(bound: socket.socket) -> str:
+    """The address for this machine's browsers."""
+    host, port = bound.getsockname()[:2]
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if address.is_unspecified:
+        address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+    return f"http://{f'[{address}]' if address.version == 6 else address}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is reachable from this machine only."""
+    try:
+        address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        return False
+    return ipaddress.ip_address(address).is_loopback

@@ -11,7 +11,7 @@ import pytest
 from gemma3n_onnx.runtime import ArtifactError, OptionError, ProviderError
 from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in, estimated_bytes, scorer_bytes
-from gemma3n_onnx.runtime.serve.run import run_app
+from gemma3n_onnx.runtime.serve.run import bind
 from gemma3n_onnx.runtime.serve.worker import BusyError
 from serving import E2B, HALF, LONG_ANSWER, SUM, chat, message, serving
 
@@ -82,8 +82,10 @@ def test_what_cannot_be_served(demo_artifact, tmp_path):
     folder = demo_artifact("E2B")
     with pytest.raises(ArtifactError, match="same name"):
         ModelPool([folder, folder], ServeOptions(), {})
+    with pytest.raises(OptionError, match="--context is 4,097, but demo-E2B takes 4,096 tokens; give at most that"):
+        ModelPool([folder], ServeOptions(context=4097), {})
     assert folder in artifacts_in(folder.parent)
     with pytest.raises(OptionError, match="--rows is 0"):
         ServeOptions(rows=0)
     with pytest.raises(OptionError, match="Cannot listen on"):
-        run_app(None, "192.0.2.1", 80)
+        bind("192.0.2.1", 80)

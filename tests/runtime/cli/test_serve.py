@@ -1,0 +1,101 @@
+"""What `gemma3n serve` says and does before the first request."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from gemma3n_onnx.runtime.serve import run
+from gemma3n_onnx.runtime.serve.model_pool import ModelPool
+from support import run_command
+
+
+@pytest.fixture
+def demo(demo_artifact: Any) -> Path:
+    return demo_artifact("E2B")
+
+
+@pytest.fixture
+def half(demo_artifact: Any) -> Path:
+    return demo_artifact("half")
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Exit code, stderr, and the models that are loaded when the server would run."""
+    loaded: list[str] = []
+
+    def ready(app: Any, listening: socket.socket) -> None:
+        loaded.extend(TestClient(app, base_url="http://127.0.0.1").get("/health").json()["loaded"])
+        listening.close()
+
+    def command(*arguments: object) -> tuple[int, str, list[str]]:
+        loaded.clear()
+        monkeypatch.setattr(run, "run_app", ready)
+        outcome = run_command(monkeypatch, ["gemma3n", "serve", "--port", "0", *map(str, arguments)])
+        return outcome.code, re.sub(r":\d{4,}", ":PORT", outcome.err), [*loaded]
+
+    return command
+
+
+def test_it_says_what_is_served_where(serve: Any, demo: Path, half: Path) -> None:
+    assert serve(demo) == (
+        0,
+        "Serving demo-E2B, loaded at the first request; requests need not name it.\n"
+        "API: http://127.0.0.1:PORT/v1 (no key needed)\n"
+        "Page: http://127.0.0.1:PORT\n",
+        [],
+    )
+    both = (demo, half, "--served-model-name", "demo-E2B=gemma")
+    code, told, _ = serve(*both, "--api-key", "secret")
+    assert code == 0 and told.startswith("Serving demo-E2B, demo-half (also gemma), loaded at the first request.\n")
+    assert "API: http://127.0.0.1:PORT/v1 (with the key)\n" in told and "secret" not in told
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        (("192.0.2.1", 80), "http://192.0.2.1:80"),
+        (("::1", 8000, 0, 0), "http://[::1]:8000"),
+        (("::", 8000, 0, 0), "http://[::1]:8000"),
+        (("fe80::1%eth0", 8000, 0, 2), "http://[fe80::1]:8000"),
+    ],
+)
+def test_the_address_is_one_that_browsers_take(address: Any, url: str) -> None:
+    assert run.url_of(SimpleNamespace(getsockname=lambda: address)) == url
+
+
+def test_an_open_server_is_warned_about(serve: Any, demo: Path) -> None:
+    warning = "Warning: anyone who reaches 0.0.0.0 may use this server; set a key (--api-key).\n"
+    _, told, _ = serve(demo, "--host", "0.0.0.0")
+    assert told.endswith(f"Page: http://127.0.0.1:PORT\n{warning}")
+    assert warning not in serve(demo, "--host", "0.0.0.0", "--api-key", "secret")[1]
+
+
+def test_models_are_preloaded_if_they_fit(serve: Any, demo: Path, half: Path) -> None:
+    both = (demo, half, "--context", "256", "--rows", "1")
+    code, told, loaded = serve(*both, "--preload")
+    assert (code, loaded) == (0, ["demo-E2B", "demo-half"]) and told.startswith("Serving demo-E2B, demo-half.\n")
+    code, told, loaded = serve(*both, "--preload", "--models-memory", "0.01")
+    assert (code, loaded) == (1, [])
+    assert re.fullmatch(r"Error: The models need 0\.\d\d GB and --models-memory is 0\.01; give more, .*\n", told)
+
+
+def test_a_context_beyond_the_model_is_refused(serve: Any, demo: Path) -> None:
+    code, told, _ = serve(demo, "--context", "4097")
+    assert (code, told) == (1, "Error: --context is 4,097, but demo-E2B takes 4,096 tokens; give at most that.\n")
+    assert serve(demo, "--context", "4096")[0] == 0
+    assert serve(demo, "--context", "0")[1] == "Error: --context is 0; give at least 1.\n"
+
+
+def test_a_port_in_use_is_told_before_models_load(serve: Any, demo: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ModelPool, "preload", lambda _: pytest.fail("a model is loaded first"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        code, told, _ = serve(demo, "--preload", "--port", other.getsockname()[1])
+    assert code == 1 and "another program uses the port" in told
