@@ -205,7 +205,6 @@ def plot(figures: Sequence[Figures], path: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise OptionError('--plot needs matplotlib; install it with: pip install "gemma3n-onnx[bench]".') from error
-    names = [f"{each.slice}\n{each.precision}" for each in figures]
     panels: list[tuple[str, list[float]]] = [
         ("decode, tokens/s", [each.decode_tokens_per_second for each in figures]),
         ("prefill, tokens/s", [each.prefill_tokens_per_second for each in figures]),
@@ -213,11 +212,16 @@ def plot(figures: Sequence[Figures], path: Path) -> None:
     ]
     if any(each.mmlu for each in figures):
         panels.append(("MMLU, % (published)", [each.mmlu or float("nan") for each in figures]))
-    figure = Figure(figsize=(max(6.0, 0.7 * len(figures)), 2.4 * len(panels)), layout="constrained")
-    for axes, (title, values) in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels):
-        axes.bar(range(len(values)), values, color="#3b6ea5")
+    rows = range(len(figures))
+    figure = Figure(figsize=(1.6 + 2.2 * len(panels), 1.3 + 0.26 * len(figures)), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+        axes.plot(values, rows, "o", color="#3b6ea5")
+        axes.grid(axis="x", alpha=0.4)
         axes.set_title(title, fontsize=9, loc="left")
-        axes.set_xticks(range(len(names)), names, rotation=60, fontsize=7)
+        axes.margins(x=0.12)
+        axes.set_yticks(rows, [f"{each.slice} {each.precision}" for each in figures], fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+    axes.invert_yaxis()  # which all panels share
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:

@@ -79,12 +79,12 @@ def test_the_table_has_the_columns_of_a_model_card() -> None:
 
 
 def test_a_plot_shows_published_accuracy_where_there_is_one(tmp_path: Path) -> None:
-    heights = []
+    widths = []
     for mmlu in (50.9, None):
         plot([replace(FIGURES, mmlu=mmlu)], tmp_path / "plot.png")
         with Image.open(tmp_path / "plot.png") as image:
-            heights.append(image.height)
-    assert heights[0] > heights[1]
+            widths.append(image.width)
+    assert widths[0] > widths[1]
 
 
 @pytest.mark.parametrize(
