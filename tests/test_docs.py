@@ -125,6 +125,7 @@ def workspace(request: pytest.FixtureRequest, tmp_path: Path, demo_artifact: Cal
 def test_page(page: str, workspace: Path, port: int, locked: dict[str, str]) -> None:
     text = (ROOT / page).read_text()
     script = script_of(text, port)
+    before = {*workspace.iterdir()}
     commands = Path(sys.executable).parent
     path = f"{commands}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -138,9 +139,24 @@ def test_page(page: str, workspace: Path, port: int, locked: dict[str, str]) -> 
     )
     print(done.stdout)
     assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert not not_ignored({*workspace.iterdir()} - before), "a reader's clone would no longer be clean"
     for language, _, shown in BLOCK.findall(text):
         if language == "text":
             assert {*shown.splitlines()} <= {*done.stdout.splitlines()}
+
+
+def not_ignored(paths: set[Path]) -> set[str]:
+    """The names that git does not ignore at the top of the repository."""
+    names = {f"{path.name}/" if path.is_dir() else path.name for path in paths}
+    asked = subprocess.run(
+        ["git", "check-ignore", "--stdin"],
+        check=False,
+        cwd=ROOT,
+        input="\n".join(names),
+        capture_output=True,
+        text=True,
+    )
+    return names - {*asked.stdout.splitlines()}
 
 
 @pytest.mark.parametrize("page", PAGES)
