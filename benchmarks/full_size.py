@@ -1,7 +1,7 @@
 """Figures at full size: makes a random E4B checkpoint, exports the E2B slice, generates, measures.
 
-Needs about 40 GB of disk and 24 GiB of memory; takes some minutes. Every figure in README's section
-"Measured" that speaks of E2B or E4B comes from here:
+Needs about 40 GB of disk and 24 GiB of memory; takes some minutes. The figures of "Fp32 and bf16" in
+docs/measurements.md come from here:
 
     python benchmarks/full_size.py --workdir DIR [--precision fp32] [--parity]
 """
