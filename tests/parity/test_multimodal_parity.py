@@ -71,7 +71,7 @@ def test_verify_reads_every_id_of_the_vocabulary(model, shallow_multimodal_check
     assert parity.passed and parity.graph.errors.greedy_agreement == 1
 
 
-@pytest.mark.parametrize("size", [512, 768])
+@pytest.mark.parametrize("size", [512, pytest.param(768, marks=pytest.mark.full_size)])
 def test_larger_images_equal_transformers(model, oracle, size):
     assert_equals_transformers(f"{size} pixels", model, oracle, [user(image(0), "What is this?")], 8, size)
 

@@ -23,7 +23,8 @@ def test_an_exported_decoder_stays_on_the_device(shallow_checkpoint, exported, p
         assert placement.complaints(ir.load(folder / f"{name}.onnx")) == []
 
 
-@pytest.mark.parametrize("name", ["E4B", pytest.param("E2B", marks=pytest.mark.full_size)])
+@pytest.mark.full_size
+@pytest.mark.parametrize("name", ["E4B", "E2B"])
 def test_the_demos_decoder_stays_on_the_device(name):
     checkpoint = Checkpoint.open(DEMO)
     table = slicing.load_slices(None, checkpoint.slice_table)
