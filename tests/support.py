@@ -19,6 +19,7 @@ import pytest
 
 from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.cli import main as export_cli
+from gemma3n_onnx.runtime.cli import commands
 from gemma3n_onnx.runtime.cli import main as runtime_cli
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 """
 
 ENTRY_POINTS = EntryPoints(
-    EntryPoint(name, f"gemma3n_onnx.export.{function}", runtime_cli.COMMANDS_GROUP)
+    EntryPoint(name, f"gemma3n_onnx.export.{function}", commands.COMMANDS_GROUP)
     for name, function in (
+        ("export", "cli.export:export_command"),
         ("make-checkpoint", "cli.make_checkpoint:make_checkpoint"),
         ("slices", "cli.slices:slices"),
         ("verify", "verify.command:verify"),
@@ -82,7 +84,7 @@ class Outcome:
 def run_command(monkeypatch: pytest.MonkeyPatch, command: Sequence[str]) -> Outcome:
     """`command` is `gemma3n` or `gemma3n-export` and its arguments."""
     monkeypatch.setattr(sys, "argv", list(command))
-    monkeypatch.setattr(runtime_cli, "entry_points", fake_entry_points)
+    monkeypatch.setattr(commands, "entry_points", fake_entry_points)
     main = {"gemma3n": runtime_cli.main, "gemma3n-export": export_cli.main}[command[0]]
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as exit_:

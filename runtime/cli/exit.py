@@ -8,10 +8,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import click
-
-from gemma3n_onnx.runtime.errors import Gemma3nError
-
 _SERVING = ("fastapi", "llguidance", "prometheus_client", "pydantic", "python_multipart", "starlette", "uvicorn")
 
 
@@ -20,30 +16,41 @@ def exit_with_message(command: Callable[[], Any]) -> None:
 
     Exit codes: 1 for a user error, with one sentence on stderr; 2 for wrong usage; 130 for Ctrl-C.
     """
+    try:
+        code = _run(command)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    sys.exit(code)
+
+
+def _run(command: Callable[[], Any]) -> Any:
+    import click  # here, where Ctrl-C is caught
+
+    from gemma3n_onnx.runtime.errors import Gemma3nError
+
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that the terminal cannot show is no error
     try:
-        code = command()
+        return command()
     except Gemma3nError as error:
-        code = _complain(str(error))
+        return _complain(str(error))
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        code = 128 + signal.SIGINT
+        return error.exit_code
+    except click.Abort as error:
+        raise KeyboardInterrupt from error
     except ModuleNotFoundError as error:
-        code = _complain(missing_package(error))
+        return _complain(missing_package(error))
     except MemoryError:
-        code = _complain("Out of memory; use a smaller batch, prompt or model.")
+        return _complain("Out of memory; use a smaller batch, prompt or model.")
     except OSError as error:
         reason = error.strerror or str(error)
-        code = _complain(f"{reason}{f': {error.filename}' if error.filename else ''}.")
-    sys.exit(code)
+        return _complain(f"{reason}{f': {error.filename}' if error.filename else ''}.")
 
 
 def _complain(sentence: str) -> int:
-    click.echo(f"Error: {sentence}", err=True)
+    print(f"Error: {sentence}", file=sys.stderr)
     return 1
 
 
