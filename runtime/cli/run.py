@@ -26,7 +26,12 @@ STANDARD_INPUT = "-"
 
 @click.command()
 @artifact_argument
-@click.argument("prompt")
+@click.argument("prompt", required=False)
+@click.option(
+    "--prompt-file",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+    help="Read the prompt from this UTF-8 file instead.",
+)
 @click.option("--image", "images", multiple=True, help="Path or URL of an image; repeatable.")
 @click.option("--audio", "clips", multiple=True, help="Path or URL of an audio clip; repeatable.")
 @click.option("--video", "videos", multiple=True, help="Path or URL of a video; repeatable.")
@@ -43,7 +48,8 @@ STANDARD_INPUT = "-"
 @click.option("--json", "as_json", is_flag=True, help="Print the answer, its tokens and timings as one JSON object.")
 def run(
     artifact: Path,
-    prompt: str,
+    prompt: str | None,
+    prompt_file: Path | None,
     images: tuple[str, ...],
     clips: tuple[str, ...],
     videos: tuple[str, ...],
@@ -63,8 +69,7 @@ def run(
     """
     if raw and (system is not None or videos):
         raise click.UsageError("--system and --video need the chat template, which --raw skips.")
-    if prompt == STANDARD_INPUT:
-        prompt = _read_standard_input()
+    prompt = _read_prompt(prompt, prompt_file)
     if not prompt:
         raise PromptError("The prompt is empty; give some text.")
     read_options(options)  # reject bad options before loading a model
@@ -85,14 +90,20 @@ def run(
         click.echo(describe_timings(answer.result.timings), err=True)
 
 
-def _read_standard_input() -> str:
-    """All of it, without a byte order mark and the newline that ends it."""
-    if sys.stdin is None:
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The argument, or all of standard input or of the file, without a byte order mark and the newline that ends it."""
+    if (prompt is None) == (file is None):
+        raise click.UsageError("Give either PROMPT or --prompt-file.")
+    if prompt is not None and prompt != STANDARD_INPUT:
+        return prompt
+    typed = file is None or str(file) == STANDARD_INPUT
+    if typed and sys.stdin is None:
         raise PromptError("Standard input is closed; give the prompt as an argument, or pipe it in.")
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+        text = (sys.stdin.buffer.read() if file is None or typed else file.read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PromptError("Standard input is not UTF-8 text; convert it, or give the prompt as an argument.") from error
+        raise PromptError(f"{'Standard input' if typed else file} is not UTF-8 text; convert it to UTF-8.") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _messages(

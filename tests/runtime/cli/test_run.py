@@ -41,6 +41,27 @@ def test_only_the_newline_at_the_end_is_left_out(gemma3n, small_artifact: Path) 
     assert json.loads(answer.out)["prompt_token_ids"] == wanted
 
 
+def test_a_prompt_from_a_file(gemma3n, small_artifact: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("Zwei\nZeilen ü\n", encoding="utf-8-sig")
+    wanted = gemma3n(small_artifact, "Zwei\nZeilen ü", *OPTIONS)
+    assert wanted.code == 0
+    assert gemma3n(small_artifact, "--prompt-file", file, *OPTIONS) == wanted
+    assert gemma3n(small_artifact, "--prompt-file", "-", *OPTIONS, typed=file.read_bytes()) == wanted
+
+
+def test_a_prompt_file_that_cannot_be_used(gemma3n, small_artifact: Path, tmp_path: Path) -> None:
+    (file := tmp_path / "prompt.txt").write_bytes(b"\xff\xfe")
+    for arguments, code, says in (
+        (["--prompt-file", file], 1, f"{file} is not UTF-8 text"),
+        (["--prompt-file", tmp_path / "none"], 2, "none' does not exist"),
+        (["Hello", "--prompt-file", file], 2, "either PROMPT or --prompt-file"),
+        ([], 2, "either PROMPT or --prompt-file"),
+    ):
+        outcome = gemma3n(small_artifact, *arguments)
+        assert outcome.code == code and says in outcome.err, outcome
+
+
 @pytest.mark.parametrize(
     ("typed", "says"), [(b"", "The prompt is empty"), (b"\n", "The prompt is empty"), (b"\xff\xfe", "not UTF-8 text")]
 )
