@@ -20,8 +20,9 @@ from .encoders import FEATURES, CheckpointEncoder
 from .plan import ExportPlan
 from .progress import ExportProgress
 from .quantization.precision import Precision
+from .stored import lay_out
 from .text_weights import HEAD, StoredWeights, head_of
-from .weights import IR_DTYPES, lay_out, weight_shapes
+from .weights import IR_DTYPES, weight_shapes
 
 
 @dataclass(frozen=True)

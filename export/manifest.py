@@ -20,8 +20,8 @@ from .checkpoint.sizes import parameter_counts
 from .encoders import CheckpointEncoder
 from .plan import ExportPlan
 from .quantization.config import PerRow
+from .stored import BlockQuantizedTensor, RowQuantizedTensor, StoredTable, StoredWeight
 from .text_weights import HEAD, PER_LAYER, TOKENS, StoredWeights, head_of, table_of
-from .weights import BlockQuantizedTensor, RowQuantizedTensor, StoredTable, StoredWeight
 
 PRODUCER = f"gemma3n-onnx {version('gemma3n-onnx')}"
 

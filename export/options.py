@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from gemma3n_onnx.graphs.decoder import Logits
+from gemma3n_onnx.graphs.config import Logits
 from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
 
 from .checkpoint.checkpoint import ENCODER_MODULES
@@ -14,7 +14,7 @@ from .errors import ExportOptionError
 from .layouts.base import Requested
 from .layouts.select import DEFAULT, layout_named
 from .quantization.options import QuantizationOptions
-from .quantization.recipes import precision_for
+from .quantization.recipes import default_precision, precision_for
 from .slicing import find_slice, load_slices
 
 LOGITS: tuple[str, ...] = get_args(Logits)
@@ -26,7 +26,8 @@ class ExportOptions:
     slice: str | None = None
     """None for the whole checkpoint."""
     matformer_config: Path | None = None
-    precision: str = "fp32"
+    precision: str | None = None
+    """None for the target's default."""
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     target: str = "cpu"
     logits: Logits = "last"
@@ -36,6 +37,10 @@ class ExportOptions:
     chat_template: Path | None = None
     """A Jinja file; None for the checkpoint's template, if it has one."""
     force: bool = False
+
+    @property
+    def precision_name(self) -> str:
+        return self.precision or default_precision(self.target)
 
 
 def check_options(options: ExportOptions) -> None:
@@ -48,8 +53,8 @@ def check_options(options: ExportOptions) -> None:
         SliceError: the table breaks a rule, or the slice is not in it.
         ChatTemplateError: the chat template cannot be read or compiled.
     """
-    precision_for(options.precision, options.target, options.quantization)
-    requested = Requested(options.precision, options.target, options.logits, options.modalities)
+    precision_for(options.precision_name, options.target, options.quantization)
+    requested = Requested(options.precision_name, options.target, options.logits, options.modalities)
     layout_named(options.layout).check(requested)
     if options.logits not in LOGITS:
         raise ExportOptionError(f"Unknown logits {options.logits!r}; choose {' or '.join(LOGITS)}.")

@@ -22,8 +22,9 @@ from .manifest import graph_info, manifest_of
 from .options import ExportOptions
 from .plan import ExportPlan, plan_export
 from .progress import ExportProgress
+from .stored import StoredWeight, work_of
 from .text_weights import PER_LAYER_TABLE, TOKENS, StoredWeights
-from .weights import Blocks, StoredWeight, WeightStream, attach, cut_blocks, raw_blocks
+from .weights import Blocks, WeightStream, attach, cut_blocks, raw_blocks
 from .writer import file_info, staged, write_json
 
 
@@ -91,8 +92,8 @@ def _write_weights(
             return raw_blocks(checkpoint, checkpoint.encoder_raw_name(name))
         return cut_blocks(checkpoint, plan.slice.source_of(name))
 
-    progress.bytes_total(sum(stored.nbytes for weights in by_file.values() for stored in weights.values()))
-    stream = WeightStream(folder / plan.layout.folder, progress.bytes_done)
+    progress.total(work_of(stored for weights in by_file.values() for stored in weights.values()))
+    stream = WeightStream(folder / plan.layout.folder, progress.done)
     scales = {PER_LAYER_TABLE: plan.slice.config.hidden_size_per_layer_input**0.5}
     return {file: stream.write_file(file, weights, blocks, scales.get(file, 1.0)) for file, weights in by_file.items()}
 

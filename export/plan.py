@@ -6,13 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
-from gemma3n_onnx.graphs.decoder import Logits
+from gemma3n_onnx.graphs.config import Logits
 from gemma3n_onnx.graphs.embedding import HardRows
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE
 
-from . import slicing
 from .chat_template import choose_chat_template
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.processor import FrontEnds, read_front_ends
@@ -23,7 +21,7 @@ from .layouts.select import layout_named
 from .options import ExportOptions, check_options
 from .quantization.precision import Precision
 from .quantization.recipes import precision_for
-from .slicing import Slice
+from .slicing import Slice, choose_slice
 from .text_weights import StoredWeights, lay_out_prefill, lay_out_text, tensor_shapes
 from .weights import check_tensors
 
@@ -91,7 +89,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     """
     check_options(options)
     layout = layout_named(options.layout)
-    precision = layout.precision(precision_for(options.precision, options.target, options.quantization))
+    precision = layout.precision(precision_for(options.precision_name, options.target, options.quantization))
     chosen = choose_slice(checkpoint, options.slice, options.matformer_config)
     modalities = choose_modalities(options.modalities or layout.modalities, checkpoint)
     tokens = token_ids(checkpoint)
@@ -103,11 +101,11 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     hard_tokens = find_hard_tokens(checkpoint)
     chat_template = choose_chat_template(checkpoint, options.chat_template)
     text_weights = lay_out_text(chosen.config, precision, hard_tokens.rows if hard_tokens else None)
-    prefills = options.logits == "last" and "prefill" in layout.graph_files(options.precision)
+    prefills = options.logits == "last" and "prefill" in layout.graph_files(options.precision_name)
     return ExportPlan(
         source=checkpoint.name,
         slice=chosen,
-        precision_name=options.precision,
+        precision_name=options.precision_name,
         precision=precision,
         target=options.target,
         logits=options.logits,
@@ -120,15 +118,3 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
         text_weights=text_weights,
         prefill_weights=lay_out_prefill(chosen.config, precision, text_weights) if prefills else {},
     )
-
-
-def choose_slice(checkpoint: Checkpoint, name: str | None, table: Path | None) -> Slice:
-    """The slice called `name` in the given table, else the checkpoint's own, else the published one.
-
-    Raises:
-        SliceError: there is no such slice, or it cannot be cut from the checkpoint.
-    """
-    if name is None:
-        return slicing.whole(checkpoint.text_config)
-    spec = slicing.find_slice(name, slicing.load_slices(table, checkpoint.slice_table))
-    return slicing.resolve(spec, checkpoint.text_config)

@@ -16,10 +16,13 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma3n_onnx.export.errors import SliceError
 from gemma3n_onnx.graphs.config import TextConfig
+
+if TYPE_CHECKING:
+    from .checkpoint.checkpoint import Checkpoint
 
 REFERENCE_LAYERS = 35
 REFERENCE_WIDTH = 16384
@@ -368,6 +371,19 @@ def dropped(names: Iterable[str], slice_: Slice) -> set[str]:
         if layer in slice_.skipped or (layer >= slice_.source.num_kv_layers and _KV_TENSOR.match(rest)):
             unused.add(name)
     return unused
+
+
+def choose_slice(checkpoint: Checkpoint, name: str | None, table: Path | None) -> Slice:
+    """The slice called `name` in the given table, else the checkpoint's own, else the published one; None is the whole
+    checkpoint.
+
+    Raises:
+        SliceError: there is no such slice, or it cannot be cut from the checkpoint.
+    """
+    if name is None:
+        return whole(checkpoint.text_config)
+    spec = find_slice(name, load_slices(table, checkpoint.slice_table))
+    return resolve(spec, checkpoint.text_config)
 
 
 def whole(config: TextConfig, name: str = "whole", mmlu: float | None = None) -> Slice:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.graphs.embedding import HardRows
+from gemma3n_onnx.graphs.shapes import parameter_shapes
 
-from . import trace
 from .quantization.config import Storage
 from .quantization.precision import Precision
-from .weights import BlockQuantizedTensor, RowQuantizedTensor, StoredTable, StoredWeight, lay_out
+from .stored import BlockQuantizedTensor, RowQuantizedTensor, StoredTable, StoredWeight, lay_out
+
+if TYPE_CHECKING:
+    from gemma3n_onnx.graphs.embedding import HardRows
 
 TOKENS, PER_LAYER, HEAD = "embed_tokens.weight", "embed_tokens_per_layer.weight", "lm_head.weight"
 DECODER_DATA, PREFILL_DATA = "decoder.onnx.data", "prefill.onnx.data"
@@ -22,7 +25,7 @@ StoredWeights = Mapping[str, StoredWeight]
 
 def tensor_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors of a text decoder, tables included; a tied head is the token table."""
-    shapes = trace.parameter_shapes(config)
+    shapes = parameter_shapes(config)
     shapes[TOKENS] = shapes.pop(HEAD) if config.tied_head else shapes[HEAD]
     width = config.num_layers * config.hidden_size_per_layer_input
     shapes[PER_LAYER] = (config.vocab_size_per_layer_input, width)

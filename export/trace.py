@@ -28,8 +28,8 @@ from gemma3n_onnx.export.repeat import repeat_parts
 from gemma3n_onnx.export.trace_cache import kept_on_disk
 from gemma3n_onnx.graphs import names
 from gemma3n_onnx.graphs.audio import AudioConfig, AudioEncoder
-from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.graphs.decoder import Decoder, Logits
+from gemma3n_onnx.graphs.config import Logits, TextConfig
+from gemma3n_onnx.graphs.decoder import Decoder
 from gemma3n_onnx.graphs.embedding import Embedding, HardRows
 from gemma3n_onnx.graphs.repeated import one_of_each
 from gemma3n_onnx.graphs.vision import VisionConfig, VisionEncoder
@@ -111,17 +111,6 @@ def _shared(config: TextConfig) -> TextConfig:
         max_position_embeddings=32,
         tied_head=True,
     )
-
-
-def parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the decoder graph, in the order in which the layers use them."""
-    return {**_parameter_shapes(_shared(config)), **_own_shapes(config)}
-
-
-@functools.lru_cache(maxsize=8)
-def _parameter_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in Decoder(config, "last").named_parameters()}
 
 
 def _own_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:

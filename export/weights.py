@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from gemma3n_onnx.graphs.passes.quantize_blocks import BlockWeights, QuantizeBlocks
 from gemma3n_onnx.graphs.passes.quantize_dynamic import ChannelWeights, QuantizeDynamic
 from gemma3n_onnx.graphs.passes.store_narrow import StoreNarrow
-from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, FileInfo
+from gemma3n_onnx.runtime.artifact import FileInfo
 
 from . import slicing
 from .checkpoint.checkpoint import Checkpoint
@@ -23,8 +22,9 @@ from .quantization.config import PerRow, QuantizationConfig, Storage
 from .quantization.quantize import dequantize, quantize, quantize_rows
 from .quantization.threads import one_thread_an_operation
 from .slicing import Slice, TensorCut
+from .stored import BlockQuantizedTensor, RowQuantizedTensor, StoredTensor, StoredWeight
 from .trace import DTYPES
-from .writer import ALIGNMENT, HashedFile
+from .writer import HashedFile
 
 BLOCK_BYTES = 32 << 20
 
@@ -35,136 +35,6 @@ IR_DTYPES = {
     "uint8": ir.DataType.UINT8,
     "int8": ir.DataType.INT8,
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """`shape` values of `dtype`, row-major, at byte `offset` of `file`."""
-
-    file: str
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * BYTES_PER_VALUE[self.dtype]
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.nbytes
-
-    def first_rows(self, count: int) -> StoredTensor:
-        return replace(self, shape=(count, *self.shape[1:]))
-
-
-@dataclass(frozen=True)
-class BlockQuantizedTensor:
-    """A matrix [N, K] quantized as `config` says: codes [N, K / block, block * bits / 8] uint8, scales
-    [N, K / block] fp16, and zero points if the method has them, one after another."""
-
-    config: QuantizationConfig
-    shape: tuple[int, ...]
-    codes: StoredTensor
-    scales: StoredTensor
-    zeros: StoredTensor | None
-
-    @classmethod
-    def at(cls, file: str, offset: int, shape: tuple[int, ...], config: QuantizationConfig) -> BlockQuantizedTensor:
-        rows, columns = shape
-        groups, bits = columns // config.block, config.bits
-        codes = StoredTensor(file, offset, "uint8", (rows, groups, config.block * bits // 8))
-        scales = StoredTensor(file, codes.end, "fp16", (rows, groups))
-        zeros = StoredTensor(file, scales.end, "uint8", (rows, -(-groups * bits // 8))) if config.has_zeros else None
-        return cls(config, shape, codes, scales, zeros)
-
-    @property
-    def file(self) -> str:
-        return self.codes.file
-
-    @property
-    def offset(self) -> int:
-        return self.codes.offset
-
-    @property
-    def parts(self) -> dict[str, StoredTensor]:
-        parts = {"codes": self.codes, "scales": self.scales}
-        return parts if self.zeros is None else parts | {"zeros": self.zeros}
-
-    @property
-    def end(self) -> int:
-        return (self.zeros or self.scales).end
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.offset
-
-    def first_rows(self, count: int) -> BlockQuantizedTensor:
-        codes, scales, zeros = (
-            None if part is None else replace(part, shape=(count, *part.shape[1:]))
-            for part in (self.codes, self.scales, self.zeros)
-        )
-        assert codes is not None and scales is not None
-        return BlockQuantizedTensor(self.config, (count, *self.shape[1:]), codes, scales, zeros)
-
-
-@dataclass(frozen=True)
-class RowQuantizedTensor:
-    """A matrix [N, K] quantized by rows: codes [K, N] int8, then scales [N] fp32."""
-
-    shape: tuple[int, ...]
-    codes: StoredTensor
-    scales: StoredTensor
-
-    @classmethod
-    def at(cls, file: str, offset: int, shape: tuple[int, ...]) -> RowQuantizedTensor:
-        rows, columns = shape
-        codes = StoredTensor(file, offset, "int8", (columns, rows))
-        aligned = -(-codes.end // 4) * 4
-        return cls(shape, codes, StoredTensor(file, aligned, "fp32", (rows,)))
-
-    @property
-    def file(self) -> str:
-        return self.codes.file
-
-    @property
-    def offset(self) -> int:
-        return self.codes.offset
-
-    @property
-    def end(self) -> int:
-        return self.scales.end
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.offset
-
-
-StoredTable = StoredTensor | BlockQuantizedTensor
-StoredWeight = StoredTable | RowQuantizedTensor
-
-
-def lay_out(
-    file: str, shapes: Mapping[str, tuple[int, ...]], storage: Callable[[str], Storage]
-) -> dict[str, StoredWeight]:
-    """Lays tensors out one after another; a tensor of a page or more is page-aligned."""
-    weights: dict[str, StoredWeight] = {}
-    offset = 0
-    for name, shape in shapes.items():
-        stored = _stored_at(file, 0, shape, storage(name))
-        alignment = ALIGNMENT if stored.nbytes >= ALIGNMENT else 64
-        offset = -(-offset // alignment) * alignment
-        weights[name] = _stored_at(file, offset, shape, storage(name))
-        offset += stored.nbytes
-    return weights
-
-
-def _stored_at(file: str, offset: int, shape: tuple[int, ...], storage: Storage) -> StoredWeight:
-    if isinstance(storage, QuantizationConfig):
-        return BlockQuantizedTensor.at(file, offset, shape, storage)
-    if isinstance(storage, PerRow):
-        return RowQuantizedTensor.at(file, offset, shape)
-    return StoredTensor(file, offset, storage, shape)
 
 
 def weight_shapes(model: ir.Model) -> dict[str, tuple[int, ...]]:
@@ -256,10 +126,10 @@ Blocks = Iterator[np.ndarray]
 
 @dataclass
 class WeightStream:
-    """Writes data files from blocks of tensors; calls `progress` with the bytes written."""
+    """Writes data files from blocks of tensors; calls `progress` with the work that is done, see `work_of`."""
 
     folder: Path
-    progress: Callable[[int], None]
+    progress: Callable[[float], None]
 
     def write_file(
         self,
@@ -277,15 +147,22 @@ class WeightStream:
         with HashedFile(self.folder / name) as file, one_thread_an_operation():
             for tensor, stored in weights.items():
                 file.pad_to(stored.offset)
+                counted = self._counted(blocks(tensor), stored.work_per_value)
                 if isinstance(stored, BlockQuantizedTensor):
-                    self._write_quantized(file, tensor, stored, blocks(tensor), scale)
+                    self._write_quantized(file, tensor, stored, counted, scale)
                 elif isinstance(stored, RowQuantizedTensor):
-                    self._write_rows(file, tensor, stored, blocks(tensor), scale)
+                    self._write_rows(file, tensor, stored, counted, scale)
                 else:
-                    for block in blocks(tensor):
-                        self._write(file, _cast(tensor, block, stored.dtype, scale))
+                    for block in counted:
+                        _write(file, _cast(tensor, block, stored.dtype, scale))
                 assert file.size == stored.end
         return file.info()
+
+    def _counted(self, blocks: Blocks, work_per_value: float) -> Blocks:
+        """The blocks; reports each once it has been written."""
+        for block in blocks:
+            yield block
+            self.progress(block.size * work_per_value)
 
     def _write_quantized(
         self, file: HashedFile, name: str, stored: BlockQuantizedTensor, blocks: Blocks, scale: float
@@ -299,14 +176,14 @@ class WeightStream:
             made = quantize(values, stored.config)
             if not torch.isfinite(made.scales).all():
                 raise ExportError(f"Tensor {name} has values too large to quantize; choose --precision bf16.")
-            self._write(file, made.codes.numpy())
+            _write(file, made.codes.numpy())
             rows = slice(done, done := done + len(block))
             scales[rows] = made.scales
             if zeros is not None and made.zeros is not None:
                 zeros[rows] = made.zeros
-        self._write(file, scales)
+        _write(file, scales)
         if zeros is not None:
-            self._write(file, zeros)
+            _write(file, zeros)
 
     def _write_rows(
         self, file: HashedFile, name: str, stored: RowQuantizedTensor, blocks: Blocks, scale: float
@@ -314,13 +191,13 @@ class WeightStream:
         """The codes are stored transposed, so the whole matrix must be in memory."""
         rows = [_cast(name, block, "fp32", scale) for block in blocks]
         codes, scales = quantize_rows(torch.from_numpy(np.concatenate(rows).reshape(stored.shape)))
-        self._write(file, codes.numpy())
+        _write(file, codes.numpy())
         file.pad_to(stored.scales.offset)
-        self._write(file, scales.numpy())
+        _write(file, scales.numpy())
 
-    def _write(self, file: HashedFile, data: np.ndarray) -> None:
-        file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
-        self.progress(data.nbytes)
+
+def _write(file: HashedFile, data: np.ndarray) -> None:
+    file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
 
 
 def raw_blocks(checkpoint: Checkpoint, raw_name: str) -> Blocks:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
+Logits = Literal["last", "all"]
+"""The positions that a decoder returns logits of."""
 
 
 class ConfigError(ValueError):

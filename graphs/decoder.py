@@ -16,18 +16,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import names, ops
-from .config import FULL, SLIDING, TextConfig
+from .config import FULL, SLIDING, Logits, TextConfig
 from .layers import Linear, RMSNorm
 from .repeated import repeated
-
-Logits = Literal["last", "all"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import click
 from gemma3n_onnx.export.layouts.select import DEFAULT, LAYOUTS, artifact_kind
 from gemma3n_onnx.export.quantization.config import BLOCKS, METHODS
 from gemma3n_onnx.export.quantization.options import PREFILLS, TABLE_BITS, QuantizationOptions
-from gemma3n_onnx.export.quantization.recipes import RECIPES, TARGETS
+from gemma3n_onnx.export.quantization.recipes import DEFAULTS, RECIPES, TARGETS
 from gemma3n_onnx.runtime.system import peak_memory_bytes
 
 from .options import (
@@ -27,7 +27,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from gemma3n_onnx.export.pipeline import ExportSummary
-    from gemma3n_onnx.graphs.decoder import Logits
+    from gemma3n_onnx.graphs.config import Logits
 
 NO_TEMPLATE = (
     "Warning: the checkpoint has no chat template, so the artifact will take text prompts but no messages; "
@@ -35,12 +35,15 @@ NO_TEMPLATE = (
 )
 
 
-@click.command()
+@click.command("export")
 @model_option
 @revision_option
 @slice_option
 @table_option
-@click.option("--precision", default="fp32", show_default=True, help=f"{known(RECIPES)}.")
+@click.option(
+    "--precision",
+    help=f"{known(RECIPES)}. [default: {', '.join(f'{name} for {target}' for target, name in DEFAULTS.items())}]",
+)
 @click.option("--block-size", type=int, help=f"Block size of a quantized precision: {known(BLOCKS)}.")
 @click.option("--quantizer", help=f"Quantization method of the projections: {known(METHODS)}.")
 @click.option("--embedding-bits", type=int, help=f"Bits of token embeddings and output head: {known(TABLE_BITS)}.")
@@ -68,7 +71,7 @@ def export_command(
     revision: str | None,
     slice_name: str | None,
     table: Path | None,
-    precision: str,
+    precision: str | None,
     block_size: int | None,
     quantizer: str | None,
     embedding_bits: int | None,
@@ -88,9 +91,8 @@ def export_command(
     """Export a Gemma 3n checkpoint, or a MatFormer slice of it, to ONNX Runtime."""
     from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
     from gemma3n_onnx.export.options import ExportOptions, check_options
-    from gemma3n_onnx.export.pipeline import export
-    from gemma3n_onnx.export.progress import TerminalProgress
-    from gemma3n_onnx.export.verify.report import check_report, describe_report, measure, write_report
+    from gemma3n_onnx.export.slicing import choose_slice
+    from gemma3n_onnx.export.verify.report_prompts import check_report
     from gemma3n_onnx.export.writer import check_output
 
     options = ExportOptions(
@@ -112,9 +114,20 @@ def export_command(
     if output is not None:
         check_output(output, force=force, kind=artifact_kind())  # before a download
     checkpoint = Checkpoint.open(model, revision)
+    choose_slice(checkpoint, slice_name, table)
+
+    # These take seconds to import, so they come after the checks.
+    from gemma3n_onnx.export.pipeline import export
+    from gemma3n_onnx.export.progress import TerminalProgress
+    from gemma3n_onnx.export.verify.reference import check_transformers
+    from gemma3n_onnx.export.verify.report import describe_report, measure, write_report
+
+    if report is not None:
+        check_transformers()
     if chat_template is None and checkpoint.chat_template() is None:
         click.echo(NO_TEMPLATE, err=True)
-    target_folder = output or Path(_folder_name(checkpoint.name, slice_name or "whole", precision, target))
+    parts = (checkpoint.name, slice_name or "whole", options.precision_name, target)
+    target_folder = output or Path(_folder_name(*parts))
     with TerminalProgress(quiet) as progress:
         summary = export(checkpoint, target_folder, options, progress)
         found = None if lines is None else measure(checkpoint, options, summary, lines, progress)

@@ -23,7 +23,9 @@ def make_checkpoint(size: Size, output: Path, seed: int, text_only: bool, force:
     """Write a checkpoint with random weights in Hugging Face format."""
     from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint as make
     from gemma3n_onnx.export.progress import TerminalProgress
+    from gemma3n_onnx.export.writer import CHECKPOINT, check_output
 
+    check_output(output, force=force, kind=CHECKPOINT)
     with TerminalProgress() as progress:
         progress.stage("Writing random weights")
         done = 0
@@ -31,8 +33,8 @@ def make_checkpoint(size: Size, output: Path, seed: int, text_only: bool, force:
         def report(now: int, total: int) -> None:
             nonlocal done
             if done == 0:
-                progress.bytes_total(total)
-            progress.bytes_done(now - done)
+                progress.total(total)
+            progress.done(now - done)
             done = now
 
         make(size, output, seed, text_only=text_only, progress=report, force=force)

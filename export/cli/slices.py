@@ -17,7 +17,6 @@ from .options import table_option
 @click.option("--json", "as_json", is_flag=True)
 def slices(table: Path | None, model: str | None, as_json: bool) -> None:
     """List the MatFormer slices with their parameters and sizes."""
-    from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
     from gemma3n_onnx.export.checkpoint.sizes import E4B, E4B_CONFIG, render_table, slices_table
     from gemma3n_onnx.export.errors import SliceError
     from gemma3n_onnx.export.slicing import load_slices
@@ -26,6 +25,8 @@ def slices(table: Path | None, model: str | None, as_json: bool) -> None:
     if model is None:
         rows = slices_table(E4B, E4B_CONFIG, loaded.specs)
     else:
+        from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
+
         checkpoint = Checkpoint.open(model)
         loaded = load_slices(table, checkpoint.slice_table)
         rows = slices_table(checkpoint.text_config, checkpoint.config, loaded.specs)

@@ -1,6 +1,7 @@
 """A consumer's layout: which graphs it has, how they are adapted, and which files go with them.
 
-To add a layout, write a module with a subclass of `Layout` and add an instance to `select.BUILT_IN`.
+To add a layout, write a module with a subclass of `Layout` and add an instance to `select.BUILT_IN`. Modules of layouts
+import passes in `adapt`, because the command line reads their names and must start fast.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gemma3n_onnx.export.quantization.precision import Precision
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.runtime.artifact import Manifest
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 ConfigFiles = dict[str, Mapping[str, Any]]
 """Contents of JSON files, by file name."""

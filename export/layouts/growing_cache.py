@@ -6,17 +6,17 @@ Only layers that produce K and V have a cache. Prompts and decode steps run the 
 from __future__ import annotations
 
 from dataclasses import replace
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.quantization.precision import Precision
 from gemma3n_onnx.graphs import names
 from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.graphs.passes.mask_padding import MaskPadding
-from gemma3n_onnx.graphs.passes.split_donor_cache import SplitDonorCache
 
 from .base import Layout, Requested
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 AXES = {
     names.BATCH: "batch_size",
@@ -36,5 +36,8 @@ class GrowingCacheLayout(Layout):
         return replace(precision, prefill=None)
 
     def adapt(self, decoder: ir.Model, embedding: ir.Model, config: TextConfig) -> None:
+        from gemma3n_onnx.graphs.passes.mask_padding import MaskPadding
+        from gemma3n_onnx.graphs.passes.split_donor_cache import SplitDonorCache
+
         MaskPadding()(decoder)  # both pad batches on the left
         SplitDonorCache()(decoder)  # their ONNX Runtime may be older than 1.31

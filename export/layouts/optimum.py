@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any
 
 from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.graphs.passes.fuse_embedding import FuseEmbedding
-from gemma3n_onnx.graphs.passes.name_axes import NameAxes
 from gemma3n_onnx.runtime.artifact import Manifest
 
 from .base import ConfigFiles, Requested
 from .growing_cache import AXES, GrowingCacheLayout
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # The `model_type` for which optimum reads `head_dim` and `num_key_value_heads` from the config.
 _MODEL_TYPE = "gemma3_text"
@@ -34,6 +33,9 @@ class OptimumLayout(GrowingCacheLayout):
         return {"decoder": "model.onnx"}
 
     def adapt(self, decoder: ir.Model, embedding: ir.Model, config: TextConfig) -> None:
+        from gemma3n_onnx.graphs.passes.fuse_embedding import FuseEmbedding
+        from gemma3n_onnx.graphs.passes.name_axes import NameAxes
+
         super().adapt(decoder, embedding, config)
         FuseEmbedding(embedding)(decoder)
         NameAxes(AXES)(decoder)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any
 
 from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.graphs.config import TextConfig
-from gemma3n_onnx.graphs.passes.name_axes import NameAxes
-from gemma3n_onnx.graphs.passes.split_layers import SplitLayers
 from gemma3n_onnx.runtime.artifact import Manifest
 
 from .base import ConfigFiles, Requested
 from .growing_cache import AXES, GrowingCacheLayout
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,9 @@ class TransformersJsLayout(GrowingCacheLayout):
         return {graph: f"{name}{_DTYPES[precision].suffix}.onnx" for graph, name in _GRAPHS.items()}
 
     def adapt(self, decoder: ir.Model, embedding: ir.Model, config: TextConfig) -> None:
+        from gemma3n_onnx.graphs.passes.name_axes import NameAxes
+        from gemma3n_onnx.graphs.passes.split_layers import SplitLayers
+
         super().adapt(decoder, embedding, config)
         for model in (decoder, embedding):
             SplitLayers(config.num_layers)(model)

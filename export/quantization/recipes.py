@@ -11,6 +11,8 @@ from .options import QuantizationOptions
 from .precision import Precision
 
 TARGETS = ("cpu", "cuda")
+DEFAULTS = {"cpu": "fp32", "cuda": "bf16"}
+"""The precision of an export that names none, by target."""
 
 _INT4 = Precision(
     storage="fp32",
@@ -58,14 +60,24 @@ RECIPES: dict[str, dict[str, Precision]] = {
 """By name, then by target. A new precision is one entry."""
 
 
+def default_precision(target: str) -> str:
+    """Raises ExportOptionError for an unknown target."""
+    _check_target(target)
+    return DEFAULTS[target]
+
+
+def _check_target(target: str) -> None:
+    if target not in TARGETS:
+        raise ExportOptionError(f"Unknown target {target!r}; choose {' or '.join(TARGETS)}.")
+
+
 def precision_for(name: str, target: str, options: QuantizationOptions | None = None) -> Precision:
     """The recipe with `options` applied.
 
     Raises:
         ExportOptionError: unknown name or target, no such precision on the target, or options that do not apply to it.
     """
-    if target not in TARGETS:
-        raise ExportOptionError(f"Unknown target {target!r}; choose {' or '.join(TARGETS)}.")
+    _check_target(target)
     if name not in RECIPES:
         raise ExportOptionError(f"Unknown precision {name!r}; choose one of {', '.join(RECIPES)}.")
     if (precision := RECIPES[name].get(target)) is None:

@@ -13,7 +13,7 @@ from torch import nn
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.checkpoint.sizes import parameter_counts
 from gemma3n_onnx.export.errors import ExportError
-from gemma3n_onnx.export.plan import choose_slice
+from gemma3n_onnx.export.slicing import choose_slice
 from gemma3n_onnx.export.text_weights import tensor_shapes
 from gemma3n_onnx.export.weights import check_tensors
 from gemma3n_onnx.graphs.config import TextConfig

@@ -6,54 +6,18 @@ import json
 from pathlib import Path
 
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
-from gemma3n_onnx.export.errors import ExportOptionError
 from gemma3n_onnx.export.options import ExportOptions
 from gemma3n_onnx.export.pipeline import ExportSummary
-from gemma3n_onnx.export.plan import choose_slice
 from gemma3n_onnx.export.progress import TerminalProgress
-from gemma3n_onnx.export.quantization.recipes import precision_for
 from gemma3n_onnx.export.quantization.sensitivity import Report, sensitivities
+from gemma3n_onnx.export.slicing import choose_slice
 from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
 from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
 
-from .reference import check_transformers, stored_in
+from .reference import stored_in
 
-PROMPTS = (
-    "What is 12 plus 7?",
-    "Count from 3 to 8.",
-    "Repeat: river stone lamp window",
-    "Why is the sky blue, and why does it turn red in the evening?",
-    "Write a function in Python that returns the n-th Fibonacci number.",
-    "Translate into French: The train leaves at seven, and nobody has a ticket.",
-    "The old lighthouse keeper wrote down the weather every night, even when there was nothing to see but fog.",
-    "List three differences between a fjord and a canyon.",
-)
 _SHOWN = 10
-
-
-def check_report(report: Path, prompts: Path | None, options: ExportOptions) -> tuple[str, ...]:
-    """The prompts of the report; checks its options before the export starts.
-
-    Raises:
-        ExportOptionError: the precision is not quantized, the report's folder does not exist, or the prompts cannot
-            be read.
-        ExportError: transformers, which runs the decoder, cannot be imported.
-    """
-    if precision_for(options.precision, options.target).weights is None:
-        raise ExportOptionError(f"--report needs a quantized --precision, not {options.precision}.")
-    if not report.parent.is_dir() or report.is_dir():
-        raise ExportOptionError(f"{report} cannot be written; give a file in an existing folder.")
-    check_transformers()
-    if prompts is None:
-        return PROMPTS
-    try:
-        lines = tuple(line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExportOptionError(f"{prompts} cannot be read as text ({error}); give a file of prompts.") from error
-    if not lines:
-        raise ExportOptionError(f"{prompts} has no prompts; give one per line.")
-    return lines
 
 
 def measure(
@@ -76,7 +40,7 @@ def measure(
     if not all(prompts):
         raise PromptError("A report prompt has no tokens; give text.")
     storage_of = stored_in(summary.manifest)
-    return sensitivities(checkpoint, chosen, options.precision, storage_of, prompts, progress.steps)
+    return sensitivities(checkpoint, chosen, options.precision_name, storage_of, prompts, progress.steps)
 
 
 def write_report(path: Path, report: Report) -> None:

@@ -11,7 +11,7 @@ import pytest
 from gemma3n_onnx.export.checkpoint import hub
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.errors import SliceError
-from gemma3n_onnx.export.plan import choose_slice
+from gemma3n_onnx.export.slicing import choose_slice
 from gemma3n_onnx.runtime.artifact import load_manifest
 from support import run_command, text_checkpoint
 

@@ -13,21 +13,13 @@ import torch
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 
 from gemma3n_onnx.export.errors import CheckpointError, ExportError, ExportOptionError
-from gemma3n_onnx.export.quantization.config import METHODS, PerRow, QuantizationConfig
+from gemma3n_onnx.export.quantization.config import METHODS, PerRow, QuantizationConfig, Storage
 from gemma3n_onnx.export.quantization.options import QuantizationOptions
 from gemma3n_onnx.export.quantization.quantize import dequantize, pack, quantize, unpack
 from gemma3n_onnx.export.quantization.recipes import precision_for
 from gemma3n_onnx.export.quantization.threads import one_thread_an_operation
-from gemma3n_onnx.export.weights import (
-    BlockQuantizedTensor,
-    RowQuantizedTensor,
-    StoredTensor,
-    WeightStream,
-    _all_finite,
-    as_stored,
-    attach,
-    lay_out,
-)
+from gemma3n_onnx.export.stored import BlockQuantizedTensor, RowQuantizedTensor, StoredTensor, lay_out, work_of
+from gemma3n_onnx.export.weights import WeightStream, _all_finite, as_stored, attach
 from gemma3n_onnx.graphs.passes.quantize_dynamic import products
 from gemma3n_onnx.runtime.artifact import TableInfo
 from gemma3n_onnx.runtime.engine.ort import Session
@@ -326,6 +318,16 @@ def test_quantized_and_plain_tensors_lie_one_after_another() -> None:
     assert weights["c"].nbytes == 32 * 32 + 32 * 2 + 32
     ends = [stored.end for stored in weights.values()]
     assert all(stored.offset >= end for stored, end in zip([*weights.values()][1:], ends))
+
+
+def test_the_work_that_is_told_adds_up(tmp_path: Path) -> None:
+    values = torch.randn(64, 256).numpy()
+    storage: dict[str, Storage] = {"a": PerRow(), "b": "bf16", **{m: QuantizationConfig(4, 32, m) for m in METHODS}}
+    weights = lay_out(FILE, dict.fromkeys(storage, (64, 256)), storage.__getitem__)
+    told: list[float] = []
+    WeightStream(tmp_path, told.append).write_file(FILE, weights, lambda _: iter([values[:40], values[40:]]))
+    assert sum(told) == pytest.approx(work_of(weights.values()))
+    assert len(told) == 2 * len(storage), "each block counts once it is written"
 
 
 @pytest.fixture

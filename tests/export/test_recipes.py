@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gemma3n_onnx.export.checkpoint.sizes import E4B
+from gemma3n_onnx.export.options import ExportOptions, check_options
 from gemma3n_onnx.export.quantization import recipes
 from gemma3n_onnx.export.quantization.config import QuantizationConfig
 from gemma3n_onnx.export.quantization.precision import Precision
@@ -81,6 +82,13 @@ def test_every_recipe_fits_the_architecture(name: str) -> None:
     for precision in RECIPES[name].values():
         for ending in precision.exceptions:
             assert any(module.endswith(ending) for module in modules), f"{ending} is no projection"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_export_without_a_precision_has_one_that_its_target_runs(target: str) -> None:
+    name = ExportOptions(target=target).precision_name
+    assert target in RECIPES[name]
+    check_options(ExportOptions(target=target))
 
 
 @pytest.mark.parametrize("wrong", [{"storage": "fp8"}, {"compute": "int8"}, {"encoders": "fp8"}])

@@ -13,6 +13,7 @@ from gemma3n_onnx.export.checkpoint.sizes import E4B
 from gemma3n_onnx.graphs import decoder, ops
 from gemma3n_onnx.graphs.config import FULL, SLIDING, TextConfig
 from gemma3n_onnx.graphs.embedding import HardRows
+from gemma3n_onnx.graphs.shapes import parameter_shapes
 
 CONFIG = dataclasses.replace(
     E4B,
@@ -41,13 +42,20 @@ def model() -> ir.Model:
 
 
 def test_every_parameter_is_an_initializer_without_data(model: ir.Model) -> None:
-    shapes = trace.parameter_shapes(CONFIG)
+    shapes = parameter_shapes(CONFIG)
     without_data = {
         name: tuple(value.shape.numpy())
         for name, value in model.graph.initializers.items()
         if value.const_value is None and value.shape is not None
     }
     assert without_data == shapes
+
+
+@pytest.mark.parametrize("config", [CONFIG, E4B], ids=["small", "E4B"])
+def test_the_shapes_are_those_of_the_module(config: TextConfig) -> None:
+    with torch.device("meta"):
+        module = decoder.Decoder(config, "last")
+    assert [*parameter_shapes(config).items()] == [(n, tuple(p.shape)) for n, p in module.named_parameters()]
 
 
 def test_only_producing_layers_have_caches(model: ir.Model) -> None:
@@ -162,7 +170,7 @@ def test_narrow_weights_are_widened_where_they_are_used() -> None:
     from gemma3n_onnx.graphs.passes.store_narrow import StoreNarrow
 
     stored = trace.trace_decoder(CONFIG, "last", "fp32")
-    shapes = trace.parameter_shapes(CONFIG)
+    shapes = parameter_shapes(CONFIG)
     assert StoreNarrow(set(shapes), ir.DataType.BFLOAT16)(stored).modified
     for name in shapes:
         value = stored.graph.initializers[name]

@@ -1,20 +1,28 @@
 """The commands doing what they are for."""
 
+import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tomllib
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import click
+import numpy
 import pytest
 
 from gemma3n_onnx.export.slicing import load_slices
 from gemma3n_onnx.runtime import OnnxGemma3n, PromptError
+from gemma3n_onnx.runtime.cli.commands import OWN
 from gemma3n_onnx.runtime.cli.exit import exit_with_message
 from support import DEFAULT_SIGNALS, SMALL, Outcome, run_command, text_checkpoint
 
+ROOT = Path(__file__).parents[3]
 OPTIONS = ("--max-new-tokens", "12")
 
 
@@ -90,7 +98,12 @@ def test_export_writes_where_it_says(
     monkeypatch.chdir(tmp_path)
     shown = run_command(monkeypatch, ["gemma3n-export", "--model", str(small_checkpoint)])
     assert shown.code == 0
-    assert shown.err == "", "progress on what is no terminal"
+    steps = [
+        "Tracing the decoder ...",
+        "Writing weights ...",
+        *(f"Writing weights: {share} %" for share in (25, 50, 75)),
+    ]
+    assert shown.err.splitlines() == steps, "a line for each step on what is no terminal"
     assert "small-whole-fp32-cpu" in shown.out
     made = tmp_path / "small-whole-fp32-cpu"
     assert [path.name for path in tmp_path.iterdir()] == [made.name]
@@ -113,14 +126,114 @@ def test_a_slice_name_makes_no_folders_of_its_own(
 
 def test_make_checkpoint(gemma3n, tmp_path: Path) -> None:
     shown = gemma3n("make-checkpoint", "--size", "tiny", "--output", tmp_path / "new")
-    assert (shown.code, shown.err) == (0, "")
+    assert shown.code == 0
+    assert shown.err.splitlines()[0] == "Writing random weights ..."
     assert (tmp_path / "new" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "slices", "verify", "make-checkpoint"])
-def test_help_of_the_group_names_every_command(gemma3n, command: str) -> None:
-    assert command in gemma3n("--help").out
-    assert gemma3n(command, "--help").code == 0
+COMMANDS = (*OWN, "export", "make-checkpoint", "slices", "verify")
+
+
+def test_help_fits_into_80_columns_and_is_not_cut_off(gemma3n, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = {name: gemma3n(*name.split(), "--help") for name in ("", *COMMANDS)}
+    assert {outcome.code for outcome in shown.values()} == {0}
+    listed = shown[""].out.partition("Commands:")[2]
+    assert [line.split()[0] for line in listed.splitlines() if line[2:3].strip()] == sorted(COMMANDS)
+    assert "..." not in listed
+    for outcome in shown.values():
+        assert max(map(len, outcome.out.splitlines())) <= 80
+
+
+def test_export_is_gemma3n_export(gemma3n, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [gemma3n("export", "--help"), run_command(monkeypatch, ["gemma3n-export", "--help"])]
+    assert both[0].out.replace("gemma3n export", "gemma3n-export") == both[1].out
+    assert both[0].code == 0
+
+
+def test_version_names_what_it_runs_on(gemma3n) -> None:
+    lines = gemma3n("version").out.splitlines()
+    assert lines[0] == f"gemma3n-onnx {version('gemma3n-onnx')}"
+    assert f"numpy {numpy.__version__}" in lines
+    assert any(line.startswith("onnxruntime") for line in lines)
+
+
+def test_a_mistyped_command_names_the_nearest(gemma3n) -> None:
+    shown = gemma3n("serv")
+    assert shown.code == 2 and "No such command 'serv'; did you mean serve?" in shown.err
+
+
+TYPOS = [
+    ("export", "--model", "demo", "--precision", "int3"),
+    ("export", "--model", "demo", "--layout", "onnx"),
+    ("export", "--model", "demo", "--precision", "int4", "--block-size", "5"),
+    ("export", "--model", "demo", "--modalities", "smell"),
+    ("export", "--model", "demo", "--slice", "E9B"),
+    ("export", "--model", "nowhere/there/is"),
+    ("export", "--model", "demo", "--report", "nowhere/report.json", "--precision", "int4"),
+    ("export", "--model", "demo", "--precisoin", "int4"),
+    ("export", "--model", "demo", "--output", "demo"),
+    ("verify", "nowhere", "--mdoel", "demo"),
+]
+
+
+# Runs COMMANDS one after another; prints the code, the lines of stderr and the heavy packages that are loaded.
+RUN_ALL = """
+import contextlib, io, sys
+from gemma3n_onnx.export.cli.export import export_command
+from gemma3n_onnx.export.cli.make_checkpoint import make_checkpoint
+from gemma3n_onnx.export.cli.slices import slices
+from gemma3n_onnx.export.verify.command import verify
+from gemma3n_onnx.runtime.cli.exit import exit_with_message
+FOUND = {"export": export_command, "make-checkpoint": make_checkpoint, "verify": verify, "slices": slices}
+for name, *arguments in COMMANDS:
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+            exit_with_message(lambda: FOUND[name].main(arguments, standalone_mode=False))
+    except SystemExit as exit_:
+        heavy = {"torch", "onnx_ir", "transformers"} & {name for name, module in sys.modules.items() if module}
+        print(exit_.code or 0, err.getvalue().splitlines(), *heavy)
+"""
+
+
+def run_all(commands: Sequence[Sequence[str]], before: str = "") -> list[str]:
+    code = before + RUN_ALL.replace("COMMANDS", repr(commands))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(commands), done.stderr
+    return lines
+
+
+def test_a_mistyped_option_is_told_before_torch_is_imported() -> None:
+    for typo, line in zip(TYPOS, run_all(TYPOS)):
+        assert line.startswith(("1 ['Error: ", '1 ["Error: ', "2 ['Usage: ")) and line[-1] == "]", (typo, line)
+
+
+def test_slices_need_no_torch() -> None:
+    assert run_all([("slices",), ("slices", "--json")]) == ["0 []", "0 []"]
+
+
+def test_on_a_device_each_command_of_the_exporter_says_what_to_install(tmp_path: Path) -> None:
+    """A device has none of the packages of the extra `export`."""
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["export"]
+    packages = [re.split(r"[<>=]", each)[0].replace("-", "_") for each in extra]
+    before = f"import sys\nsys.modules |= dict.fromkeys({packages})\n"
+    output = str(tmp_path / "out")
+    commands = [
+        ("export", "--model", "demo", "--output", output),
+        ("verify", "demo", "--model", "demo"),
+        ("make-checkpoint", "--size", "tiny", "--output", output),
+        ("slices",),
+    ]
+    *told, listed = run_all(commands, before)
+    says = re.compile(r'Error: This command needs \w+; install it with: pip install "gemma3n-onnx\[export\]"\.')
+    for command, line in zip(commands, told):
+        code, _, err = line.partition(" ")
+        (sentence,) = ast.literal_eval(err)
+        assert code == "1" and says.fullmatch(sentence), (command, line)
+    assert listed == "0 []"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_command_whose_package_is_missing_says_what_to_install(gemma3n, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +286,23 @@ def test_a_closed_pipe_is_no_traceback(small_artifact: Path) -> None:
     err = process.stderr.read()
     process.wait(timeout=60)
     assert err == b""
+
+
+@pytest.mark.parametrize("module", ["click", "importlib.metadata", "numpy", "tokenizers", "onnxruntime"])
+def test_ctrl_c_while_modules_load_is_no_traceback(small_artifact: Path, module: str) -> None:
+    code = f"""
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+from gemma3n_onnx.runtime.cli.main import main
+main()
+"""
+    command = [sys.executable, "-c", DEFAULT_SIGNALS + code, "run", str(small_artifact), "Hello"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
 
 
 def test_ctrl_c_is_no_traceback(small_artifact: Path) -> None:
