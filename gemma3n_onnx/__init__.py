@@ -5,10 +5,12 @@ import os
 TYPE_CHECKING = False  # type checkers know it by its name; importing typing would take longer than all else here
 if TYPE_CHECKING:
     from gemma3n_onnx.runtime import (
+        AnswerSchemaError,
         ArtifactError,
         ArtifactNotFoundError,
         AudioTooLongError,
         ChatTemplateError,
+        ClosedError,
         ContextLengthError,
         FetchPolicy,
         Gemma3nError,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
         RuntimeMissingError,
         Timings,
         TokenLogprob,
+        TopToken,
         UrlRefusedError,
     )
 
@@ -44,10 +47,12 @@ else:
 
 
 __all__ = [
+    "AnswerSchemaError",
     "ArtifactError",
     "ArtifactNotFoundError",
     "AudioTooLongError",
     "ChatTemplateError",
+    "ClosedError",
     "ContextLengthError",
     "FetchPolicy",
     "Gemma3nError",
@@ -64,6 +69,7 @@ __all__ = [
     "RuntimeMissingError",
     "Timings",
     "TokenLogprob",
+    "TopToken",
     "UrlRefusedError",
     "__version__",
 ]

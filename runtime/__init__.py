@@ -6,10 +6,12 @@ import importlib
 TYPE_CHECKING = False  # type checkers know it by its name; importing typing would take longer than all else here
 if TYPE_CHECKING:
     from .errors import (
+        AnswerSchemaError,
         ArtifactError,
         ArtifactNotFoundError,
         AudioTooLongError,
         ChatTemplateError,
+        ClosedError,
         ContextLengthError,
         Gemma3nError,
         MediaError,
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
         RuntimeMissingError,
         UrlRefusedError,
     )
-    from .generation.logprobs import TokenLogprob
+    from .generation.logprobs import TokenLogprob, TopToken
     from .generation.options import GenerationOptions
     from .generation.result import GenerationResult, Timings
     from .media.fetch import FetchPolicy
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from .model import OnnxGemma3n
 else:
     _HOMES = {
-        "generation.logprobs": ("TokenLogprob",),
+        "generation.logprobs": ("TokenLogprob", "TopToken"),
         "generation.options": ("GenerationOptions",),
         "generation.result": ("GenerationResult", "Timings"),
         "media.fetch": ("FetchPolicy",),
@@ -45,10 +47,12 @@ else:
 
 
 __all__ = [
+    "AnswerSchemaError",
     "ArtifactError",
     "ArtifactNotFoundError",
     "AudioTooLongError",
     "ChatTemplateError",
+    "ClosedError",
     "ContextLengthError",
     "FetchPolicy",
     "Gemma3nError",
@@ -65,6 +69,7 @@ __all__ = [
     "RuntimeMissingError",
     "Timings",
     "TokenLogprob",
+    "TopToken",
     "UrlRefusedError",
 ]
 

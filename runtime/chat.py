@@ -11,7 +11,7 @@ from .errors import OptionError, PromptError, no_template
 from .generation.result import GenerationResult
 from .generation.scheduler import Scheduler
 from .generation.stream import GenerationStream
-from .options import read_options
+from .options import OptionReader
 from .prompt.encoder import PromptEncoder
 from .prompt.messages import warnings_of
 from .tokens import PromptTokens
@@ -23,15 +23,17 @@ class Chat:
     `messages` is the conversation so far, with its media decoded; a part of it, or what `OnnxGemma3n.read` returns, may
     replace it.
 
+    One thread at a time may use it; other conversations of the same model may run in other threads.
+
     Later turns reuse the generated token ids if these decode to the reply; all other text is tokenized.
     """
 
-    def __init__(self, engine: Engine, prompts: PromptEncoder, system: str | None) -> None:
+    def __init__(self, engine: Engine, prompts: PromptEncoder, options: OptionReader, system: str | None) -> None:
         if prompts.template is None:
             raise no_template("it cannot chat")
         if system is not None and not isinstance(system, str):
             raise OptionError(f"system is {system!r}; give the system prompt as text.")
-        self._engine, self._prompts, self._system = engine, prompts, system
+        self._engine, self._prompts, self._options, self._system = engine, prompts, options, system
         self.reset()
 
     def reset(self) -> None:
@@ -55,14 +57,20 @@ class Chat:
 
         Iterating raises PromptError once the turn has ended or a later one has started.
         """
-        chosen, media = read_options(options)
+        self._engine.require_open()
+        chosen, media, check = self._options.read(options)
         messages = self._prompts.read([*self.messages, {"role": "user", "content": content}], media)
         rendered = self._prompts.render(messages)
         prompt = replace(self._prompts.locate(self._encode(rendered), messages), warnings=warnings_of(messages[-1:]))
         if self._current is not None:
             self._current.answer.close()
         self._current = None
-        answer = GenerationStream(self._ready_scheduler(), [prompt], chosen)
+        engine, tokenizer = self._engine, self._prompts.tokenizer
+        with engine.turns:
+            scheduler = self._ready_scheduler()
+        answer = GenerationStream(
+            scheduler, [prompt], chosen, check=check, text_of=tokenizer.token_text, turns=engine.turns
+        )
         self._current = Turn(self, answer, [*self.messages, messages[-1]], rendered, prompt)
         return self._current
 

@@ -53,6 +53,17 @@ class AudioTooLongError(MediaError):
     """The clip is longer than the encoder's context."""
 
 
+class ClosedError(Gemma3nError, ValueError):
+    """The model was closed."""
+
+    def __init__(self) -> None:
+        super().__init__("The model is closed; load it again with OnnxGemma3n.from_pretrained.")
+
+
+class AnswerSchemaError(Gemma3nError, ValueError):
+    """The finished answer breaks a part of its constraint that no grammar enforces."""
+
+
 class PackageMissingError(Gemma3nError, ImportError):
     """An optional package is needed for this input and is not installed."""
 

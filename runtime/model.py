@@ -6,28 +6,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import numpy as np
 
 from .artifact import Manifest, load_manifest
 from .chat import Chat
 from .checks import require_integer
+from .constraints.options import ConstraintReader
 from .engine.encoders import Encoders
 from .engine.engine import PREFILL_CHUNK, Engine
 from .engine.prefix_cache import PrefixCache
 from .engine.providers.base import DeviceOptions
 from .engine.providers.select import select_provider
 from .errors import ArtifactError, PromptError
+from .generation.async_stream import AsyncGenerationStream
+from .generation.defaults import SamplingDefaults
 from .generation.likelihood import LogLikelihood, token_logprobs
-from .generation.options import GenerationOptions
 from .generation.result import GenerationResult
 from .generation.scheduler import Scheduler, check_context
 from .generation.stream import GenerationStream
 from .hub import find_artifact
 from .media.fetch import FetchPolicy
 from .media.reader import MediaOptions
-from .options import read_media_options, read_options
+from .options import OptionReader, read_media_options
 from .prompt.chat_template import ChatTemplate
 from .prompt.encoder import PromptEncoder, TemplateOptions
 from .prompt.tokenizer import Tokenizer, encode_plain
@@ -67,6 +69,13 @@ class OnnxGemma3n:
     >>> chat.send("Who wrote Hamlet?").text
     >>> chat.send("When?", max_new_tokens=32).text
 
+    In asyncio, `agenerate` and `astream` do the same without blocking the event loop. An answer can be held to a form:
+
+    >>> model.generate(prompt, json_schema={"type": "object", "properties": {"sum": {"type": "integer"}}}).text
+
+    Several threads may use a model. The steps of their answers take turns, so a batch, or the server, is faster.
+    `close`, or the end of `with OnnxGemma3n.from_pretrained(...) as model:`, frees the memory.
+
     A `GenerationResult` also has token ids, log-probabilities if requested, the finish reason and timings. Every
     error that a caller can cause is a `Gemma3nError` whose message says what to do.
     """
@@ -81,11 +90,34 @@ class OnnxGemma3n:
         template: ChatTemplate | None,
         fetch: FetchPolicy,
         prefix_cache_size: int,
+        sampling: SamplingDefaults,
     ) -> None:
         self.folder, self.manifest, self.engine, self.encoders = folder, manifest, engine, encoders
         self.tokenizer, self.template = tokenizer, template
         self.prompts = PromptEncoder(manifest, tokenizer, template, fetch, encoders)
+        self.sampling = sampling
+        """The checkpoint's sampling values, which `sampling="default"` takes."""
+        self.options = OptionReader(sampling, ConstraintReader(folder, manifest))
         self._prefix_cache = PrefixCache(prefix_cache_size) if prefix_cache_size else None
+
+    def __repr__(self) -> str:
+        m = self.manifest
+        return (
+            f"<OnnxGemma3n {str(self.folder)!r}: {m.slice} of {m.source}, {m.precision}, {', '.join(m.modalities)}, "
+            f"on {self.engine.provider.name}>"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the model's memory, that of its chats apart. Other calls then raise ClosedError."""
+        with self.engine.turns:
+            self.release()
+            self.engine.close()
 
     @classmethod
     def from_pretrained(
@@ -147,7 +179,17 @@ class OnnxGemma3n:
         )
         encoders = Encoders(folder, manifest, chosen, threads)
         require_integer("prefix_cache_size", prefix_cache_size, 0)
-        return cls(folder, manifest, engine, encoders, tokenizer, template, fetch or FetchPolicy(), prefix_cache_size)
+        return cls(
+            folder,
+            manifest,
+            engine,
+            encoders,
+            tokenizer,
+            template,
+            fetch or FetchPolicy(),
+            prefix_cache_size,
+            SamplingDefaults.from_folder(folder),
+        )
 
     @overload
     def generate(
@@ -178,7 +220,8 @@ class OnnxGemma3n:
             images: the sources that the `<image_soft_token>`s of a text prompt stand for, in order; for a batch, a
                 list of such lists, one for each prompt.
             audio: the same for `<audio_soft_token>`.
-            options: the fields of `GenerationOptions`, greedy by default, and those of `MediaOptions`.
+            options: the fields of `GenerationOptions`, `MediaOptions` and `ConstraintOptions`. Decoding is greedy;
+                `sampling="default"` takes what is not given from the checkpoint's generation_config.json.
 
         Returns:
             A `GenerationResult`, or a list of them in the order of the prompts.
@@ -188,16 +231,10 @@ class OnnxGemma3n:
             clip or a video that cannot be read. ContextLengthError: a prompt that is too long. OptionError: an option
             out of range. All are raised before any graph runs.
         """
-        chosen, media = read_options(options)
-        batched = _is_batch(prompt)
-        if batched:
-            encoded = self.encode_batch(prompt, media, images=images, audio=audio)
-        else:
-            encoded = [self.encode(prompt, media, images=images, audio=audio)]
-        stream = self._stream(encoded, chosen)
+        stream = self._begin(prompt, images, audio, options)
         for _ in stream:
             pass
-        return stream.results() if batched else stream.result
+        return stream.results() if _is_batch(prompt) else stream.result
 
     def stream(
         self, prompt: Prompt, *, images: list[Any] | None = None, audio: list[Any] | None = None, **options: Any
@@ -208,20 +245,47 @@ class OnnxGemma3n:
         """
         if _is_batch(prompt):
             raise PromptError("stream takes one prompt; use generate for a batch.")
-        chosen, media = read_options(options)
-        return self._stream([self.encode(prompt, media, images=images, audio=audio)], chosen)
+        return self._begin(prompt, images, audio, options)
 
-    def _stream(self, encoded: list[PromptTokens], options: GenerationOptions) -> GenerationStream:
+    async def agenerate(
+        self, prompt: Any, *, images: list[Any] | None = None, audio: list[Any] | None = None, **options: Any
+    ) -> Any:
+        """`generate` for asyncio: the event loop stays free. A cancelled task ends generation at the next step."""
+        stream = AsyncGenerationStream(partial(self._begin, prompt, images, audio, options))
+        ended = await stream.finished()
+        return ended.results() if _is_batch(prompt) else ended.result
+
+    def astream(
+        self, prompt: Prompt, *, images: list[Any] | None = None, audio: list[Any] | None = None, **options: Any
+    ) -> AsyncGenerationStream:
+        """`stream` for asyncio: `async for piece in model.astream(...)`. Errors are raised by the first step."""
+        if _is_batch(prompt):
+            raise PromptError("astream takes one prompt; use agenerate for a batch.")
+        return AsyncGenerationStream(partial(self._begin, prompt, images, audio, options))
+
+    def _begin(
+        self, prompt: Any, images: list[Any] | None, audio: list[Any] | None, options: Mapping[str, Any]
+    ) -> GenerationStream:
+        """The stream of a prompt or of a batch, before its first step."""
+        self.engine.require_open()
+        chosen, media, check = self.options.read(options)
+        if _is_batch(prompt):
+            encoded = self.encode_batch(prompt, media, images=images, audio=audio)
+        else:
+            encoded = [self.encode(prompt, media, images=images, audio=audio)]
         longest = max(map(len, encoded))
-        check_context(self.manifest.max_context, longest, options.max_new_tokens)
-        scheduler = Scheduler(
-            self.engine,
-            self.tokenizer,
-            rows=len(encoded),
-            capacity=longest + options.max_new_tokens,
-            prefix_cache=self._prefix_cache,
+        check_context(self.manifest.max_context, longest, chosen.max_new_tokens)
+        with self.engine.turns:
+            scheduler = Scheduler(
+                self.engine,
+                self.tokenizer,
+                rows=len(encoded),
+                capacity=longest + chosen.max_new_tokens,
+                prefix_cache=self._prefix_cache,
+            )
+        return GenerationStream(
+            scheduler, encoded, chosen, check=check, text_of=self.tokenizer.token_text, turns=self.engine.turns
         )
-        return GenerationStream(scheduler, encoded, options)
 
     @overload
     def log_likelihood(self, prompt: Prompt, continuation: str | Sequence[int], **options: Any) -> LogLikelihood: ...
@@ -256,7 +320,10 @@ class OnnxGemma3n:
         encode = partial(self.encode, media=read_media_options(media), images=images, audio=audio)
         whole, first = self._continued(encode, prompt, continuation)
         check_context(self.manifest.max_context, len(whole), 0)
-        return LogLikelihood(token_logprobs(whole.ids[first:], self.engine.score(whole, first), 1))
+        with self.engine.turns:
+            scores = self.engine.score(whole, first)
+        scored = token_logprobs(whole.ids[first:], scores, 1)
+        return LogLikelihood(tuple(token.with_texts(self.tokenizer.token_text) for token in scored))
 
     def _continued(
         self, encode: Callable[[Any], PromptTokens], prompt: Any, continuation: Any
@@ -284,16 +351,18 @@ class OnnxGemma3n:
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation whose KV cache is kept from turn to turn."""
-        return Chat(self.engine, self.prompts, system)
+        self.engine.require_open()
+        return Chat(self.engine, self.prompts, self.options, system)
 
     def release(self, encoder: str | None = None) -> None:
         """Frees the "vision" or the "audio" encoder; without a name both, the prefill graph and the prefix cache.
         Graphs load again when needed."""
-        self.encoders.release(encoder)
-        if encoder is None:
-            self.engine.release()
-            if self._prefix_cache:
-                self._prefix_cache.clear()
+        with self.engine.turns:
+            self.encoders.release(encoder)
+            if encoder is None:
+                self.engine.release()
+                if self._prefix_cache:
+                    self._prefix_cache.clear()
 
     def encode(
         self,

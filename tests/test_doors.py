@@ -27,7 +27,7 @@ HEAVY = (
     "transformers",
 )
 # Modules of the runtime that the exporter may enter; what compares artifacts with transformers runs them.
-ENTRANCES = ("artifact", "cli.exit", "errors", "hub", "prompt.chat_template", "system")
+ENTRANCES = ("artifact", "cli.exit", "errors", "generation.defaults", "hub", "prompt.chat_template", "system")
 DOORS = {f"{PACKAGE}.runtime.{module}" for module in ENTRANCES}
 FREE = "export/verify"
 
@@ -111,7 +111,7 @@ def test_the_exporter_enters_the_runtime_through_its_doors() -> None:
 
 # Inside the runtime: which rooms a room may enter beside itself. Modules of no room are rooms by themselves.
 SHARED = {"artifact", "checks", "errors", "system", "tokens"}
-CONVERSATION = SHARED | {"engine", "generation", "media", "prompt"}
+CONVERSATION = SHARED | {"constraints", "engine", "generation", "media", "prompt"}
 FRONT = CONVERSATION | {"chat", "hub", "model", "options"}
 MAY_ENTER = {
     "artifact": {"errors"},
@@ -122,6 +122,7 @@ MAY_ENTER = {
     "tokens": set(),
     "engine": SHARED,
     "generation": SHARED | {"engine"},
+    "constraints": SHARED | {"generation", "prompt"},
     "media": SHARED,
     "prompt": SHARED | {"media"},
     "options": CONVERSATION,

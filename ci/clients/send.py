@@ -4,7 +4,7 @@
     python ci/clients/send.py http://127.0.0.1:8000
 
 Reads tests/clients/requests.jsonl and, as an answer's schema and as a tool's parameters, every schema of
-tests/runtime/serve/schemas.jsonl. Exits with 1 if an answer is not as wanted.
+tests/runtime/constraints/schemas.jsonl. Exits with 1 if an answer is not as wanted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def requests(url: str) -> Iterator[tuple[str, str, str, bool]]:
 
 def schemas(url: str) -> Iterator[tuple[str, str, str, bool]]:
     """A schema works; one that nothing matches is refused by a sentence."""
-    for line in lines("runtime/serve/schemas.jsonl"):
+    for line in lines("runtime/constraints/schemas.jsonl"):
         wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": line["schema"]}}
         tool = {"type": "function", "function": {"name": "f", "parameters": line["schema"]}}
         for kind, fields in (

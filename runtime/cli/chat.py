@@ -10,7 +10,7 @@ import click
 
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.model import OnnxGemma3n
-from gemma3n_onnx.runtime.options import read_options
+from gemma3n_onnx.runtime.options import split_options
 
 from .options import answer_options, artifact_argument, load_options, template_option
 from .terminal import open_terminal
@@ -37,7 +37,7 @@ def chat(
     **options: Any,
 ) -> None:
     """Chat with the model in the folder ARTIFACT, or of the Hub id ARTIFACT. /help lists the commands."""
-    read_options(options)  # reject bad options before loading a model
+    split_options(options)  # reject bad options before loading a model
     fetch = FetchPolicy(allow_private=allow_private_urls)
     model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, chat_template=chat_template, **load)
     terminal = open_terminal([*COMMANDS], WITH_PATHS, HISTORY if history else None)

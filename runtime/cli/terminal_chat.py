@@ -16,7 +16,7 @@ from gemma3n_onnx.runtime.errors import ContextLengthError, Gemma3nError, Option
 from gemma3n_onnx.runtime.generation.result import Timings
 from gemma3n_onnx.runtime.media.reader import Item
 from gemma3n_onnx.runtime.model import OnnxGemma3n
-from gemma3n_onnx.runtime.options import read_options
+from gemma3n_onnx.runtime.options import split_options
 from gemma3n_onnx.runtime.prompt.messages import items_of, warnings_of
 
 from .chat_file import ChatFileError, read_chat, write_chat
@@ -138,7 +138,7 @@ class TerminalChat:
             click.echo(f"Give a path or a URL: /{kind} SOURCE.", err=True)
             return
         part = {"type": kind, kind: source}
-        (message,) = self._model.read([{"role": "user", "content": [part]}], read_options(self._options)[1])
+        (message,) = self._model.read([{"role": "user", "content": [part]}], split_options(self._options)[1])
         if os.path.isfile(source):
             part[kind] = os.path.abspath(source)
         self._attached.append(Attachment(message["content"], part))
@@ -149,8 +149,8 @@ class TerminalChat:
 
     def _set(self, name: str, text: str) -> None:
         name, text = name.strip("-").replace("-", "_"), text.strip()
-        generation, media = read_options(self._options)
-        known = {key: value for options in (generation, media) for key, value in vars(options).items()}
+        generation, media, _ = split_options(self._options)
+        known = {**vars(generation), **vars(media)}
         settable = {key: value for key, value in known.items() if key not in NOT_SET_HERE}
         if not name:
             click.echo("\n".join(f"{key} {_shown(value)}" for key, value in settable.items()))
@@ -161,7 +161,7 @@ class TerminalChat:
             raise OptionError(f"Give a value, as in: /set {name} {_shown(settable[name])}.")
         value = _value(text)
         options = self._options | {name: () if value is None and name == "stop" else value}
-        read_options(options)
+        split_options(options)
         self._options = options
         click.echo(f"{name} is now {text}.", err=True)
 
@@ -199,7 +199,7 @@ class TerminalChat:
     def _load(self, path: Path | None) -> None:
         if path is None:
             raise ChatFileError("Give a file: /load FILE.")
-        conversation = Conversation.continued(self._model, read_chat(path), read_options(self._options)[1])
+        conversation = Conversation.continued(self._model, read_chat(path), split_options(self._options)[1])
         self._begin(conversation, path)
         for exchange in conversation.exchanges:
             show_warnings(warnings_of(exchange.read))

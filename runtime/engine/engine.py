@@ -6,6 +6,7 @@ Shape legend: B rows of the batch, S tokens of one run, V vocabulary.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from gemma3n_onnx.runtime.artifact import (
     Manifest,
 )
 from gemma3n_onnx.runtime.checks import require_integer
-from gemma3n_onnx.runtime.errors import ArtifactError, no_token
+from gemma3n_onnx.runtime.errors import ArtifactError, ClosedError, no_token
 from gemma3n_onnx.runtime.tokens import PromptTokens, SoftTokenSpan, fill
 
 from .candidates import Candidates, Chosen
@@ -64,9 +65,13 @@ class Engine:
         self._allocate = functools.partial(CacheMemory.allocate, manifest.caches, provider)
         self._pool = MemoryPool(self._allocate, manifest.max_context)
         self._candidates = Candidates(folder, manifest, provider)
+        self._closed = False
+        self.turns = threading.RLock()
+        """Held during a step of a stream: an engine runs one graph at a time, for one thread."""
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """A cache with room for at least `capacity` tokens in each row."""
+        self.require_open()
         if self.provider.captures_steps:
             return self._pool.cache(rows, capacity)
         return KVCache(self._allocate(rows, capacity))
@@ -76,6 +81,18 @@ class Engine:
         self.prefill_graph.release()
         self._scorer.release()
         self._pool.clear()
+
+    def close(self) -> None:
+        """Frees everything; no graph can run after it. A KV cache that somebody holds keeps the decoder."""
+        self.release()
+        if not self._closed:
+            self._closed = True
+            del self._session, self._tokens, self._per_layer
+
+    def require_open(self) -> None:
+        """Raises ClosedError after `close`."""
+        if self._closed:
+            raise ClosedError
 
     def prefill(
         self,
@@ -90,6 +107,7 @@ class Engine:
         The features of `spans`, whose positions count from the first of `ids`, replace embeddings. `after_chunk`
         receives the row's length after each chunk.
         """
+        self.require_open()
         self._require_logits("last")
         binding = self._bind(self._session, cache, row, 1)
         logits = self._output(binding, 1, 1)
@@ -130,6 +148,7 @@ class Engine:
         Raises:
             ArtifactError: the artifact has no scorer. ProviderError: a score is NaN.
         """
+        self.require_open()
         session = self._scorer.load()
         keys = prompt.keys()[: len(prompt) if and_next else -1]
         cache = self._scorer.prepare(keys, first - 1)
@@ -156,6 +175,7 @@ class Engine:
 
     def step_runner(self, cache: KVCache, rows: int | None = None) -> StepRunner:
         """Decode steps over the first `rows` of a cache, or all."""
+        self.require_open()
         return StepRunner(self, cache, cache.rows if rows is None else rows)
 
     def _require_logits(self, wanted: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gemma3n_onnx.runtime.engine.scorer import TokenScores
 
-from .logprobs import TokenLogprob
+from .logprobs import TokenLogprob, TopToken
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class LogLikelihood:
     @property
     def is_greedy(self) -> bool:
         """Whether greedy decoding generates the continuation."""
-        return all(token.token_id == token.top[0][0] for token in self.tokens)
+        return all(token.token_id == token.top[0].token_id for token in self.tokens)
 
 
 def token_logprobs(ids: Sequence[int], scores: TokenScores, top: int) -> tuple[TokenLogprob, ...]:
     """The scores of the tokens `ids` [n], with the `top` most likely tokens at each position."""
     listed = zip(scores.top_ids[:, :top].tolist(), scores.top_logprobs[:, :top].tolist())
     return tuple(
-        TokenLogprob(token, logprob, tuple(zip(*tops)))
+        TokenLogprob(token, logprob, tuple(map(TopToken, *tops)))
         for token, logprob, tops in zip(ids, scores.logprobs.tolist(), listed)
     )

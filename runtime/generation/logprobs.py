@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from .logits_processors import relative_weights, top_k_positions
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
-    """Natural-log probabilities of the chosen token and of the top tokens, most likely first."""
+class TopToken(NamedTuple):
+    """One of the most likely tokens; `text` as in `TokenLogprob`."""
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probabilities of the chosen token and of the top tokens, most likely first.
+
+    `text` is that of the token alone; a byte of a character is written `\\xe2`. The results of `generate`, `stream` and
+    `log_likelihood` have it.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[TopToken, ...]
+    text: str = ""
+
+    def with_texts(self, text_of: Callable[[int], str]) -> TokenLogprob:
+        top = tuple(each._replace(text=text_of(each.token_id)) for each in self.top)
+        return replace(self, top=top, text=text_of(self.token_id))
 
 
 def log_probabilities(logits: np.ndarray, chosen: int, top: int) -> TokenLogprob:
@@ -31,5 +50,5 @@ def log_probabilities(logits: np.ndarray, chosen: int, top: int) -> TokenLogprob
     return TokenLogprob(
         token_id=chosen,
         logprob=float(logits[chosen]) - log_total,
-        top=tuple((int(token), float(logits[token]) - log_total) for token in likeliest),
+        top=tuple(TopToken(int(token), float(logits[token]) - log_total) for token in likeliest),
     )

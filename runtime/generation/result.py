@@ -67,14 +67,15 @@ class GenerationResult:
     """One answer.
 
     `text` excludes special tokens and everything from a stop string on; `token_ids` has all generated tokens.
-    `finish_reason` is "stop" (an end token or a stop string) or "length" (`max_new_tokens`). `warnings`: one sentence
+    `finish_reason` is "stop" (an end token or a stop string) or "length" (`max_new_tokens`), and None of a stream that
+    has not ended, or was closed. `warnings`: one sentence
     for each image or clip of the prompt whose file is incomplete; what there is of it was read.
     """
 
     text: str
     token_ids: tuple[int, ...]
     prompt_token_ids: tuple[int, ...]
-    finish_reason: str
+    finish_reason: str | None
     logprobs: tuple[TokenLogprob, ...] | None
     timings: Timings
     warnings: tuple[str, ...] = ()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from gemma3n_onnx.runtime.system import peak_memory_bytes
@@ -16,11 +17,31 @@ from .scheduler import Event, FailureEvent, FinishEvent, Request, Scheduler, Tok
 
 
 class GenerationStream:
-    """Iterate for pieces of text; `results()` and `result` hold what has been generated so far."""
+    """Iterate for pieces of text; `results()` and `result` hold what has been generated so far.
 
-    def __init__(self, scheduler: Scheduler, prompts: Sequence[PromptTokens], options: GenerationOptions) -> None:
-        """Raises ContextLengthError as `Scheduler.submit` does."""
+    Not for several threads at once, except for `cancel`.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        prompts: Sequence[PromptTokens],
+        options: GenerationOptions,
+        *,
+        check: Callable[[str], None] | None = None,
+        text_of: Callable[[int], str] | None = None,
+        turns: AbstractContextManager[object] | None = None,
+    ) -> None:
+        """Raises ContextLengthError as `Scheduler.submit` does.
+
+        Args:
+            check: raises a Gemma3nError for an answer that ended by itself and is not accepted.
+            text_of: the text of a token, for log-probabilities.
+            turns: held during each step, so that streams of one engine in several threads take turns.
+        """
         self._scheduler, self._options = scheduler, options
+        self._check, self._text_of = check, text_of
+        self._turns = nullcontext() if turns is None else turns
         self._sequences = [_Sequence() for _ in prompts]
         self._pieces: list[str] = []
         # The callback holds lists, not this stream: a reference cycle would keep the KV cache until garbage collection.
@@ -40,22 +61,30 @@ class GenerationStream:
 
     def close(self) -> None:
         """Ends generation early."""
-        self._cancel()  # even if iteration has not begun
+        self.cancel()  # even if iteration has not begun
         self._running.close()
+
+    def cancel(self) -> None:
+        """Ends generation at the next step; may be called from any thread."""
+        for request in self._requests:
+            request.cancel()
 
     def _run(self) -> Generator[str, None, None]:
         for request in self._requests:
             request.submitted = time.monotonic()
         try:
-            while self._scheduler.advance():
+            while self._advance():
                 yield from self._new_pieces()
             yield from self._new_pieces()
         finally:
-            self._cancel()
+            self.cancel()
+        for sequence in self._sequences:
+            if self._check is not None and sequence.finish_reason == "stop":
+                self._check("".join(sequence.text))
 
-    def _cancel(self) -> None:
-        for request in self._requests:
-            request.cancel()
+    def _advance(self) -> bool:
+        with self._turns:
+            return self._scheduler.advance()
 
     def _new_pieces(self) -> list[str]:
         """The pieces since the last call. Raises the first failure."""
@@ -74,12 +103,16 @@ class GenerationStream:
                 token_ids=tuple(sequence.token_ids),
                 prompt_token_ids=tuple(request.prompt.ids),
                 finish_reason=sequence.finish_reason,
-                logprobs=None if self._options.logprobs is None else tuple(sequence.logprobs),
+                logprobs=None if self._options.logprobs is None else self._logprobs(sequence),
                 timings=timings,
                 warnings=request.prompt.warnings,
             )
             for request, sequence in zip(self._requests, self._sequences)
         ]
+
+    def _logprobs(self, sequence: _Sequence) -> tuple[TokenLogprob, ...]:
+        text_of = self._text_of
+        return tuple(each if text_of is None else each.with_texts(text_of) for each in sequence.logprobs)
 
     @property
     def result(self) -> GenerationResult:
@@ -93,7 +126,7 @@ class _Sequence:
         self.token_ids: list[int] = []
         self.text: list[str] = []
         self.logprobs: list[TokenLogprob] = []
-        self.finish_reason = "stop"
+        self.finish_reason: str | None = None
         self.error: Exception | None = None
 
 

@@ -76,6 +76,12 @@ class Tokenizer:
         """Decodes all ids at once; invalid bytes become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
+    def token_text(self, token_id: int) -> str:
+        """The text of a single token, as lists of log-probabilities have it; of a byte token `\\xe2`."""
+        if (byte := self.bytes_by_id.get(token_id)) is not None:
+            return f"\\x{byte:02x}"
+        return self.decode([token_id], skip_special=False)
+
 
 def encode_plain(prompt: str | Sequence[int] | np.ndarray, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Token ids of a text prompt, with one <bos> first, or checked ids in [0, vocab_size).

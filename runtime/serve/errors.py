@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from gemma3n_onnx.runtime.errors import (
+    AnswerSchemaError,
     ArtifactError,
     ContextLengthError,
     Gemma3nError,
@@ -20,7 +21,6 @@ from gemma3n_onnx.runtime.errors import (
 )
 from gemma3n_onnx.runtime.generation.scheduler import DeadlineError
 
-from .grammar import AnswerSchemaError
 from .worker import BusyError
 
 ANTHROPIC_TYPES = {"server_error": "api_error", "model_not_found": "not_found_error"}

@@ -6,21 +6,22 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, MANIFEST, CacheInfo, Manifest, load_manifest
+from gemma3n_onnx.runtime.constraints.grammar import Grammars
 from gemma3n_onnx.runtime.engine.kv_cache import cache_capacity
 from gemma3n_onnx.runtime.engine.providers.select import provider_of
 from gemma3n_onnx.runtime.engine.scorer import scorer_caches, scorer_capacity, second_weights_bytes
 from gemma3n_onnx.runtime.errors import ArtifactError, OptionError, ProviderError
+from gemma3n_onnx.runtime.generation.defaults import SamplingDefaults
 from gemma3n_onnx.runtime.generation.scheduler import Counts
 from gemma3n_onnx.runtime.hub import find_artifact
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .errors import UnknownModelError
-from .grammar import Grammars
 from .worker import BusyError, ModelWorker
 
 # Names of clients that know no model's.
@@ -41,6 +42,7 @@ class ServeOptions:
         clamp_max_tokens: whether a request that asks for more tokens than fit into the context gets what fits, or is
             refused.
         control_tokens: whether the spelling of a control token in a message becomes that token.
+        sampling: fields of `SamplingDefaults` that take the place of the checkpoint's.
     """
 
     rows: int = 4
@@ -50,8 +52,10 @@ class ServeOptions:
     memory_budget: int | None = None
     clamp_max_tokens: bool = True
     control_tokens: bool = False
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        SamplingDefaults(**self.sampling)
         for name, least in (("rows", 1), ("context", 1), ("queue", 1), ("prefix_cache_size", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise OptionError(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
@@ -59,13 +63,15 @@ class ServeOptions:
 
 @dataclass
 class Served:
-    """A loaded model, in use by `users` requests. `bytes` include the scorer's memory once it `scores`."""
+    """A loaded model, in use by `users` requests. `sampling`: the values of requests that give none, the server's own
+    before the checkpoint's. `bytes` include the scorer's memory once it `scores`."""
 
     name: str
     model: OnnxGemma3n
     worker: ModelWorker
     grammars: Grammars
     options: ServeOptions
+    sampling: SamplingDefaults
     bytes: int
     scores: bool = False
     used: float = field(default_factory=time.monotonic)
@@ -278,7 +284,8 @@ class ModelPool:
         options, context = self._options, self.context_of(name)
         model = OnnxGemma3n.from_pretrained(self.folders[name], prefix_cache_size=0, **self._load)
         worker = ModelWorker(model, options.rows, context, options.queue, options.prefix_cache_size)
-        return Served(name, model, worker, Grammars(self.folders[name], self.manifests[name]), options, size)
+        sampling = replace(model.sampling, **options.sampling)
+        return Served(name, model, worker, model.options.constraints.grammars, options, sampling, size)
 
     def _make_room(self, size: int) -> list[Served]:
         """Removes idle models from the pool until `size` more bytes fit. The caller closes the removed ones."""

@@ -61,8 +61,8 @@ def test_logprobs_are_those_of_transformers(shallow_model, shallow_oracle):
     logits = oracle_logits(shallow_oracle, [*result.prompt_token_ids, *result.token_ids[:-1]], steps)
     theirs = log_softmax(logits)
     assert [entry.token_id for entry in result.logprobs] == list(result.token_ids)
-    ours = [[entry.logprob, *(value for _, value in entry.top)] for entry in result.logprobs]
-    ids = [[entry.token_id, *(token for token, _ in entry.top)] for entry in result.logprobs]
+    ours = [[entry.logprob, *(top.logprob for top in entry.top)] for entry in result.logprobs]
+    ids = [[entry.token_id, *(top.token_id for top in entry.top)] for entry in result.logprobs]
     error = np.abs(np.array(ours) - np.take_along_axis(theirs, np.array(ids), -1)).max()
     tolerance = 2 * TOLERANCE * (logits.max() - logits.min())  # of the logit and of the logarithm's sum
     print(f"{steps} steps: error {error:.2e} nats (tolerance {tolerance:.0e})")

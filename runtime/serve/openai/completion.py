@@ -119,15 +119,16 @@ def listed_logprobs(tokens: Sequence[TokenLogprob], served: Served) -> list[dict
         return {"token": text, "logprob": logprob, "bytes": [*spelled]}
 
     return [
-        {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*likely) for likely in token.top]}
+        {
+            **entry(token.token_id, token.logprob),
+            "top_logprobs": [entry(likely.token_id, likely.logprob) for likely in token.top],
+        }
         for token in tokens
     ]
 
 
 def token_text(token_id: int, served: Served) -> tuple[str, bytes]:
-    """The text of a single token, as logprobs list it, and its bytes; of a byte token `\\xe2`, as OpenAI writes it."""
+    """As of `Tokenizer.token_text`, and the token's bytes."""
     tokenizer = served.model.tokenizer
-    if (byte := tokenizer.bytes_by_id.get(token_id)) is not None:
-        return f"\\x{byte:02x}", bytes([byte])
-    text = tokenizer.decode([token_id], skip_special=False)
-    return text, text.encode()
+    text, byte = tokenizer.token_text(token_id), tokenizer.bytes_by_id.get(token_id)
+    return text, text.encode() if byte is None else bytes([byte])

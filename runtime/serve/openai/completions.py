@@ -145,7 +145,7 @@ def _logprobs(echo: Echo, choice: Choice, start: int, served: Served) -> dict[st
 def _top(token: TokenLogprob, served: Served) -> dict[str, float]:
     """By text; a token whose text is another's too is named by its id."""
     listed: dict[str, float] = {}
-    for token_id, logprob in token.top:
+    for token_id, logprob, _ in token.top:
         text = token_text(token_id, served)[0]
         listed[f"token_id:{token_id}" if text in listed else text] = logprob
     return listed

@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field
 
+from gemma3n_onnx.runtime.constraints.grammar import ANY_OBJECT, Constraint, Grammars
 from gemma3n_onnx.runtime.errors import OptionError
 from gemma3n_onnx.runtime.serve.answering import ParsedRequest
-from gemma3n_onnx.runtime.serve.grammar import ANY_OBJECT, Constraint, Grammars
 
 from .requests import ApiModel, SamplingRequest
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, model_validator
 
+from gemma3n_onnx.runtime.constraints.json_schema import embed
 from gemma3n_onnx.runtime.errors import PromptError
-from gemma3n_onnx.runtime.serve.json_schema import embed
 
 from .requests import ApiModel
 

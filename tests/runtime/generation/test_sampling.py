@@ -158,14 +158,14 @@ def test_log_probabilities_are_those_of_log_softmax() -> None:
     result = log_probabilities(logits, chosen=17, top=20)
     assert result.logprob == pytest.approx(float(expected[17]), abs=1e-5)
     values, ids = expected.topk(20)
-    assert [token for token, _ in result.top] == ids.tolist()
-    np.testing.assert_allclose([value for _, value in result.top], values, atol=1e-5)
+    assert [top.token_id for top in result.top] == ids.tolist()
+    np.testing.assert_allclose([top.logprob for top in result.top], values, atol=1e-5)
     assert log_probabilities(logits, 17, 0).top == ()
 
 
 def test_equals_are_listed_by_id_and_the_impossible_not_at_all() -> None:
     logits = np.array([-np.inf, 1, 2, 1, 1], np.float32)
-    assert [token for token, _ in log_probabilities(logits, 1, 3).top] == [2, 1, 3]
+    assert [top.token_id for top in log_probabilities(logits, 1, 3).top] == [2, 1, 3]
     assert len(log_probabilities(logits, 1, 5).top) == 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from fake_engine import END, VOCABULARY, FakeEngine, FakeTokenizer, ids_of
 from gemma3n_onnx.runtime.engine.prefix_cache import PrefixCache
-from gemma3n_onnx.runtime.errors import ContextLengthError, ProviderError
+from gemma3n_onnx.runtime.errors import AnswerSchemaError, ContextLengthError, ProviderError
 from gemma3n_onnx.runtime.generation.options import GenerationOptions
 from gemma3n_onnx.runtime.generation.scheduler import (
     DeadlineError,
@@ -74,6 +75,24 @@ def run(scheduler, *told):
     while scheduler.advance():
         pass
     assert (scheduler.running, scheduler.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize(("letters", "refused"), [("wx", True), ("ab", False)])
+def test_an_answer_that_ended_by_itself_is_checked(letters, refused):
+    """`ab` goes on until its length."""
+    seen = []
+
+    def check(text):
+        seen.append(text)
+        raise AnswerSchemaError("No.")
+
+    prompts = [PromptTokens(ids_of(letters))]
+    options = GenerationOptions(max_new_tokens=4)
+    stream = GenerationStream(schedule(FakeEngine(alphabet)), prompts, options, check=check)
+    with pytest.raises(AnswerSchemaError) if refused else contextlib.nullcontext():
+        list(stream)
+    assert seen == (["yz"] if refused else [])
+    assert stream.result.text == ("yz" if refused else "cdef")
 
 
 def test_a_sequence_ends_at_its_length_or_at_an_end_token():
@@ -186,7 +205,7 @@ def test_log_probabilities_of_a_prompt_come_first(options):
     (scored, *rest) = told.events
     assert isinstance(scored, PromptEvent) and [each.token_id for each in scored.logprobs] == ids_of("bx")
     likely, unlikely = scored.logprobs
-    assert likely.top[0] == (likely.token_id, pytest.approx(likely.logprob)) and len(likely.top) == 2
+    assert likely.top[0][:2] == (likely.token_id, pytest.approx(likely.logprob)) and len(likely.top) == 2
     assert unlikely.top[0][0] == ids_of("c")[0] and unlikely.logprob == pytest.approx(likely.logprob - 20)
     assert [event.token_id for event in rest[:-1]] == [event.token_id for event in plain.events[:-1]]
     assert rest[-1].new_tokens == plain.last.new_tokens and told.text == plain.text
@@ -199,7 +218,7 @@ def test_one_greedy_token_after_a_scored_prompt_needs_no_prefill():
     told.request.prompt_logprobs = 0
     run(schedule(engine), told)
     assert {kind for kind, _ in engine.log} == {"score"} and told.text == "d"
-    assert told.events[1].logprob.top == ((ids_of("d")[0], told.events[1].logprob.logprob),)
+    assert [top[:2] for top in told.events[1].logprob.top] == [(ids_of("d")[0], told.events[1].logprob.logprob)]
     assert told.last == FinishEvent("length", prompt_tokens=3, cached_tokens=0, new_tokens=1)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from gemma3n_onnx.runtime import OptionError
 from gemma3n_onnx.runtime.artifact import load_manifest
-from gemma3n_onnx.runtime.serve.grammar import Grammars
+from gemma3n_onnx.runtime.constraints.grammar import Grammars
 from serving import chat, message
 
 SCHEMA = {

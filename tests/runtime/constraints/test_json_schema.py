@@ -19,11 +19,11 @@ import pytest
 from llguidance import LLMatcher
 from pydantic import AnyUrl, BaseModel, ConfigDict, Field, HttpUrl, RootModel, SecretStr, StringConstraints
 
-from gemma3n_onnx.runtime.errors import OptionError
-from gemma3n_onnx.runtime.serve.grammar import AnswerSchemaError, Constraint, Grammars
-from gemma3n_onnx.runtime.serve.json_schema import embed, prepare
+from gemma3n_onnx.runtime.constraints.grammar import Constraint, Grammars
+from gemma3n_onnx.runtime.constraints.json_schema import embed, prepare
+from gemma3n_onnx.runtime.constraints.patterns import Pattern
+from gemma3n_onnx.runtime.errors import AnswerSchemaError, OptionError
 from gemma3n_onnx.runtime.serve.openai.tools import Tool, schema_of, select_tools
-from gemma3n_onnx.runtime.serve.patterns import Pattern
 
 DEMO = Path(__file__).parents[3] / "demo"
 # `equals`: the schema in the oracle's dialect, where it has no draft of its own.

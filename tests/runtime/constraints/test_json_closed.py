@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gemma3n_onnx.runtime.serve.json_closed import close_objects
+from gemma3n_onnx.runtime.constraints.json_closed import close_objects
 
 OPEN: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
 CLOSED = {**OPEN, "additionalProperties": False}

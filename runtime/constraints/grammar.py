@@ -15,7 +15,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from gemma3n_onnx.runtime.artifact import Manifest
-from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
+from gemma3n_onnx.runtime.errors import AnswerSchemaError, OptionError
 from gemma3n_onnx.runtime.generation.logits_processors import LogitsProcessor
 from gemma3n_onnx.runtime.prompt.tokenizer import TOKENIZER_FILE
 
@@ -43,10 +43,6 @@ _HINTS = {
     "too big": "send a smaller one",
     "items; max": "send a smaller one, or require more of its properties",
 }
-
-
-class AnswerSchemaError(Gemma3nError, ValueError):
-    """The finished answer breaks a keyword that no grammar enforces."""
 
 
 @dataclass(frozen=True)
