@@ -14,6 +14,7 @@ from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE
 from .chat_template import choose_chat_template
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.processor import FrontEnds, read_front_ends
+from .checkpoint.sampling import check_sampling
 from .checkpoint.token_ids import TokenIds, token_ids
 from .encoders import CheckpointEncoder, HardTokens, choose_modalities, find_encoders, find_hard_tokens
 from .layouts.base import Layout
@@ -93,6 +94,7 @@ def plan_export(checkpoint: Checkpoint, options: ExportOptions) -> ExportPlan:
     chosen = choose_slice(checkpoint, options.slice, options.matformer_config)
     modalities = choose_modalities(options.modalities or layout.modalities, checkpoint)
     tokens = token_ids(checkpoint)
+    check_sampling(checkpoint)
     checkpoint.check_tokenizer()
     check_tensors(checkpoint, chosen, tensor_shapes(chosen.source))
     checkpoint.check_all_known()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -12,6 +13,8 @@ from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
 from gemma3n_onnx.export.verify.torchvision_shim import complete_torchvision
+from gemma3n_onnx.runtime import GenerationOptions
+from gemma3n_onnx.runtime.generation.scheduler import Scheduler
 from support import SMALL, text_checkpoint
 
 complete_torchvision()  # before a test imports transformers
@@ -34,6 +37,20 @@ def trace_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEMMA3N_CACHE", str(_common(tmp_path_factory, request) / "traces"))
         yield
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[GenerationOptions]:
+    """The options of every request that reaches a scheduler."""
+    seen: list[GenerationOptions] = []
+    submit = Scheduler.submit
+
+    def record(self: Scheduler, request: Any) -> None:
+        seen.append(request.options)
+        submit(self, request)
+
+    monkeypatch.setattr(Scheduler, "submit", record)
+    return seen
 
 
 @pytest.fixture(scope="session")

@@ -452,6 +452,16 @@ CASES = [
         ("eos_token_id", "'stop'"),
     ),
     Case(
+        "generation_config_sampling",
+        exporting(write("generation_config.json", '{"eos_token_id": 1, "do_sample": true, "top_p": 1.5}')),
+        ("checkpoint/generation_config.json", "top_p must be a number above 0 and up to 1, not 1.5"),
+    ),
+    Case(
+        "artifact_generation_config",
+        running(recorded(write("generation_config.json", '{"top_k": -1}'), "generation_config.json")),
+        ("artifact/generation_config.json", "top_k must be a whole number of at least 1, not -1"),
+    ),
+    Case(
         "chat_template_not_text",
         exporting(write("chat_template.jinja", b"\xff\xfe\x00")),
         ("chat_template.jinja", "not UTF-8"),
@@ -855,7 +865,15 @@ def test_a_bad_prompt_or_option_is_told_before_any_work(
 
 
 @pytest.mark.parametrize(
-    "options", [{"threads": 0}, {"threads": "four"}, {"prefill_chunk": 0}, {"prefill_chunk": "all"}, {"provider": "x"}]
+    "options",
+    [
+        {"threads": 0},
+        {"threads": "four"},
+        {"prefill_chunk": 0},
+        {"prefill_chunk": "all"},
+        {"provider": "x"},
+        {"memory_budget": -1},
+    ],
 )
 def test_bad_load_options(small_artifact: Path, options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=str(next(iter(options.values())))):

@@ -276,10 +276,11 @@ try {
   await startOver();
 
   // Settings reach the request, and survive a reload.
+  assert.ok(!("temperature" in sent.at(-1)) && !("max_tokens" in sent.at(-1)), "the server's defaults hold");
   await page.click("#settings");
   await page.type("#system", "Your name is Ada.");
   await page.focus("#temperature");
-  for (let i = 0; i < 7; i++) await page.keyboard.press("ArrowRight");
+  for (let i = 0; i < 8; i++) await page.keyboard.press("ArrowRight");
   await page.type("#length", "64");
   await inspect("settings");
   await page.click("#close");
@@ -299,6 +300,7 @@ try {
   assert.ok("My name is Ada.".startsWith(cut) && cut.length < 15, cut);
   assert.match(await page.$eval("#talk > :last-child small", note => note.textContent), /cut at the longest length/);
   assert.deepEqual(sent.at(-1).messages.map(({ role }) => role), ["system", "user"]);
+  assert.ok(!("temperature" in sent.at(-1)));
 
   // A server with a key asks for it.
   await open(guarded);

@@ -18,7 +18,7 @@ cp "$root/demo/picture.png" "$root/demo/sound.wav" media
 python3 "$here/make_media.py" media
 
 serve() { # PORT OPTION...
-  gemma3n serve demo-E2B --context 2048 --port "$@" &> "server-$1.log" &
+  gemma3n serve demo-E2B --context 2048 --temperature 0 --port "$@" &> "server-$1.log" &
   until python3 -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$1/health')" 2>/dev/null; do
     kill -0 $!
     sleep 0.2

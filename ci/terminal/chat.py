@@ -57,7 +57,7 @@ class Tmux:
 
 def main(artifact: str, folder: Path) -> None:
     file = folder / "chat.json"
-    terminal = Tmux(folder, f"gemma3n chat {artifact} --no-history")
+    terminal = Tmux(folder, f"gemma3n chat {artifact} --no-history --sampling greedy")
     try:
         terminal.wait(r"/help lists the commands[\s\S]*\n>$")
         terminal.ask("What is 3 plus 4?", r"3 plus 4 is 7\.")

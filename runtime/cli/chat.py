@@ -10,7 +10,7 @@ import click
 
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.model import OnnxGemma3n
-from gemma3n_onnx.runtime.options import split_options
+from gemma3n_onnx.runtime.options import DEFAULT, split_options
 
 from .options import answer_options, artifact_argument, load_options, template_option
 from .terminal import open_terminal
@@ -24,7 +24,7 @@ HISTORY = Path(click.get_app_dir("gemma3n")) / "chat-history"
 @template_option
 @click.option("--drop-oldest", is_flag=True, help="When the context is full, drop the oldest turns.")
 @click.option("--history/--no-history", default=True, show_default=True, help=f"Keep what you type in {HISTORY}.")
-@answer_options
+@answer_options(DEFAULT)
 @load_options
 def chat(
     artifact: Path,

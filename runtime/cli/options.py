@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from gemma3n_onnx.runtime.engine.providers.select import choices
+from gemma3n_onnx.runtime.generation.defaults import SamplingDefaults
+from gemma3n_onnx.runtime.options import SAMPLINGS
 
 template_option = click.option(
     "--chat-template",
@@ -64,6 +66,28 @@ def load_options(command: Callable[..., None]) -> Callable[..., None]:
     return loading
 
 
+_SAMPLING_OPTIONS = (
+    click.option("--temperature", type=float, help="0 is greedy decoding."),
+    click.option("--top-k", type=int, help="Keep the k most likely tokens."),
+    click.option("--top-p", type=float, help="Keep the most likely tokens of this total probability."),
+    click.option("--min-p", type=float, help="Keep tokens at least this times as likely as the most likely one."),
+    click.option("--repetition-penalty", type=float, help="Over prompt and answer; 1 is none."),
+)
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of `SamplingDefaults`; `command` gets those that are given, as `sampling`."""
+
+    @functools.wraps(command)
+    def sampled(**given: Any) -> None:
+        values = {name: given.pop(name) for name in SamplingDefaults.__dataclass_fields__}
+        command(sampling={name: value for name, value in values.items() if value is not None}, **given)
+
+    for option in reversed(_SAMPLING_OPTIONS):
+        sampled = option(sampled)
+    return sampled
+
+
 _ANSWER_OPTIONS = (
     click.option("--system", help="System prompt."),
     click.option("--image-size", type=int, help="Image side in pixels: 256, 512 or 768."),
@@ -72,11 +96,6 @@ _ANSWER_OPTIONS = (
     click.option("--max-frames", default=16, show_default=True, help="Maximum frames of one video."),
     click.option("--allow-private-urls", is_flag=True, help="Also fetch URLs at loopback and private addresses."),
     click.option("--max-new-tokens", default=256, show_default=True),
-    click.option("--temperature", default=0.0, show_default=True, help="0 is greedy decoding."),
-    click.option("--top-k", type=int),
-    click.option("--top-p", type=float),
-    click.option("--min-p", type=float),
-    click.option("--repetition-penalty", default=1.0, show_default=True),
     click.option("--presence-penalty", default=0.0, show_default=True),
     click.option("--frequency-penalty", default=0.0, show_default=True),
     click.option("--stop", multiple=True, help="Stop before this text; repeatable."),
@@ -84,11 +103,29 @@ _ANSWER_OPTIONS = (
 )
 
 
-def answer_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the media and generation options, which `command` gets as keyword arguments."""
-    for option in reversed(_ANSWER_OPTIONS):
-        command = option(command)
-    return command
+def answer_options(sampling: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds the media and generation options, which `command` gets as keyword arguments. `sampling`: the default of the
+    option of that name."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def answering(*, base: str, sampling: dict[str, Any], **others: Any) -> None:
+            command(**others, **sampling, sampling=base)
+
+        made: Callable[..., None] = answering
+        for option in reversed(_ANSWER_OPTIONS):
+            made = option(made)
+        return click.option(
+            "--sampling",
+            "base",
+            type=click.Choice(SAMPLINGS),
+            default=sampling,
+            show_default=True,
+            help="What the options below are unless given: greedy decoding, or default, the values of the checkpoint's "
+            "generation_config.json.",
+        )(sampling_options(made))
+
+    return add
 
 
 def gigabytes_to_bytes(gigabytes: float | None) -> int | None:

@@ -16,7 +16,7 @@ from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.generation.result import GenerationResult
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.model import OnnxGemma3n
-from gemma3n_onnx.runtime.options import split_options
+from gemma3n_onnx.runtime.options import GREEDY, split_options
 
 from .options import answer_options, artifact_argument, load_options, template_option
 from .terminal_chat import describe_timings, show_warnings
@@ -42,7 +42,7 @@ STANDARD_INPUT = "-"
     "image or a clip.",
 )
 @template_option
-@answer_options
+@answer_options(GREEDY)
 @load_options
 @click.option("--stats", is_flag=True, help="Print speed and memory to stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer, its tokens and timings as one JSON object.")

@@ -10,7 +10,7 @@ import click
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
 
-from .options import gigabytes_to_bytes, load_options, template_option
+from .options import gigabytes_to_bytes, load_options, sampling_options, template_option
 
 if TYPE_CHECKING:
     from gemma3n_onnx.runtime.serve.model_pool import ModelPool
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Let control tokens that a message spells out take effect, as transformers does.",
 )
+@sampling_options
 @click.option("--timeout", default=600.0, show_default=True, help="Time limit of a request, in seconds.")
 @load_options
 def serve(
@@ -92,7 +93,8 @@ def serve(
     """Serve the folders or Hub ids ARTIFACTS over OpenAI's HTTP API, with a chat page at /.
 
     A request's "model" is a folder or a Hub id as given here, or its last part; one that is served alone needs no
-    name. Models are loaded at their first request.
+    name. Models are loaded at their first request. Sampling options are for requests that give none of their own; by
+    default they are those of the checkpoint's generation_config.json.
     """
     from gemma3n_onnx.runtime.serve.app import Access, create_app
     from gemma3n_onnx.runtime.serve.middleware import LOOPBACK, host_of

@@ -16,7 +16,7 @@ from gemma3n_onnx.runtime.errors import ContextLengthError, Gemma3nError, Option
 from gemma3n_onnx.runtime.generation.result import Timings
 from gemma3n_onnx.runtime.media.reader import Item
 from gemma3n_onnx.runtime.model import OnnxGemma3n
-from gemma3n_onnx.runtime.options import split_options
+from gemma3n_onnx.runtime.options import GREEDY, split_options
 from gemma3n_onnx.runtime.prompt.messages import items_of, warnings_of
 
 from .chat_file import ChatFileError, read_chat, write_chat
@@ -149,8 +149,8 @@ class TerminalChat:
 
     def _set(self, name: str, text: str) -> None:
         name, text = name.strip("-").replace("-", "_"), text.strip()
-        generation, media, _ = split_options(self._options)
-        known = {**vars(generation), **vars(media)}
+        generation, media, _ = split_options(self._options, self._model.sampling)
+        known = {"sampling": self._options.get("sampling", GREEDY), **vars(generation), **vars(media)}
         settable = {key: value for key, value in known.items() if key not in NOT_SET_HERE}
         if not name:
             click.echo("\n".join(f"{key} {_shown(value)}" for key, value in settable.items()))

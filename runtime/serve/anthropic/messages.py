@@ -39,7 +39,7 @@ class MessagesRequest(ApiRequest):
     system: str | list[dict[str, Any]] | None = None
     stream: bool = False
     stop_sequences: list[str] = Field(default_factory=list)
-    temperature: float = 1.0
+    temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     tools: list[dict[str, Any]] = Field(default_factory=list)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gemma3n_onnx.runtime.errors import OptionError
+from gemma3n_onnx.runtime.generation.defaults import SamplingDefaults
 from gemma3n_onnx.runtime.generation.options import GenerationOptions
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.tokens import PromptTokens
@@ -95,13 +96,17 @@ class StreamOptions(ApiModel):
     include_usage: bool = False
 
 
+SAMPLING = tuple(SamplingDefaults.__dataclass_fields__)
+
+
 class SamplingRequest(ApiRequest):
-    """Fields of both kinds of completion; `GenerationOptions` checks their ranges."""
+    """Fields of both kinds of completion; `GenerationOptions` checks their ranges. The sampling fields that a request
+    does not have are the server's, see `Served.sampling`."""
 
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
-    temperature: float = 1.0
+    temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
@@ -111,7 +116,7 @@ class SamplingRequest(ApiRequest):
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
 
     @property
@@ -137,14 +142,14 @@ def generation_options(
         if ids and max(ids) > largest:
             raise OptionError(f"{name} names the token {max(ids)}; the largest id is {largest}.")
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    greedy = request.top_p == 0
+    given = {name: getattr(request, name) for name in SAMPLING if getattr(request, name) is not None}
+    if given.get("top_k") in (0, -1):
+        given["top_k"] = None
+    if given.get("top_p") == 0:
+        given |= {"temperature": 0.0, "top_p": None}
     return GenerationOptions(
+        **served.sampling.under(given),
         max_new_tokens=new_tokens(served, prompts, max_tokens),
-        temperature=0.0 if greedy else request.temperature,
-        top_k=None if request.top_k in (0, -1) else request.top_k,
-        top_p=None if greedy else request.top_p,
-        min_p=request.min_p,
-        repetition_penalty=request.repetition_penalty,
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
         stop=tuple(text for text in stop if text),

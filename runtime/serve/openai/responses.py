@@ -52,7 +52,7 @@ class ResponsesRequest(ApiRequest):
     stream: bool = False
     store: bool = True
     max_output_tokens: int | None = None
-    temperature: float = 1.0
+    temperature: float | None = None
     top_p: float | None = None
     text: TextOptions = Field(default_factory=TextOptions)
     tools: list[dict[str, Any]] = Field(default_factory=list)
@@ -172,7 +172,7 @@ class ResponseBuilder:
         self.id, self._created = _new_id("resp"), int(time.time())
 
     def whole(self, status: str, output: Sequence[Mapping[str, Any]] = (), **rest: Any) -> dict[str, Any]:
-        request = self.request
+        request, options = self.request, self.parsed.options
         return {
             "id": self.id,
             "object": "response",
@@ -188,12 +188,12 @@ class ResponseBuilder:
             "previous_response_id": request.previous_response_id,
             "reasoning": {"effort": None, "summary": None},
             "store": request.store,
-            "temperature": request.temperature,
+            "temperature": options.temperature,
             "text": {"format": _text_format(request)},
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools,
             "top_logprobs": request.top_logprobs,
-            "top_p": 1.0 if request.top_p is None else request.top_p,
+            "top_p": 1.0 if options.top_p is None else options.top_p,
             "truncation": request.truncation,
             "usage": None,
             "metadata": request.metadata,

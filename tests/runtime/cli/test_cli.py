@@ -1,6 +1,7 @@
 """The commands doing what they are for."""
 
 import ast
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import numpy
 import pytest
 
 from gemma3n_onnx.export.slicing import load_slices
-from gemma3n_onnx.runtime import OnnxGemma3n, PromptError
+from gemma3n_onnx.runtime import GenerationOptions, OnnxGemma3n, PromptError
 from gemma3n_onnx.runtime.cli.commands import OWN
 from gemma3n_onnx.runtime.cli.exit import exit_with_message
 from support import DEFAULT_SIGNALS, SMALL, Outcome, run_command, text_checkpoint
@@ -42,6 +43,19 @@ def test_run_raw_and_with_options(gemma3n, small_artifact: Path) -> None:
     wanted = OnnxGemma3n.from_pretrained(small_artifact).generate("Hello", **options).text
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     assert gemma3n("run", "--raw", small_artifact, "Hello", *flags).out == wanted + "\n"
+
+
+def test_chat_samples_as_the_checkpoint_says(
+    gemma3n, small_artifact: Path, submitted: list[GenerationOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for flags in ((), ("--temperature", "0"), ("--sampling", "greedy")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+        assert gemma3n("chat", small_artifact, *flags, *OPTIONS).code == 0
+    assert [(o.temperature, o.top_k, o.top_p) for o in submitted] == [
+        (1.0, 64, 0.95),
+        (0.0, 64, 0.95),
+        (0.0, None, None),
+    ]
 
 
 def test_run_with_a_system_prompt(gemma3n, small_artifact: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma3n_onnx.runtime import OnnxGemma3n
+from gemma3n_onnx.runtime import GenerationOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.generation.stream import GenerationStream
 from support import Outcome, run_command
 
@@ -121,3 +121,19 @@ def test_an_error_leaves_stdout_empty(gemma3n, small_artifact: Path) -> None:
     outcome = gemma3n(small_artifact, "Hello " * 300, "--json")
     assert (outcome.code, outcome.out) == (1, "")
     assert "context of 256" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "used"),
+    [
+        ([], (0.0, None, None)),
+        (["--temperature", "0.5"], (0.5, None, None)),
+        (["--sampling", "default"], (1.0, 64, 0.95)),
+        (["--sampling", "default", "--temperature", "0.5", "--top-k", "3"], (0.5, 3, 0.95)),
+    ],
+)
+def test_sampling_is_greedy_unless_asked(
+    gemma3n, small_artifact: Path, submitted: list[GenerationOptions], flags: list[str], used: tuple
+) -> None:
+    assert gemma3n(small_artifact, "Hello", *flags, *OPTIONS).code == 0
+    assert [(o.temperature, o.top_k, o.top_p) for o in submitted] == [used]

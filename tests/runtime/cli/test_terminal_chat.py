@@ -137,6 +137,13 @@ def test_options_are_listed_and_bad_ones_refused(talk):
     assert all(part in line for part, line in zip(told, err.splitlines(), strict=True))
 
 
+def test_what_is_set_comes_before_the_sampling_of_the_checkpoint(talk, submitted):
+    out, _ = talk("/set", SUM, "/set temperature 0.5", SUM, "/set sampling greedy", SUM, sampling="default")
+    assert {"sampling default", "temperature 1.0", "top_k 64", "top_p 0.95"} <= {*out.splitlines()}
+    values = [(options.temperature, options.top_k, options.top_p) for options in submitted]
+    assert values == [(1.0, 64, 0.95), (0.5, 64, 0.95), (0.5, None, None)]
+
+
 def test_retry_answers_the_last_message_again(talk):
     out, _ = talk(
         f"/image {PICTURE}", LOOK, "/set max_new_tokens 3", "/retry", "/set max_new_tokens 64", "/retry", COUNT
@@ -243,5 +250,5 @@ def test_an_answer_cannot_steer_the_terminal(capsys):
 
 def test_the_command_reads_from_a_pipe(demo_artifact, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{SUM}\n/exit\n"))
-    outcome = run_command(monkeypatch, ["gemma3n", "chat", str(demo_artifact("E2B"))])
+    outcome = run_command(monkeypatch, ["gemma3n", "chat", str(demo_artifact("E2B")), "--temperature", "0"])
     assert (outcome.code, outcome.out, outcome.err) == (0, PLUS, "")

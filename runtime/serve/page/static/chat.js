@@ -153,8 +153,8 @@ async function requestOf(asked) {
       messages.push({ role, content: parts.length ? [...parts, { type: "text", text }] : text });
     }
   }
-  const limit = settings.length === null ? {} : { max_tokens: settings.length };
-  return { model: at("model").value, messages, temperature: settings.temperature, long_audio: "split", ...limit };
+  const chosen = { temperature: settings.temperature ?? undefined, max_tokens: settings.length ?? undefined };
+  return { model: at("model").value, messages, long_audio: "split", ...chosen }; // JSON leaves undefined out
 }
 
 function messageOf(error) {

@@ -3,11 +3,13 @@ import { at } from "./elements.js";
 import { loadSettings, saveSettings } from "./store.js";
 
 export const settings = loadSettings();
+// The slider counts tenths; its left end is no temperature.
+const OWN = -1;
 
 /** Opens the dialog, with the field `focused` ready to type. */
 export function openSettings(focused) {
   at("system").value = settings.system;
-  at("temperature").value = settings.temperature;
+  at("temperature").value = settings.temperature === null ? OWN : 10 * settings.temperature;
   at("length").value = settings.length ?? "";
   at("key").value = settings.key;
   showTemperature();
@@ -28,13 +30,19 @@ export function onSettingsClosed(act) {
 function keep() {
   showTemperature();
   settings.system = at("system").value.trim();
-  settings.temperature = at("temperature").valueAsNumber;
+  const tenths = at("temperature").valueAsNumber;
+  settings.temperature = tenths === OWN ? null : tenths / 10;
   settings.length = at("length").valueAsNumber >= 1 ? Math.floor(at("length").valueAsNumber) : null;
   settings.key = at("key").value.trim();
   saveSettings(settings);
 }
 
-const showTemperature = () => { at("temperature-shown").value = at("temperature").valueAsNumber.toFixed(1); };
+function showTemperature() {
+  const tenths = at("temperature").valueAsNumber;
+  const shown = tenths === OWN ? "the model's own" : (tenths / 10).toFixed(1);
+  at("temperature-shown").value = shown;
+  at("temperature").setAttribute("aria-valuetext", shown);
+}
 
 at("settings").onclick = () => openSettings();
 at("close").onclick = () => at("dialog").close();

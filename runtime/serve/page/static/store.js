@@ -6,7 +6,7 @@ const CURRENT = "current";
 const SETTINGS = "gemma3n-settings";
 const KEY = "gemma3n-key";
 const CHANGES = new BroadcastChannel("gemma3n");
-const DEFAULTS = { model: "", system: "", temperature: 0, length: null };
+const DEFAULTS = { model: "", system: "", temperature: null, length: null }; // null is the server's
 
 export async function loadTurns() {
   try {
