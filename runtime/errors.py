@@ -1,8 +1,32 @@
 """Errors a user can cause. Each is also the builtin type that a Python caller would expect."""
 
+import re
+from collections.abc import Callable
+
 
 class Gemma3nError(Exception):
-    """Base class of this project's errors; each message is one sentence that says what to do."""
+    """Base class of this project's errors; each message is one sentence that says what to do.
+
+    `option`: the name of a Python option in the message, as `name` or `name=value`.
+    """
+
+    def __init__(self, *arguments: object, option: str | None = None) -> None:
+        super().__init__(*arguments)
+        self.option = option
+
+    def spelled(self, spell: Callable[[str, str], str]) -> str:
+        """The message for another kind of caller. `spell` writes the option, given its name and its value, which may be
+        empty."""
+        if self.option is None:
+            return str(self)
+        name = re.compile(rf"(?<![\w./'\"]){self.option}(?:=\"?(\w+)\"?)?(?!\w|[./]\w)")
+        return name.sub(lambda found: spell(self.option or "", found[1] or ""), str(self))
+
+
+def as_flag(name: str, value: str) -> str:
+    """An option as on the command line."""
+    flag = f"--{name.replace('_', '-')}"
+    return f"{flag} {value}" if value else flag
 
 
 class ArtifactError(Gemma3nError, ValueError):
@@ -70,8 +94,9 @@ class PackageMissingError(Gemma3nError, ImportError):
 
 def no_template(consequence: str) -> PromptError:
     return PromptError(
-        f"This artifact has no chat template, so {consequence}; load it with one (chat_template=FILE, --chat-template "
-        "FILE), export it with one (gemma3n-export --chat-template FILE), or give the prompt as text (--raw)."
+        f"This artifact has no chat template, so {consequence}; load it with chat_template=FILE, export it with one "
+        "(gemma3n-export --chat-template FILE), or give a raw prompt.",
+        option="chat_template",
     )
 
 

@@ -56,7 +56,7 @@ def split_options(
     given = dict(options)
     sampling = given.pop("sampling", GREEDY)
     if sampling not in SAMPLINGS:
-        raise OptionError(f"sampling is {sampling!r}; choose {' or '.join(SAMPLINGS)}.")
+        raise OptionError(f"sampling is {sampling!r}; choose {' or '.join(SAMPLINGS)}.", option="sampling")
     if sampling == DEFAULT and defaults is not None:
         given = defaults.under(given)
     _require_known(given, ["sampling", *(name for kind in _KINDS for name in kind.__dataclass_fields__)])

@@ -26,7 +26,7 @@ def exit_with_message(command: Callable[[], Any]) -> None:
 def _run(command: Callable[[], Any]) -> Any:
     import click  # here, where Ctrl-C is caught
 
-    from gemma3n_onnx.runtime.errors import Gemma3nError
+    from gemma3n_onnx.runtime.errors import Gemma3nError, as_flag
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -34,7 +34,7 @@ def _run(command: Callable[[], Any]) -> Any:
     try:
         return command()
     except Gemma3nError as error:
-        return _complain(str(error))
+        return _complain(error.spelled(as_flag))
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, Manifest, load_manifest
-from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError
+from gemma3n_onnx.runtime.errors import ContextLengthError, Gemma3nError, OptionError
 from gemma3n_onnx.runtime.generation.scheduler import check_context
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 from gemma3n_onnx.runtime.system import peak_memory_bytes, private_memory_bytes
@@ -147,8 +147,11 @@ def _child() -> None:
 def _check(manifest: Manifest, sizes: Sizes, runs: int) -> None:
     for name, value in (*asdict(sizes).items(), ("runs", runs)):
         if value < 1:
-            raise OptionError(f"{name} is {value}; give a positive number.")
-    check_context(min(sizes.context, manifest.max_context), sizes.prompt_tokens, sizes.new_tokens)
+            raise OptionError(f"{name} is {value}; give a positive number.", option=name)
+    try:
+        check_context(min(sizes.context, manifest.max_context), sizes.prompt_tokens, sizes.new_tokens)
+    except ContextLengthError as error:
+        raise ContextLengthError(error.spelled(lambda *_: "new_tokens"), option="new_tokens") from error
     check_context(manifest.max_context, sizes.context, 0)
 
 

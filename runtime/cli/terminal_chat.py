@@ -96,7 +96,7 @@ class TerminalChat:
                 except ContextLengthError as error:
                     click.echo(f"Error: {error} /reset starts over; --drop-oldest drops the oldest turns.", err=True)
                 except Gemma3nError as error:
-                    click.echo(f"Error: {error}", err=True)
+                    click.echo(f"Error: {error.spelled(_as_command)}", err=True)
                 except KeyboardInterrupt:
                     click.echo(
                         " (stopped)" if self._conversation.unanswered is None else " (stopped; /retry asks again)"
@@ -237,6 +237,11 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _as_command(name: str, value: str) -> str:
+    """An option in a message."""
+    return f"/set {name} {value}" if value else name
 
 
 def _shown(value: Any) -> str:

@@ -54,7 +54,8 @@ class Buffer:
         except Exception as error:  # onnxruntime has no specific type for this
             raise ProviderError(
                 f"{provider.ort_name} cannot allocate {self.nbytes / 1e9:.2f} GB for a KV cache "
-                f"({_first_line(error)}); use a smaller batch, a shorter prompt or fewer max_new_tokens."
+                f"({_first_line(error)}); use a smaller batch, a shorter prompt or a lower max_new_tokens.",
+                option="max_new_tokens",
             ) from error
 
     def array(self) -> np.ndarray:

@@ -102,7 +102,8 @@ class Scorer:
             left = max(free, 0) / 1e9
             raise ProviderError(
                 f"Scoring text takes {needed / 1e9:.3g} GB more for the weights, but {left:.3g} GB are free; free "
-                "memory, raise memory_budget, or score an artifact in fp32, whose weights are shared."
+                "memory, raise memory_budget, or score an artifact in fp32, whose weights are shared.",
+                option="memory_budget",
             )
 
     def prepare(self, keys: list[Hashable], needed: int) -> KVCache:

@@ -66,11 +66,13 @@ class GenerationOptions:
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise OptionError(f"logits_processor must be callable, not {self.logits_processor!r}.")
         if not isinstance(self.stop_token_ids, (tuple, list)):
-            raise OptionError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}.")
+            message = f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}."
+            raise OptionError(message, option="stop_token_ids")
         for token in self.stop_token_ids:
             require_integer("A token id of stop_token_ids", token, 0)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
-            raise OptionError(f"stop must be a non-empty string or a list of them, not {self.stop!r}.")
+            given = [*stop] if isinstance(stop, tuple) else self.stop
+            raise OptionError(f"stop must be a non-empty string or a list of them, not {given!r}.", option="stop")
         object.__setattr__(self, "stop", tuple(stop))

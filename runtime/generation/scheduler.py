@@ -467,5 +467,6 @@ def check_context(capacity: int, prompt_tokens: int, max_new_tokens: int) -> Non
     if prompt_tokens + max_new_tokens > capacity:
         raise ContextLengthError(
             f"The prompt has {prompt_tokens:,} tokens and max_new_tokens is {max_new_tokens:,}, which is more "
-            f"than the context of {capacity:,}; shorten the prompt or lower max_new_tokens."
+            f"than the context of {capacity:,}; shorten the prompt or lower max_new_tokens.",
+            option="max_new_tokens",
         )

@@ -143,7 +143,7 @@ def fit(samples: np.ndarray, info: LogMelInfo, long_audio: LongAudio = "error") 
         OptionError: `long_audio` is neither "error" nor "split".
     """
     if long_audio not in LONG_AUDIO:
-        raise OptionError(f'long_audio is {long_audio!r}; choose "error" or "split".')
+        raise OptionError(f"long_audio is {long_audio!r}; choose error or split.", option="long_audio")
     if len(samples) > info.max_samples and long_audio == "error":
         raise _too_long(len(samples), info)
     clips = []
@@ -169,7 +169,8 @@ def _too_long(count: int, info: LogMelInfo) -> AudioTooLongError:
     seconds, most = count / info.sample_rate_hz, info.max_samples / info.sample_rate_hz
     return AudioTooLongError(
         f"The audio lasts {seconds:.2f} s, but the model takes at most {most:g} s; "
-        'shorten it, or pass long_audio="split" to split it at pauses.'
+        'shorten it, or give long_audio="split" to split it at pauses.',
+        option="long_audio",
     )
 
 

@@ -46,7 +46,8 @@ class MediaOptions:
         if self.image_size is not None:
             require_integer("image_size", self.image_size, 1)
         if self.long_audio not in LONG_AUDIO:
-            raise OptionError(f"long_audio is {self.long_audio!r}; choose {' or '.join(LONG_AUDIO)}.")
+            message = f"long_audio is {self.long_audio!r}; choose {' or '.join(LONG_AUDIO)}."
+            raise OptionError(message, option="long_audio")
         require_real("video_fps", self.video_fps, lambda fps: fps > 0, "above 0")
         require_integer("max_frames", self.max_frames, 1)
 
@@ -118,7 +119,7 @@ class MediaReader:
         except MediaError as error:
             if isinstance(error, (MediaNotFoundError, UrlRefusedError)) or name in str(error):
                 raise
-            raise type(error)(f"{name}: {error}") from error
+            raise type(error)(f"{name}: {error}", option=error.option) from error
         warnings[:] = [f"{name}: {warning}" for warning in warnings]
 
     def _image_item(self, vision: VisionInfo, image: Any, size: int, warnings: Sequence[str] = ()) -> Item:
@@ -157,6 +158,7 @@ def _image_size(vision: VisionInfo, options: MediaOptions, detail: str | None) -
         return DETAILS[detail](vision.image_sizes) if detail in DETAILS else vision.default_image_size
     if options.image_size not in vision.image_sizes:
         raise OptionError(
-            f"image_size is {options.image_size}; the encoder takes {', '.join(map(str, vision.image_sizes))}."
+            f"image_size is {options.image_size}; the encoder takes {', '.join(map(str, vision.image_sizes))}.",
+            option="image_size",
         )
     return options.image_size

@@ -51,7 +51,7 @@ def sample_frames(
     if not 0 < fps < math.inf:
         raise OptionError(f"fps is {fps}; it must be positive.")
     if max_frames < 1:
-        raise OptionError(f"max_frames is {max_frames}; it must be at least 1.")
+        raise OptionError(f"max_frames is {max_frames}; it must be at least 1.", option="max_frames")
     with open_media(source, policy) as file:
         timeline = _scan(file)
         count = max(1, math.ceil(timeline.seconds * fps - TOLERANCE_SECONDS))

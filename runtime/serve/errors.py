@@ -18,30 +18,31 @@ from gemma3n_onnx.runtime.errors import (
     Gemma3nError,
     PackageMissingError,
     ProviderError,
+    as_flag,
 )
 from gemma3n_onnx.runtime.generation.scheduler import DeadlineError
 
+from .not_found import NotFoundError, UnknownModelError
+from .validation import describe_validation, known_fields
 from .worker import BusyError
 
 ANTHROPIC_TYPES = {"server_error": "api_error", "model_not_found": "not_found_error"}
 
 
-class NotFoundError(Gemma3nError, KeyError):
-    """The server has no such thing."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])  # KeyError's is quoted
-
-
-class UnknownModelError(NotFoundError):
-    """The server offers no model of this name."""
-
-
-def error_body(error: Gemma3nError | str, kind: str, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": str(error), "type": kind, "param": None, "code": code}}
+def error_body(
+    error: Gemma3nError | str, kind: str, code: str | None = None, max_tokens: str = "max_tokens"
+) -> dict[str, Any]:
+    """`max_tokens`: the request's field for `max_new_tokens`."""
+    message, field = str(error), None
+    if isinstance(error, Gemma3nError) and error.option is not None:
+        field = max_tokens if error.option == "max_new_tokens" else error.option
+        field = field if field in known_fields() else None
+        message = error.spelled(as_flag if field is None else lambda _, value: f'{field} "{value}"' if value else field)
+    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
-def status_and_body(error: Gemma3nError) -> tuple[int, dict[str, Any]]:
+def status_and_body(error: Gemma3nError, max_tokens: str = "max_tokens") -> tuple[int, dict[str, Any]]:
+    """`max_tokens` as of `error_body`."""
     match error:
         case UnknownModelError():
             return 404, error_body(error, "invalid_request_error", "model_not_found")
@@ -50,7 +51,7 @@ def status_and_body(error: Gemma3nError) -> tuple[int, dict[str, Any]]:
         case AnswerSchemaError():
             return 422, error_body(error, "invalid_response_error", "answer_breaks_schema")
         case ContextLengthError():
-            return 400, error_body(error, "invalid_request_error", "context_length_exceeded")
+            return 400, error_body(error, "invalid_request_error", "context_length_exceeded", max_tokens)
         case BusyError():
             return 429, error_body(error, "rate_limit_error", "rate_limit_exceeded")
         case DeadlineError():
@@ -58,7 +59,12 @@ def status_and_body(error: Gemma3nError) -> tuple[int, dict[str, Any]]:
         case ProviderError() | ArtifactError() | PackageMissingError():
             return 500, error_body(error, "server_error")
         case _:
-            return 400, error_body(error, "invalid_request_error")
+            return 400, error_body(error, "invalid_request_error", max_tokens=max_tokens)
+
+
+def name_max_tokens(request: Request, field: str) -> None:
+    """Says which field of this request stands for `max_new_tokens`, for errors about it."""
+    request.state.max_tokens = field
 
 
 def anthropic_body(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Gemma3nError)
     async def of_ours(request: Request, error: Gemma3nError) -> JSONResponse:
-        return answer(request, *status_and_body(error))
+        return answer(request, *status_and_body(error, getattr(request.state, "max_tokens", "max_tokens")))
 
     @app.exception_handler(UnicodeEncodeError)
     async def of_text(request: Request, _: UnicodeEncodeError) -> JSONResponse:
@@ -92,10 +98,8 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(ValidationError)
     @app.exception_handler(RequestValidationError)
     async def of_validation(request: Request, error: ValidationError | RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body")
-        reason = first["msg"].removeprefix("Value error, ")
-        body = error_body(f"{field or 'The body'}: {reason}.", "invalid_request_error")
+        message, field = describe_validation(error.errors())
+        body = error_body(message, "invalid_request_error")
         body["error"]["param"] = field or None
         return answer(request, 400, body)
 

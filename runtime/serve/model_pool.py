@@ -21,7 +21,7 @@ from gemma3n_onnx.runtime.generation.scheduler import Counts
 from gemma3n_onnx.runtime.hub import find_artifact
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
-from .errors import UnknownModelError
+from .not_found import UnknownModelError
 from .worker import BusyError, ModelWorker
 
 # Names of clients that know no model's.

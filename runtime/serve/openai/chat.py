@@ -17,6 +17,7 @@ from gemma3n_onnx.runtime.generation.scheduler import FinishEvent
 from gemma3n_onnx.runtime.media.reader import MediaOptions
 from gemma3n_onnx.runtime.prompt.encoder import TemplateOptions
 from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice, ParsedRequest
+from gemma3n_onnx.runtime.serve.errors import name_max_tokens
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
 
@@ -66,6 +67,8 @@ class ParsedChat(ParsedRequest):
 def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest, http: HttpRequest) -> Response:
+        if request.max_completion_tokens is not None:
+            name_max_tokens(http, "max_completion_tokens")
         return await complete(CHAT, request, service, http)
 
 

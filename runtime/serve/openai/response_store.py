@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma3n_onnx.runtime.serve.errors import NotFoundError
+from gemma3n_onnx.runtime.serve.not_found import NotFoundError
 
 MAX_BYTES = 64 << 20
 

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field
 from gemma3n_onnx.runtime.errors import Gemma3nError, OptionError, PromptError
 from gemma3n_onnx.runtime.generation.scheduler import TokenEvent
 from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice
-from gemma3n_onnx.runtime.serve.errors import status_and_body
+from gemma3n_onnx.runtime.serve.errors import name_max_tokens, status_and_body
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import NamedEvents, Service
 
@@ -79,6 +79,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/responses")
     async def responses(request: ResponsesRequest, http: HttpRequest) -> Response:
+        name_max_tokens(http, "max_output_tokens")
         conversation = _conversation(request, store)
         async with service.held(request.model) as served:
             parsed = await service.read(read_chat, _chat_request(request, conversation), served)

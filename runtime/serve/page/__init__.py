@@ -7,7 +7,7 @@ from importlib import resources
 from fastapi import FastAPI
 from fastapi.responses import Response
 
-from gemma3n_onnx.runtime.serve.errors import NotFoundError
+from gemma3n_onnx.runtime.serve.not_found import NotFoundError
 
 INDEX = "index.html"
 TYPES = {

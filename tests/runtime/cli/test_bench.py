@@ -90,9 +90,9 @@ def test_a_plot_shows_published_accuracy_where_there_is_one(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--prompt-tokens", "0"], "prompt_tokens is 0; give a positive number."),
-        (["--runs", "-1"], "runs is -1"),
-        (["--context", "100", "--prompt-tokens", "99"], "The prompt has 99 tokens and max_new_tokens is 256"),
+        (["--prompt-tokens", "0"], "--prompt-tokens is 0; give a positive number."),
+        (["--runs", "-1"], "--runs is -1"),
+        (["--context", "100", "--prompt-tokens", "99"], "The prompt has 99 tokens and --new-tokens is 256"),
         (["--context", "100000"], "more than the context of 256"),
     ],
 )

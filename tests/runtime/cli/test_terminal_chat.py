@@ -6,6 +6,7 @@ import builtins
 import io
 import json
 import sys
+import wave
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,16 @@ def test_options_are_listed_and_bad_ones_refused(talk):
     assert {"temperature 0.8", "top_k none", "max_new_tokens 64", "long_audio error"} <= {*out.splitlines()}
     told = ["is now 0.8", "Error: temperature", "option 'warmth'", "as in: /set top_k none", "option 'logprobs'"]
     assert all(part in line for part, line in zip(told, err.splitlines(), strict=True))
+
+
+def test_a_refused_option_is_told_as_it_is_set(talk, tmp_path):
+    with wave.open(str(file := tmp_path / "long.wav"), "wb") as sound:
+        sound.setparams((1, 2, 16_000, 0, "NONE", ""))
+        sound.writeframes(bytes(range(256)) * (2 * 31 * 16_000 // 256))
+    _, err = talk(f"/audio {file}", "/set long_audio split", f"/audio {file}")
+    refused, _, attached = err.splitlines()
+    assert refused.startswith("Error: ") and "give /set long_audio split to split it" in refused
+    assert attached == f"Attached audio {file} (31.0 s)."
 
 
 def test_what_is_set_comes_before_the_sampling_of_the_checkpoint(talk, submitted):

@@ -92,7 +92,7 @@ def test_harmless_fields_change_nothing(server: Any, fields: dict[str, Any]) -> 
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "constrains its answer twice"),
         ({"continue_final_message": True}, "assistant message last"),
         ({"stop_token_ids": [10**9]}, "the largest id is"),
-        ({"max_tokens": 0}, "max_new_tokens"),
+        ({"max_tokens": 0}, "max_tokens must be"),
         ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "tools": [{"function": "a"}]}}, "tool_choice"),
         ({"guided_json": {}, "structured_outputs": {"json": {}}}, "constrains its answer twice"),
         ({"structured_outputs": {"json": {}, "json_object": True}}, "constrains its answer twice"),
