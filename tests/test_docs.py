@@ -32,6 +32,7 @@ NOT_HERE = {
     "TORCH_INDEX=https://download.pytorch.org/whl/cu130 bash ci/install.sh",
     "bash ci/lock.sh",
     "bash ci/newest.sh",
+    "bash ci/release.sh",
     "python3 -m venv .venv",
     ". .venv/bin/activate",
 }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from email import message_from_string
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from gemma3n_onnx import runtime
 
 ROOT = Path(__file__).parents[1]
 ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+PYTHON = "Programming Language :: Python :: "
 FIND_DEMO = """
 import sys
 sys.meta_path = [each for each in sys.meta_path if "Editable" not in getattr(each, "__name__", "")]
@@ -64,9 +66,12 @@ def test_a_clone_finds_its_rooms_and_the_demo_without_an_installation(tmp_path: 
 
 
 def build(source: Path, folder: Path) -> Path:
-    """The wheel of the project in `source`, where the build leaves files too."""
+    """The wheel of the sdist of the project in `source`, where the build leaves files too."""
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=source, capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True, capture_output=True)
+    subprocess.run([*command, "--wheel-dir", str(folder), str(sdist)], check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -78,7 +83,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     clone = folder / "clone"
     for name in (*ROOMS.values(), "demo", "training"):
         shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(ROOT / name, clone / name)
     return {
         "gemma3n-onnx": build(clone, folder / "gemma3n-onnx"),
@@ -98,6 +103,19 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheels: dict[str, Path]) -> 
     }
     assert found == expected
     assert wheel.stat().st_size < 10**6
+
+
+def test_the_metadata_is_fit_for_an_index(wheels: dict[str, Path]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    with zipfile.ZipFile(wheels["gemma3n-onnx"]) as file:
+        (name,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
+        found = message_from_string(file.read(name).decode())
+    assert found["Description-Content-Type"] == "text/markdown"
+    assert found.get_payload() == (ROOT / "README.md").read_text()
+    assert {*found.get_all("Classifier", [])} == {*project["classifiers"]}
+    assert {*found.get_all("Provides-Extra", [])} == {*project["optional-dependencies"]}
+    known = {version.removeprefix(PYTHON) for version in project["classifiers"] if version.startswith(PYTHON + "3.")}
+    assert f">={min(known, key=lambda v: int(v[2:]))}" == project["requires-python"] == found["Requires-Python"]
 
 
 def test_away_from_a_clone_the_demo_is_a_distribution_of_its_own(wheels: dict[str, Path], tmp_path: Path) -> None:
