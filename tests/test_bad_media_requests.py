@@ -207,10 +207,22 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "missing image": ("--image", lambda f: f / "no.png", "no.png"),
     "bomb": ("--image", lambda f: file(f, "a.png", declared_png(50_000, 50_000)), "too many pixels"),
     "silence": ("--audio", lambda f: write_wav(f / "a.wav", 0 * tone(1)), "silent"),
-    "31 s": ("--audio", lambda f: write_wav(f / "a.wav", tone(31)), 'long_audio="split"'),
+    "31 s": ("--audio", lambda f: write_wav(f / "a.wav", tone(31)), "--long-audio split"),
     "image as audio": ("--audio", lambda f: file(f, "a.wav", jpeg()), "neither WAV"),
     "sound as video": ("--video", lambda f: file(f, "a.mp4", sound(tone(1), RATE_HZ, "WAV")), "only audio"),
 }
+
+
+def test_of_several_files_the_bad_one_is_named(
+    small_full_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message about a host names the image by its number, all others the file or the URL."""
+    good, long = tmp_path / "good.jpg", tmp_path / ("x" * 90)
+    good.write_bytes(jpeg())
+    for bad, says in (("http://127.0.0.1:9/a.png", "image 2: '127.0.0.1' resolves to"), (long, f"'{long}'")):
+        sources = ("--image", str(good), "--image", str(bad))
+        outcome = run_command(monkeypatch, ["gemma3n", "run", str(small_full_artifact), "What is it?", *sources])
+        assert outcome.code == 1 and says in outcome.err, outcome.err
 
 
 @pytest.mark.parametrize("name", BAD_FILES)

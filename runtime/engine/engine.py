@@ -87,7 +87,7 @@ class Engine:
         self.release()
         if not self._closed:
             self._closed = True
-            del self._session, self._tokens, self._per_layer
+            del self._session, self._tokens, self._per_layer, self._candidates
 
     def require_open(self) -> None:
         """Raises ClosedError after `close`."""

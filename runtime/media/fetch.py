@@ -127,7 +127,7 @@ def name_of(source: object, policy: FetchPolicy) -> str | None:
     return None
 
 
-def shorten(text: str, length: int = 80) -> str:
+def shorten(text: str, length: int = 200) -> str:
     """Shortens `text` for a message: a data URL can be megabytes long."""
     end = length // 2
     return text if len(text) <= length else f"{text[: length - end]}…{text[-end:]}"

@@ -12,10 +12,10 @@ import numpy as np
 
 from gemma3n_onnx.runtime.artifact import AudioInfo, Manifest, VisionInfo
 from gemma3n_onnx.runtime.checks import require_integer, require_real
-from gemma3n_onnx.runtime.errors import MediaError, MediaNotFoundError, OptionError, UrlRefusedError
+from gemma3n_onnx.runtime.errors import MediaError, OptionError
 
 from .audio import LONG_AUDIO, LogMel, LongAudio, fit, load_audio
-from .fetch import FetchPolicy, name_of
+from .fetch import FetchPolicy, name_of, shorten
 from .image import load_image, resize, to_pixels
 from .video import sample_frames
 
@@ -117,7 +117,7 @@ class MediaReader:
         try:
             yield warnings
         except MediaError as error:
-            if isinstance(error, (MediaNotFoundError, UrlRefusedError)) or name in str(error):
+            if name in str(error) or (isinstance(source, str) and shorten(source) in str(error)):
                 raise
             raise type(error)(f"{name}: {error}", option=error.option) from error
         warnings[:] = [f"{name}: {warning}" for warning in warnings]
