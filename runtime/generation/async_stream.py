@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
-from typing import TypeVar
 
 from .result import GenerationResult
 from .stream import GenerationStream
-
-Value = TypeVar("Value")
 
 
 class AsyncGenerationStream:
@@ -23,21 +21,26 @@ class AsyncGenerationStream:
         self._begin = begin
         self._stream: GenerationStream | None = None
         self._closed = False
+        self._step = threading.Lock()
+        """Held during a step: the thread of a cancelled task goes on until its end."""
 
     def __aiter__(self) -> AsyncGenerationStream:
         return self
 
     async def __anext__(self) -> str:
-        piece = None if self._closed else await self._in_thread(self._next)
+        try:
+            piece = await asyncio.to_thread(self._next)
+        except asyncio.CancelledError:
+            self._cancel()
+            raise
         if piece is None:
             raise StopAsyncIteration
         return piece
 
     async def aclose(self) -> None:
-        """Ends generation early."""
-        self._closed = True
-        if self._stream is not None:
-            await self._in_thread(self._stream.close)
+        """Ends generation early, after the step that runs."""
+        self._cancel()
+        await asyncio.to_thread(self._close)
 
     async def finished(self) -> GenerationStream:
         """The stream, once it has ended."""
@@ -54,15 +57,17 @@ class AsyncGenerationStream:
         return self._stream.result
 
     def _next(self) -> str | None:
-        if self._stream is None:
-            self._stream = self._begin()
-        return next(self._stream, None)
+        with self._step:
+            if self._stream is None and not self._closed:
+                self._stream = self._begin()
+            return None if self._stream is None or self._closed else next(self._stream, None)
 
-    async def _in_thread(self, call: Callable[[], Value]) -> Value:
-        try:
-            return await asyncio.to_thread(call)
-        except asyncio.CancelledError:
-            self._closed = True
+    def _cancel(self) -> None:
+        self._closed = True
+        if self._stream is not None:
+            self._stream.cancel()
+
+    def _close(self) -> None:
+        with self._step:
             if self._stream is not None:
-                self._stream.cancel()
-            raise
+                self._stream.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import re
@@ -146,6 +147,36 @@ def test_a_cancelled_task_ends_generation(model: OnnxGemma3n) -> None:
         patch.setattr(model.engine, "_run", counted)
         asyncio.run(ask())  # waits for its threads
     assert 5 <= steps < 100
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_stream_is_closed_while_a_step_runs(model: OnnxGemma3n, cancelled: bool) -> None:
+    begun, go, run = threading.Event(), threading.Event(), model.engine._run
+
+    def held(*arguments: object, **options: object) -> None:
+        begun.set()
+        go.wait()
+        run(*arguments, **options)  # type: ignore[arg-type]
+
+    async def ask() -> None:
+        stream = model.astream("Hello", max_new_tokens=200)
+        step = asyncio.ensure_future(anext(stream, None))
+        await asyncio.to_thread(begun.wait)
+        if cancelled:
+            step.cancel()
+        closing = asyncio.ensure_future(stream.aclose())
+        await asyncio.sleep(0.02)
+        waits = not closing.done()
+        go.set()
+        await closing
+        assert waits, "for the end of the step"
+        with pytest.raises(asyncio.CancelledError) if cancelled else contextlib.nullcontext():
+            await step
+        assert [piece async for piece in stream] == [] and stream.result.finish_reason is None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.engine, "_run", held)
+        asyncio.run(ask())
 
 
 def test_logprobs_have_the_texts_of_tokens(model: OnnxGemma3n) -> None:
