@@ -117,6 +117,7 @@ class OnnxGemma3n:
         """Frees the model's memory, that of its chats apart. Other calls then raise ClosedError."""
         with self.engine.turns:
             self.release()
+            self.encoders.close()
             self.engine.close()
 
     @classmethod

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma3n_onnx.runtime.artifact import AudioInfo, Manifest, VisionInfo
-from gemma3n_onnx.runtime.errors import ArtifactError, OptionError
+from gemma3n_onnx.runtime.errors import ArtifactError, ClosedError, OptionError
 
 from .ort import Session
 from .providers.base import ExecutionProvider
@@ -27,6 +27,7 @@ class Encoders:
         self._infos, self._quantized = manifest.encoders, bool(manifest.quantization)
         self._width = manifest.token_embeddings.width
         self._sessions: dict[str, Session] = {}
+        self._closed = False
         self._lock = threading.Lock()
 
     @property
@@ -40,6 +41,7 @@ class Encoders:
         Raises:
             ArtifactError: the encoder's files are damaged.
             ProviderError: out of memory, or the provider does not support the compute dtype.
+            ClosedError: after `close`.
         """
         info = self._infos[modality]
         outputs = self._session(modality, info).run(inputs)
@@ -63,8 +65,16 @@ class Encoders:
             for name in NAMES if modality is None else (modality,):
                 self._sessions.pop(name, None)
 
+    def close(self) -> None:
+        """Unloads all; none can run after it."""
+        with self._lock:
+            self._closed = True
+            self._sessions.clear()
+
     def _session(self, modality: str, info: VisionInfo | AudioInfo) -> Session:
         with self._lock:
+            if self._closed:
+                raise ClosedError
             if modality not in self._sessions:
                 self._provider.require(info.compute_dtype, f"The {modality} encoder")
                 session = Session(

@@ -14,7 +14,7 @@ import pytest
 from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
 from gemma3n_onnx.export.pipeline import ExportOptions, export
 from gemma3n_onnx.export.progress import TerminalProgress
-from gemma3n_onnx.runtime import MediaError, OnnxGemma3n, OptionError
+from gemma3n_onnx.runtime import ClosedError, MediaError, OnnxGemma3n, OptionError
 from gemma3n_onnx.runtime.engine import encoders
 from gemma3n_onnx.runtime.system import mapped_files
 from media import RATE_HZ, photo, tone
@@ -94,6 +94,14 @@ def test_releasing_what_is_not_loaded_does_nothing_and_an_unknown_name_is_told(f
     model.release("audio")
     with pytest.raises(OptionError, match="'speech'; release vision or audio"):
         model.release("speech")
+
+
+def test_a_stream_that_outlives_its_model_loads_no_encoder(folder, loaded):
+    with OnnxGemma3n.from_pretrained(folder) as model:
+        stream = model.stream([{"role": "user", "content": [IMAGE]}], image_size=256)
+    with pytest.raises(ClosedError):
+        next(stream)
+    assert loaded == []
 
 
 def test_an_artifact_says_which_modality_it_lacks(small_full_checkpoint, tmp_path):
