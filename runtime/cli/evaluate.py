@@ -14,7 +14,7 @@ from gemma3n_onnx.runtime.errors import OptionError
 from gemma3n_onnx.runtime.hub import find_artifact
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
-from .options import load_options
+from .options import FiniteRange, load_options
 
 _LENGTH = 2048
 
@@ -26,7 +26,7 @@ _LENGTH = 2048
 @click.option("--num-fewshot", type=click.IntRange(0), help="Examples in the prompt. Default: the task's own.")
 @click.option(
     "--limit",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Items of each task, or a share of them below 1; for a quick look.",
 )
 @click.option(

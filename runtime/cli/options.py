@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from gemma3n_onnx.runtime.checks import require_integer
+from gemma3n_onnx.runtime.engine.providers.base import DeviceOptions
 from gemma3n_onnx.runtime.engine.providers.select import choices
 from gemma3n_onnx.runtime.generation.defaults import SamplingDefaults
 from gemma3n_onnx.runtime.options import SAMPLINGS
+
+
+class FiniteRange(click.FloatRange):
+    """Without nan and inf, which `float` reads and no range of click's refuses."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
 
 template_option = click.option(
     "--chat-template",
@@ -24,13 +38,13 @@ _LOAD_OPTIONS = (
     click.option("--threads", type=int, help="ONNX Runtime threads."),
     click.option(
         "--memory-budget",
-        type=click.FloatRange(min=0),
+        type=FiniteRange(min=0),
         help="Memory for the decoder's weights in GB; more speeds up long prompts. [default: free memory]",
     ),
     click.option("--device-id", default=0, show_default=True, help="Index of the GPU."),
     click.option(
         "--gpu-memory-limit",
-        type=click.FloatRange(min=0, min_open=True),
+        type=FiniteRange(min=0, min_open=True),
         help="GPU memory for each graph, in GB. [default: all]",
     ),
     click.option("--cuda-graphs/--no-cuda-graphs", default=True, help="Run decode steps as CUDA graphs."),
@@ -51,6 +65,9 @@ def load_options(command: Callable[..., None]) -> Callable[..., None]:
         cuda_graphs: bool,
         **others: Any,
     ) -> None:
+        if threads is not None:
+            require_integer("threads", threads, 1)
+        DeviceOptions(device_id, gigabytes_to_bytes(gpu_memory_limit), cuda_graphs)  # rejects what is out of range
         load = {
             "provider": provider,
             "threads": threads,

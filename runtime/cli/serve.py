@@ -10,7 +10,7 @@ import click
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
 
-from .options import gigabytes_to_bytes, load_options, sampling_options, template_option
+from .options import FiniteRange, gigabytes_to_bytes, load_options, sampling_options, template_option
 
 if TYPE_CHECKING:
     from gemma3n_onnx.runtime.serve.model_pool import ModelPool
@@ -33,17 +33,21 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--models-memory",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Memory for all models in GB; idle models are unloaded to make room. [default: no limit]",
 )
 @click.option("--preload", is_flag=True, help="Load all models before the first request.")
-@click.option("--media-folder", type=click.Path(path_type=Path), help="Files that requests may read. [default: none]")
+@click.option(
+    "--media-folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Files that requests may read. [default: none]",
+)
 @click.option("--allow-private-urls", is_flag=True, help="Also fetch URLs at loopback and private addresses.")
 @click.option(
     "--max-body",
     default=64.0,
     show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Maximum request body in MB.",
 )
 @click.option(
@@ -69,7 +73,13 @@ if TYPE_CHECKING:
     help="Let control tokens that a message spells out take effect, as transformers does.",
 )
 @sampling_options
-@click.option("--timeout", default=600.0, show_default=True, help="Time limit of a request, in seconds.")
+@click.option(
+    "--timeout",
+    default=600.0,
+    show_default=True,
+    type=FiniteRange(min=0, min_open=True),
+    help="Time limit of a request, in seconds.",
+)
 @load_options
 def serve(
     artifacts: tuple[Path, ...],

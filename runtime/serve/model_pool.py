@@ -13,7 +13,7 @@ from typing import Any
 from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, MANIFEST, CacheInfo, Manifest, load_manifest
 from gemma3n_onnx.runtime.constraints.grammar import Grammars
 from gemma3n_onnx.runtime.engine.kv_cache import cache_capacity
-from gemma3n_onnx.runtime.engine.providers.select import provider_of
+from gemma3n_onnx.runtime.engine.providers.select import AUTO, provider_of, select_provider
 from gemma3n_onnx.runtime.engine.scorer import scorer_caches, scorer_capacity, second_weights_bytes
 from gemma3n_onnx.runtime.errors import ArtifactError, OptionError, ProviderError
 from gemma3n_onnx.runtime.generation.defaults import SamplingDefaults
@@ -84,7 +84,8 @@ class ModelPool:
 
     Raises:
         ArtifactError: a folder is not an artifact, two folders have the same name, or a download failed.
-        OptionError: an alias names no model, or is another model's name; the context is longer than a model's.
+        OptionError: an alias names no model, or is another model's name; the context is longer than a model's; an
+        unknown provider. ProviderError: the provider is not installed, or cannot run a model.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class ModelPool:
                     f"--context is {options.context:,}, but {name} takes {manifest.max_context:,} tokens; give at most "
                     "that."
                 )
+            select_provider(self._load.get("provider", AUTO), manifest)
             if name in self.folders:
                 raise ArtifactError(f"{self.folders[name]} and {folder} have the same name; rename one.")
             self.folders[name], self.manifests[name] = folder, manifest

@@ -71,6 +71,26 @@ def test_the_address_is_one_that_browsers_take(address: Any, url: str) -> None:
     assert run.url_of(SimpleNamespace(getsockname=lambda: address)) == url
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--provider", "gpu"], 1, "Unknown provider 'gpu'; choose auto, cpu or cuda."),
+        (["--provider", "cuda"], 1, "This ONNX Runtime has no CUDAExecutionProvider"),
+        (["--threads", "0"], 1, "--threads must be a whole number of at least 1, not 0."),
+        (["--device-id", "-1"], 1, "--device-id must be a whole number of at least 0, not -1."),
+        (["--media-folder", "nowhere"], 2, "Directory 'nowhere' does not exist."),
+        (["--timeout", "nan"], 2, "nan is not a finite number."),
+        (["--models-memory", "inf"], 2, "inf is not a finite number."),
+        (["--memory-budget", "nan"], 2, "nan is not a finite number."),
+    ],
+)
+def test_what_no_request_could_use_is_refused_at_the_start(
+    serve: Any, demo: Path, options: list[str], code: int, says: str
+) -> None:
+    found, told, _ = serve(demo, *options)
+    assert found == code and says in told
+
+
 def test_an_open_server_is_warned_about(serve: Any, demo: Path) -> None:
     warning = "Warning: anyone who reaches 0.0.0.0 may use this server; set a key (--api-key).\n"
     _, told, _ = serve(demo, "--host", "0.0.0.0")
