@@ -185,19 +185,19 @@ def _check_json(prepared: Prepared, text: str) -> None:
     except RecursionError as error:
         raise AnswerSchemaError("The answer nests too deeply to be checked; limit the depth in the schema.") from error
     except ValueError as error:
-        raise AnswerSchemaError(f"The answer is not complete JSON: {_line(error)}; allow more tokens.") from error
+        raise AnswerSchemaError(f"The answer is not complete JSON: {_line(error)}; ask again.") from error
     if found is not None:
         place = f" at {found.at}" if found.at else ""
         raise AnswerSchemaError(
-            f"The answer breaks {found.keyword} of the JSON schema{place}; the server can check this keyword only "
-            "after generation, so ask again, or write the schema without it."
+            f"The answer breaks {found.keyword} of the JSON schema{place}; this keyword can be checked only after "
+            "generation, so ask again, or write the schema without it."
         )
 
 
 def _check_pattern(pattern: Pattern, text: str) -> None:
     if not pattern.matches(text):
         raise AnswerSchemaError(
-            "The answer breaks a look-around of the regular expression; the server can check look-around only after "
+            "The answer breaks a look-around of the regular expression; look-around can be checked only after "
             "generation, so ask again, or write the expression without it."
         )
 

@@ -24,8 +24,8 @@ class ConstraintOptions:
     choice: texts, one of which is the answer.
     grammar: a grammar in llguidance's variant of Lark, or in llama.cpp's GBNF.
 
-    A keyword of a schema that no grammar can enforce is checked when the answer has ended: an answer that breaks it is
-    an AnswerSchemaError.
+    What no grammar can enforce, such as some keywords of a schema, is checked when the answer has ended by itself: an
+    answer that breaks it is an AnswerSchemaError. `max_new_tokens` or a stop string may cut an answer short.
     """
 
     json_schema: dict[str, Any] | bool | None = None
@@ -35,8 +35,9 @@ class ConstraintOptions:
 
     def __post_init__(self) -> None:
         if len(self.given) > 1:
-            raise OptionError(f"{' and '.join(self.given)} both constrain the answer; give one of them.")
+            raise OptionError(f"{' and '.join(self.given[:2])} both constrain the answer; give one of them.")
         for name, kind, wanted in (
+            ("json_schema", dict | bool, "a dict, true or false"),
             ("regex", str, "text"),
             ("grammar", str, "text"),
             ("choice", list | tuple, "a list"),

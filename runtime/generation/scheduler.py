@@ -64,6 +64,11 @@ class FinishEvent:
     timings: RowTimings = field(default_factory=RowTimings, compare=False)
     stop_string: str | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the answer ended by itself: neither its length nor a stop string cut it."""
+        return self.reason == "stop" and self.stop_string is None
+
 
 @dataclass(frozen=True)
 class FailureEvent:

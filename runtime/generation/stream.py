@@ -35,7 +35,7 @@ class GenerationStream:
         """Raises ContextLengthError as `Scheduler.submit` does.
 
         Args:
-            check: raises a Gemma3nError for an answer that ended by itself and is not accepted.
+            check: raises a Gemma3nError for a whole answer that is not accepted.
             text_of: the text of a token, for log-probabilities.
             turns: held during each step, so that streams of one engine in several threads take turns.
         """
@@ -79,7 +79,7 @@ class GenerationStream:
         finally:
             self.cancel()
         for sequence in self._sequences:
-            if self._check is not None and sequence.finish_reason == "stop":
+            if self._check is not None and sequence.is_whole:
                 self._check("".join(sequence.text))
 
     def _advance(self) -> bool:
@@ -127,6 +127,7 @@ class _Sequence:
         self.text: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
+        self.is_whole = False
         self.error: Exception | None = None
 
 
@@ -140,6 +141,6 @@ def _take(sequence: _Sequence, pieces: list[str], event: Event) -> None:
             if event.text:
                 pieces.append(event.text)
         case FinishEvent():
-            sequence.finish_reason = event.reason
+            sequence.finish_reason, sequence.is_whole = event.reason, event.is_whole
         case FailureEvent():
             sequence.error = event.error

@@ -30,7 +30,7 @@ AnswerEvent = PromptEvent | TokenEvent | FinishEvent
 class ParsedRequest:
     """Each of its prompts is answered `n` times. `prompt_logprobs` and `generates` as in `Request`.
 
-    `check` raises a Gemma3nError for a complete answer that it does not accept.
+    `check` raises a Gemma3nError for a whole answer that it does not accept, see `FinishEvent.is_whole`.
     """
 
     prompts: list[PromptTokens]
@@ -108,7 +108,7 @@ class Answering:
 
     def _checked(self, index: int, event: TokenEvent | FinishEvent) -> AnswerEvent:
         if isinstance(event, FinishEvent):
-            if self._check is not None and event.reason == "stop":
+            if self._check is not None and event.is_whole:
                 self._check(self._texts[index])
             return event
         if self._check is not None:

@@ -216,6 +216,7 @@ def test_an_answer_is_held_to_a_constraint(model: OnnxGemma3n) -> None:
         ({"regex": "a", "choice": ["b"]}, "regex and choice both constrain the answer"),
         ({"regex": "a", "logits_processor": object}, "regex and logits_processor both constrain"),
         ({"json_schema": {"type": "integre"}}, "integre"),
+        ({"json_schema": "{}"}, "json_schema must be a dict, true or false, not '{}'"),
         ({"regex": "("}, "regular expression is not supported"),
         ({"choice": []}, "between 1 and"),
         ({"choice": "yes"}, "choice must be a list, not 'yes'"),

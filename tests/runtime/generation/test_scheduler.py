@@ -77,9 +77,12 @@ def run(scheduler, *told):
     assert (scheduler.running, scheduler.waiting) == (0, 0)
 
 
-@pytest.mark.parametrize(("letters", "refused"), [("wx", True), ("ab", False)])
-def test_an_answer_that_ended_by_itself_is_checked(letters, refused):
-    """`ab` goes on until its length."""
+@pytest.mark.parametrize(
+    ("letters", "stop", "refused", "text"),
+    [("wx", (), True, "yz"), ("ab", (), False, "cdef"), ("ab", ("e",), False, "cd")],
+    ids=["whole", "cut by its length", "cut by a stop string"],
+)
+def test_an_answer_that_ended_by_itself_is_checked(letters, stop, refused, text):
     seen = []
 
     def check(text):
@@ -87,12 +90,12 @@ def test_an_answer_that_ended_by_itself_is_checked(letters, refused):
         raise AnswerSchemaError("No.")
 
     prompts = [PromptTokens(ids_of(letters))]
-    options = GenerationOptions(max_new_tokens=4)
+    options = GenerationOptions(max_new_tokens=4, stop=stop)
     stream = GenerationStream(schedule(FakeEngine(alphabet)), prompts, options, check=check)
     with pytest.raises(AnswerSchemaError) if refused else contextlib.nullcontext():
         list(stream)
-    assert seen == (["yz"] if refused else [])
-    assert stream.result.text == ("yz" if refused else "cdef")
+    assert seen == ([text] if refused else [])
+    assert stream.result.text == text
 
 
 def test_a_sequence_ends_at_its_length_or_at_an_end_token():
