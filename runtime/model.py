@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from .media.fetch import FetchPolicy
 from .media.reader import MediaOptions
 from .options import OptionReader, read_media_options
 from .prompt.chat_template import ChatTemplate
-from .prompt.encoder import PromptEncoder, TemplateOptions
+from .prompt.encoder import PromptEncoder, RawMedia, TemplateOptions
 from .prompt.tokenizer import Tokenizer, encode_plain
 from .tokens import PromptTokens
 
@@ -316,39 +316,47 @@ class OnnxGemma3n:
             ArtifactError: the artifact is of a version that has no scorer. PromptError: a continuation without a token
             of its own. Others as for `generate`.
         """
-        if _is_batch(continuation):
-            return [self.log_likelihood(prompt, each, images=images, audio=audio, **media) for each in continuation]
-        encode = partial(self.encode, media=read_media_options(media), images=images, audio=audio)
-        whole, first = self._continued(encode, prompt, continuation)
+        options, several = read_media_options(media), _is_batch(continuation)
+        wanted = continuation if several else [continuation]
+        if isinstance(prompt, str):
+            read = self.prompts.read_raw(prompt, images, audio, options)
+            found = [self._score(*self._continue_text(prompt, each, read)) for each in wanted]
+        else:
+            begin = self.encode(prompt, options, images=images, audio=audio)
+            found = [self._score(*self._continue(begin, each)) for each in wanted]
+        return found if several else found[0]
+
+    def _score(self, whole: PromptTokens, first: int) -> LogLikelihood:
+        """Of the tokens from the position `first` on."""
         check_context(self.manifest.max_context, len(whole), 0)
         with self.engine.turns:
             scores = self.engine.score(whole, first)
         scored = token_logprobs(whole.ids[first:], scores, 1)
         return LogLikelihood(tuple(token.with_texts(self.tokenizer.token_text) for token in scored))
 
-    def _continued(
-        self, encode: Callable[[Any], PromptTokens], prompt: Any, continuation: Any
-    ) -> tuple[PromptTokens, int]:
+    def _continue(self, begin: PromptTokens, continuation: Any) -> tuple[PromptTokens, int]:
         """Prompt and continuation, and the position of the continuation's first token."""
-        if not isinstance(continuation, str | list | tuple | np.ndarray):
-            raise PromptError(f"A continuation must be text or token ids, not {type(continuation).__name__}.")
-        if not len(continuation):
-            raise PromptError("The continuation is empty; give the text to score.")
-        if isinstance(prompt, str) and isinstance(continuation, str):
-            kept = prompt.rstrip()
-            whole, first = encode(prompt + continuation), len(encode(kept)) if kept else 1
-            if first >= len(whole):
-                raise PromptError(
-                    f"{continuation!r} and the prompt's end are one token, so it has no probability of its own; end "
-                    "the prompt at a whole word, or give token ids."
-                )
-            return whole, first
-        begin = encode(prompt)
+        _require_continuation(continuation)
         if isinstance(continuation, str):
             ids = self.tokenizer.encode(continuation, add_bos=False)
         else:
             ids = encode_plain(continuation, self.tokenizer, self.manifest.vocab_size)
         return replace(begin, ids=[*begin.ids, *ids]), len(begin)
+
+    def _continue_text(self, prompt: str, continuation: Any, media: RawMedia) -> tuple[PromptTokens, int]:
+        """As `_continue`, but text and text are tokenized together."""
+        encode = partial(self.prompts.encode_raw, media=media)
+        if not isinstance(continuation, str):
+            return self._continue(encode(prompt), continuation)
+        _require_continuation(continuation)
+        kept = prompt.rstrip()
+        whole, first = encode(prompt + continuation), len(encode(kept)) if kept else 1
+        if first >= len(whole):
+            raise PromptError(
+                f"{continuation!r} and the prompt's end are one token, so it has no probability of its own; end the "
+                "prompt at a whole word, or give token ids."
+            )
+        return whole, first
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation whose KV cache is kept from turn to turn."""
@@ -396,6 +404,14 @@ class OnnxGemma3n:
     def read(self, messages: Sequence[Mapping[str, Any]], media: MediaOptions) -> list[dict[str, Any]]:
         """Validates messages, reads their media, and returns them in the chat template's form."""
         return self.prompts.read(messages, media)
+
+
+def _require_continuation(continuation: Any) -> None:
+    """Raises PromptError unless it is text or token ids, and not empty."""
+    if not isinstance(continuation, str | list | tuple | np.ndarray):
+        raise PromptError(f"A continuation must be text or token ids, not {type(continuation).__name__}.")
+    if not len(continuation):
+        raise PromptError("The continuation is empty; give the text to score.")
 
 
 def _is_batch(prompt: Any) -> bool:

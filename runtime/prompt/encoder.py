@@ -12,7 +12,7 @@ import numpy as np
 from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.errors import PromptError, no_template
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
-from gemma3n_onnx.runtime.media.reader import MediaOptions, MediaReader
+from gemma3n_onnx.runtime.media.reader import Item, MediaOptions, MediaReader
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .chat_template import ChatTemplate
@@ -21,6 +21,9 @@ from .messages import TOOL_KEYS, MessageReader, items_of, warnings_of
 from .plain_text import PlainText
 from .soft_tokens import Placeholders
 from .tokenizer import Tokenizer, encode_plain
+
+RawMedia = Mapping[str, list[list[Item]]]
+"""By modality, the items of each source of a prompt without messages."""
 
 
 @dataclass(frozen=True)
@@ -87,26 +90,35 @@ class PromptEncoder:
             PromptError: the prompt cannot be encoded, or has other placeholders than media. MediaError: its media
             cannot be read.
         """
-        pictures, clips = _sources("images", images), _sources("audio", audio)
         if not is_messages(prompt):
-            return self._encode_raw(prompt, pictures, clips, media or MediaOptions())
-        if pictures or clips:
+            return self.encode_raw(prompt, self.read_raw(prompt, images, audio, media or MediaOptions()))
+        if _sources("images", images) or _sources("audio", audio):
             raise PromptError("images and audio belong to a text prompt; put those of messages into their content.")
         options = template or TemplateOptions()
         messages = self.read(prompt, media or MediaOptions(), control_tokens=options.control_tokens)
         return self.locate(self._plain_text.encode(self.render(messages, options)), messages)
 
-    def _encode_raw(self, prompt: Any, images: list[Any], audio: list[Any], options: MediaOptions) -> PromptTokens:
+    def read_raw(
+        self, prompt: Any, images: list[Any] | None, audio: list[Any] | None, options: MediaOptions
+    ) -> RawMedia:
+        """The media of a prompt that is text or token ids. Raises as `encode`."""
+        pictures, clips = _sources("images", images), _sources("audio", audio)
         if isinstance(prompt, str):
-            self._placeholders.require(prompt, {"vision": len(images), "audio": len(audio)})
-        pictures = [self._media.image(source, options, number=i) for i, source in enumerate(images, start=1)]
-        clips = [self._media.clips(source, options, number=i) for i, source in enumerate(audio, start=1)]
+            self._placeholders.require(prompt, {"vision": len(pictures), "audio": len(clips)})
+        return {
+            "vision": [self._media.image(source, options, number=i) for i, source in enumerate(pictures, start=1)],
+            "audio": [self._media.clips(source, options, number=i) for i, source in enumerate(clips, start=1)],
+        }
+
+    def encode_raw(self, prompt: Any, media: RawMedia) -> PromptTokens:
+        """Like `encode` for text or token ids, with media that are read."""
         if isinstance(prompt, str):
-            prompt, items = self._placeholders.expand_raw(prompt, {"vision": pictures, "audio": clips})
+            self._placeholders.require(prompt, {modality: len(sources) for modality, sources in media.items()})
+            prompt, items = self._placeholders.expand_raw(prompt, media)
             ids = encode_plain(prompt, self.tokenizer, self._vocab_size)
         else:
             ids = encode_plain(prompt, self.tokenizer, self._vocab_size)
-            items = [item for source in (*pictures, *clips) for item in source]
+            items = [item for sources in media.values() for source in sources for item in source]
             if items:
                 self._placeholders.require_expanded(ids, items)
         spans = self._placeholders.find(ids, items, self.encoders.features)

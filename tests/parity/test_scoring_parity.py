@@ -10,6 +10,7 @@ import pytest
 from gemma3n_onnx.runtime import OnnxGemma3n, OptionError, PromptError
 from gemma3n_onnx.runtime.engine import engine as engine_module
 from gemma3n_onnx.runtime.evaluation.perplexity import perplexity, windows
+from gemma3n_onnx.runtime.media import reader
 from gemma3n_onnx.runtime.tokens import PromptTokens
 from multimodal import OPTIONS, MultimodalOracle, image, user
 from oracle import LONG, SAME_GRAPH, TOLERANCE, WINDOW, assert_close, log_softmax, oracle_logits, random_prompt
@@ -124,6 +125,18 @@ def test_log_likelihood_of_text(demo_model):
     whole = model.encode("3 plus 4 is 7.")
     assert [token.token_id for token in again.tokens] == whole.ids[len(model.encode("3 plus 4")) :]
     assert model.log_likelihood("", "3 plus 4 is 7.").tokens[-1:] == again.tokens[-1:]
+
+
+def test_pictures_are_read_once_for_all_continuations(demo_model, monkeypatch):
+    read, load = [], reader.load_image
+    monkeypatch.setattr(reader, "load_image", lambda source, *rest: read.append(source) or load(source, *rest))
+    picture = str(DEMO / "picture.png")
+    part = {"type": "image", "image": picture}
+    for prompt, images in (([user(part, "What is it?")], None), ("<image_soft_token> A", [picture])):
+        several = demo_model.log_likelihood(prompt, [" red circle", " blue star"], images=images)
+        assert read == [picture]
+        assert several[1] == demo_model.log_likelihood(prompt, " blue star", images=images)
+        read.clear()
 
 
 @pytest.mark.parametrize(
