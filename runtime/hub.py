@@ -57,12 +57,10 @@ def download(repo: str, revision: str | None = None) -> Path:
             f"There is no folder {repo}, and loading it from the Hub needs huggingface_hub; check the path, or "
             'install it with: pip install "gemma3n-onnx[hub]".'
         ) from error
-    with hub_errors(repo, revision, ArtifactNotFoundError, ArtifactError):
+    with using_hub(repo, revision, ArtifactNotFoundError, ArtifactError) as only_local:
         try:
             listing = Path(
-                huggingface_hub.hf_hub_download(
-                    repo, MANIFEST, revision=revision, local_files_only=not hub_is_reachable()
-                )
+                huggingface_hub.hf_hub_download(repo, MANIFEST, revision=revision, local_files_only=only_local)
             )
         except RemoteEntryNotFoundError as error:
             raise ArtifactNotFoundError(
@@ -81,7 +79,7 @@ def download(repo: str, revision: str | None = None) -> Path:
     return folder
 
 
-def hub_is_reachable() -> bool:
+def _is_reachable() -> bool:
     """Whether the Hub answers; huggingface_hub retries for 23 s before it says so."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
@@ -132,14 +130,17 @@ def check_new(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def hub_errors(
+def using_hub(
     repo: str, revision: str | None, not_found: type[Gemma3nError], failed: type[Gemma3nError]
-) -> Iterator[None]:
-    """Raises the errors of huggingface_hub as `not_found`, if `repo` cannot be had at all, or as `failed`."""
+) -> Iterator[bool]:
+    """Yields whether only local files can be had, because the Hub does not answer.
+
+    Raises the errors of huggingface_hub as `not_found`, if `repo` cannot be had at all, or as `failed`.
+    """
     from huggingface_hub import errors
 
     try:
-        yield
+        yield not _is_reachable()
     except Gemma3nError:
         raise
     except errors.GatedRepoError as error:

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
-from gemma3n_onnx.runtime.hub import HUB_ID, hub_errors, hub_is_reachable
+from gemma3n_onnx.runtime.hub import HUB_ID, using_hub
 
 SLICE_TABLE = "slices.csv"
 FILE_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", SLICE_TABLE]
@@ -58,13 +58,13 @@ def _find_demo() -> Path:
 def _download(repo: str, revision: str | None, token: str | None) -> Path:
     import huggingface_hub
 
-    with hub_errors(repo, revision, CheckpointNotFoundError, CheckpointError):
+    with using_hub(repo, revision, CheckpointNotFoundError, CheckpointError) as only_local:
         return Path(
             huggingface_hub.snapshot_download(
                 repo,
                 revision=revision,
                 token=token,
                 allow_patterns=FILE_PATTERNS,
-                local_files_only=not hub_is_reachable(),
+                local_files_only=only_local,
             )
         )
