@@ -100,6 +100,13 @@ def no_template(consequence: str) -> PromptError:
     )
 
 
+def no_document(place: str) -> PromptError:
+    """`place` says what has the document."""
+    return PromptError(
+        f"{place}, but the model does not take a PDF or another document; send its text, or each page as an image."
+    )
+
+
 def no_token(largest: float) -> ProviderError:
     return ProviderError(
         f"The largest logit is {largest}, so no token can be chosen; "

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gemma3n_onnx.runtime.errors import PromptError
+from gemma3n_onnx.runtime.errors import PromptError, no_document
 from gemma3n_onnx.runtime.media.reader import DETAILS, Item, MediaOptions, MediaReader
 
 # Accepted roles, and their names in chat templates.
@@ -168,10 +168,7 @@ def _type_of(part: Any, index: int) -> str:
     if kind in FILE_TYPES:
         holder = part["file"] if isinstance(part.get("file"), Mapping) else part
         named = f" ({_shown(name)})" if (name := holder.get("filename")) else ""
-        raise PromptError(
-            f"Message {index} has a part of type {kind!r}{named}, but the model does not take a PDF or another "
-            "document; send its text, or each page as an image."
-        )
+        raise no_document(f"Message {index} has a part of type {kind!r}{named}")
     if kind not in KNOWN_TYPES:
         raise PromptError(f"Message {index} has a part of type {kind!r}; use one of {', '.join(KNOWN_TYPES)}.")
     return kind

@@ -12,7 +12,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, Field
 
-from gemma3n_onnx.runtime.errors import Gemma3nError, PromptError
+from gemma3n_onnx.runtime.errors import Gemma3nError, PromptError, no_document
 from gemma3n_onnx.runtime.generation.scheduler import TokenEvent
 from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice
 from gemma3n_onnx.runtime.serve.errors import anthropic_body, status_and_body
@@ -133,10 +133,7 @@ def _part(block: Any, place: int) -> dict[str, Any]:
         case {"type": "image", "source": {"type": "url", "url": url}}:
             return {"type": "image", "url": url}
     if _type_of(block) == "document":
-        raise PromptError(
-            f"Message {place} has a block of type 'document', but the model does not take a PDF or another document; "
-            "send its text, or each page as an image."
-        )
+        raise no_document(f"Message {place} has a block of type 'document'")
     raise PromptError(
         f"Message {place} has an unsupported block of type {_type_of(block)!r}; send text, images (base64 or url), "
         "tool_use and tool_result."
