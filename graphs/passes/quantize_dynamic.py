@@ -88,8 +88,8 @@ def _scaled_rows(graph: ir.Graph, before: ir.Node, x: ir.Value) -> tuple[ir.Valu
 
 
 def _is_product(node: ir.Node, weight: ir.Value) -> bool:
-    attributes = {name: attribute.as_int() for name, attribute in node.attributes.items()} if _is_gemm(node) else {}
-    return attributes == {"transB": 1} and len(node.inputs) == 2 and node.inputs[1] is weight
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    return _is_gemm(node) and attributes == {"transB": 1} and len(node.inputs) == 2 and node.inputs[1] is weight
 
 
 def _is_gemm(node: ir.Node) -> bool:

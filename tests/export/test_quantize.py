@@ -226,6 +226,9 @@ def test_only_weights_of_products_are_products() -> None:
     model = graph("Gemm", ROWS, COLUMNS)
     model.graph.append(ir.node("Transpose", [next(iter(model.graph)).inputs[1]]))
     assert products(model) == set()
+    scaled = graph("Gemm", ROWS, COLUMNS)
+    next(iter(scaled.graph)).attributes["alpha"] = ir.AttrFloat32("alpha", 0.5)
+    assert products(scaled) == set()
 
 
 @pytest.mark.parametrize(("value", "error"), [(float("nan"), CheckpointError), (1e9, ExportError)])
