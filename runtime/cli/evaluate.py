@@ -52,9 +52,10 @@ def evaluate(
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
     if not wanted:
         raise OptionError("--tasks names no task; list them with: lm_eval ls tasks.")
-    names = [artifact.resolve().name for artifact in artifacts]
-    if output is not None and (same := [name for name in names if names.count(name) > 1]):
+    outputs = [] if output is None else [output / artifact.resolve().name for artifact in artifacts]
+    if same := [path.name for path in outputs if outputs.count(path) > 1]:
         raise OptionError(f"Results of artifacts of one name, {same[0]}, cannot be in one folder; evaluate them apart.")
+    output_of = dict(zip(map(str, artifacts), outputs))
     folders = {str(artifact): find_artifact(artifact) for artifact in artifacts}
     contexts = {given: load_manifest(folder).max_context for given, folder in folders.items()}
     max_length = min(_LENGTH, *contexts.values()) if max_length is None else max_length
@@ -78,7 +79,7 @@ def evaluate(
             limit=limit,
             max_length=max_length,
             chat=apply_chat_template,
-            output=None if output is None else output / Path(given).resolve().name,
+            output=output_of.get(given),
             quiet=quiet,
         )
         if not as_json:
