@@ -94,9 +94,7 @@ def read_completion(request: CompletionRequest, served: Served) -> ParsedComplet
         )
     parsed = ParsedCompletion(
         prompts,
-        generation_options(
-            request, served, prompts, 1 if request.max_tokens == 0 else request.max_tokens, request.logprobs
-        ),
+        generation_options(request, served, prompts, request.max_tokens or None, request.logprobs),
         request.n,
         prompt_logprobs=request.logprobs if scores else None,
         generates=request.max_tokens != 0,
