@@ -33,7 +33,7 @@ class TerminalProgress:
 
     def stage(self, title: str) -> None:
         self._close()
-        self._title = title
+        self._title, self._total, self._done = title, 0.0, 0.0
         self._say(f"{title} ...")
 
     def total(self, work: float) -> None:

@@ -90,6 +90,7 @@ def export_command(
 ) -> None:
     """Export a Gemma 3n checkpoint, or a MatFormer slice of it, to ONNX Runtime."""
     from gemma3n_onnx.export.checkpoint.checkpoint import Checkpoint
+    from gemma3n_onnx.export.errors import ExportOptionError
     from gemma3n_onnx.export.options import ExportOptions, check_options
     from gemma3n_onnx.export.slicing import choose_slice
     from gemma3n_onnx.export.verify.report_prompts import check_report
@@ -110,6 +111,8 @@ def export_command(
         force=force,
     )
     check_options(options)
+    if report_prompts is not None and report is None:
+        raise ExportOptionError("--report-prompts needs --report with the file to write.")
     lines = None if report is None else check_report(report, report_prompts, options)
     if output is not None:
         check_output(output, force=force, kind=artifact_kind())  # before a download

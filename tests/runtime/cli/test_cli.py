@@ -185,6 +185,7 @@ TYPOS = [
     ("export", "--model", "demo", "--slice", "E9B"),
     ("export", "--model", "nowhere/there/is"),
     ("export", "--model", "demo", "--report", "nowhere/report.json", "--precision", "int4"),
+    ("export", "--model", "demo", "--report-prompts", "README.md"),
     ("export", "--model", "demo", "--precisoin", "int4"),
     ("export", "--model", "demo", "--output", "demo"),
     ("verify", "nowhere", "--mdoel", "demo"),
