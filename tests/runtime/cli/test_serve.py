@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 from starlette.testclient import TestClient
 
+from gemma3n_onnx.runtime.cli.serve import serve as serve_command
 from gemma3n_onnx.runtime.serve import run
 from gemma3n_onnx.runtime.serve.model_pool import ModelPool
 from support import run_command
@@ -89,6 +91,13 @@ def test_what_no_request_could_use_is_refused_at_the_start(
 ) -> None:
     found, told, _ = serve(demo, *options)
     assert found == code and says in told
+
+
+def test_the_page_about_the_server_lists_every_option() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "server.md").read_text()
+    options = [option for option in serve_command.params if isinstance(option, click.Option)]
+    names = {option.name: {*option.opts, *option.secondary_opts} for option in options}
+    assert [name for name, spelled in names.items() if not any(f"`{each}" in page for each in spelled)] == []
 
 
 def test_an_open_server_is_warned_about(serve: Any, demo: Path) -> None:
