@@ -138,8 +138,8 @@ def answer_options(sampling: str) -> Callable[[Callable[..., None]], Callable[..
             type=click.Choice(SAMPLINGS),
             default=sampling,
             show_default=True,
-            help="What the options below are unless given: greedy decoding, or default, the values of the checkpoint's "
-            "generation_config.json.",
+            help="Where options below that are not given come from: greedy decoding, or default, the values of the "
+            "checkpoint's generation_config.json.",
         )(sampling_options(made))
 
     return add

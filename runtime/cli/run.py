@@ -93,16 +93,19 @@ def run(
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
     """The argument, or all of standard input or of the file, without a byte order mark and the newline that ends it."""
     if (prompt is None) == (file is None):
-        raise click.UsageError("Give either PROMPT or --prompt-file.")
+        raise click.UsageError("Give either PROMPT, - for standard input, or --prompt-file.")
     if prompt is not None and prompt != STANDARD_INPUT:
         return prompt
-    typed = file is None or str(file) == STANDARD_INPUT
-    if typed and sys.stdin is None:
-        raise PromptError("Standard input is closed; give the prompt as an argument, or pipe it in.")
+    if file is None or str(file) == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise PromptError("Standard input is closed; give the prompt as an argument, or pipe it in.")
+        source, content = "Standard input", sys.stdin.buffer.read()
+    else:
+        source, content = str(file), file.read_bytes()
     try:
-        text = (sys.stdin.buffer.read() if file is None or typed else file.read_bytes()).decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PromptError(f"{'Standard input' if typed else file} is not UTF-8 text; convert it to UTF-8.") from error
+        raise PromptError(f"{source} is not UTF-8 text; convert it to UTF-8.") from error
     return text.removesuffix("\n").removesuffix("\r")
 
 

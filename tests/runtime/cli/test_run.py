@@ -55,8 +55,8 @@ def test_a_prompt_file_that_cannot_be_used(gemma3n, small_artifact: Path, tmp_pa
     for arguments, code, says in (
         (["--prompt-file", file], 1, f"{file} is not UTF-8 text"),
         (["--prompt-file", tmp_path / "none"], 2, "none' does not exist"),
-        (["Hello", "--prompt-file", file], 2, "either PROMPT or --prompt-file"),
-        ([], 2, "either PROMPT or --prompt-file"),
+        (["Hello", "--prompt-file", file], 2, "either PROMPT, - for standard input, or --prompt-file"),
+        ([], 2, "either PROMPT, - for standard input, or --prompt-file"),
     ):
         outcome = gemma3n(small_artifact, *arguments)
         assert outcome.code == code and says in outcome.err, outcome
