@@ -52,6 +52,7 @@ function shapesOf(htmls, below) {
       return node.parentElement.closest("pre") ? node.textContent : node.textContent.replace(/\s+/g, " ");
     }
     if (node.classList.contains("code")) return shape(node.querySelector("pre"));
+    if (node.matches("div.scrollable")) return shape(node.firstElementChild);
     const tag = below[node.tagName] ?? node.tagName;
     const told = [tag, node.href, node.start > 1 ? node.start : "", node.align || node.style.textAlign].filter(Boolean);
     const inner = [...node.childNodes].map(shape).join("");
@@ -61,13 +62,36 @@ function shapesOf(htmls, below) {
     .replace(/\s*(<BR><\/>)\s*/g, "$1").replace(/> </g, "><").replace(/ (<(?:UL|OL|PRE|BLOCKQUOTE|P)\b)/g, "$1"));
 }
 
+/** The page's HTML of each sample, shown at once, and as it grows letter by letter. */
 async function htmlOfPage(samples) {
-  const { rendered } = await import("/page/markdown.js");
+  const { growing } = await import("/page/markdown.js");
   return samples.map(sample => {
-    const made = document.createElement("div");
-    made.append(rendered(sample));
-    return made.innerHTML;
+    const [whole, grown] = [document.createElement("div"), document.createElement("div")];
+    growing(whole)(sample);
+    const show = growing(grown);
+    for (let end = 0; end <= sample.length; end += 1) show(sample.slice(0, end));
+    return [whole.innerHTML, grown.innerHTML];
   });
+}
+
+/** The longest milliseconds of a frame while an answer of 40,000 characters comes in pieces of 100. */
+async function longestFrame(sample) {
+  const { growing } = await import("/page/markdown.js");
+  const talk = document.querySelector("#talk");
+  const body = document.createElement("div");
+  body.className = "body";
+  talk.append(body);
+  const show = growing(body);
+  const text = sample.repeat(40_000 / sample.length);
+  let longest = 0;
+  for (let end = 100; end <= text.length; end += 100) {
+    const started = performance.now();
+    show(text.slice(0, end));
+    body.offsetHeight; // lays it out
+    longest = Math.max(longest, performance.now() - started);
+  }
+  body.remove();
+  return Math.round(longest);
 }
 
 /** Renders all samples on a page that has the server's files. */
@@ -76,19 +100,22 @@ export async function checkMarkdown(page) {
   oracle.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
   oracle.validateLink = target => /^https?:/.test(target);
   const blank = await page.browser().newPage(); // the server's page may not parse HTML
-  const ours = await blank.evaluate(shapesOf, await page.evaluate(htmlOfPage, SAMPLES), {});
+  const made = await page.evaluate(htmlOfPage, SAMPLES);
+  assert.deepEqual(made.map(([, grown]) => grown), made.map(([whole]) => whole));
+  const ours = await blank.evaluate(shapesOf, made.map(([whole]) => whole), {});
   const below = { H1: "H3", H2: "H4", H3: "H5", H4: "H6", H5: "H6" };
   const theirs = await blank.evaluate(shapesOf, SAMPLES.map(sample => oracle.render(sample)), below);
   await blank.close();
   const found = SAMPLES.map((sample, i) => ({ sample, ours: ours[i], theirs: theirs[i] }));
   assert.deepEqual(found.filter(each => each.ours !== each.theirs), []);
   const times = await page.evaluate(async begins => {
-    const { rendered } = await import("/page/markdown.js");
+    const { growing } = await import("/page/markdown.js");
     return begins.map(begin => {
       const started = performance.now();
-      rendered(begin.repeat(40_000 / begin.length));
+      growing(document.createElement("div"))(begin.repeat(40_000 / begin.length));
       return Math.round(performance.now() - started);
     });
   }, HOSTILE);
-  console.log(`markdown: ${SAMPLES.length} samples as markdown-it; hostile texts of 40,000 characters: ${Math.max(...times)} ms at most`);
+  const frame = await page.evaluate(longestFrame, `${SAMPLES.join("\n\n")}\n\n`);
+  console.log(`markdown: ${SAMPLES.length} samples as markdown-it; 40,000 characters: hostile ones ${Math.max(...times)} ms at most, a frame of an answer ${frame} ms at most`);
 }

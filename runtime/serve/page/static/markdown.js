@@ -11,11 +11,26 @@ const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(?: +|$)/;
 const CELL_RULE = /^\s*:?-+:?\s*$/;
 const DEEPEST = 12;
 
-/** A DocumentFragment of the rendered text. */
-export function rendered(text) {
-  const root = document.createDocumentFragment();
-  root.append(...blocks(text.replaceAll("\t", "    ").split("\n"), 0));
-  return root;
+/**
+ * A function that shows a text at the end of `parent` as it grows. All blocks but the last two stay as they are: what
+ * follows can change the last one, and the one before it, which an incomplete line may have ended.
+ */
+export function growing(parent) {
+  let settled = 0; // lines of the blocks that stay
+  let open = []; // [element, the line where it ends] of the others
+  return text => {
+    for (const [made] of open) made.remove();
+    open = [];
+    const lines = text.replaceAll("\t", "    ").split("\n");
+    const rest = lines.slice(settled);
+    while (rest.length) {
+      if (rest[0].trim()) open.push([block(rest, 0), lines.length - rest.length]);
+      else rest.shift();
+    }
+    for (const [made] of open) made.dir ||= "auto";
+    parent.append(...open.map(([made]) => made));
+    while (open.length > 2) settled = open.shift()[1];
+  };
 }
 
 function blocks(lines, depth) {
@@ -75,10 +90,9 @@ function fenced(lines, fence, language) {
 }
 
 function codeBlock(code, language) {
-  const pre = element("pre", { tabIndex: 0 }, element("code", {}, code));
-  pre.setAttribute("role", "region");
-  pre.setAttribute("aria-label", language ? `Code, ${language}` : "Code");
-  return element("div", { className: "code" }, element("div", {}, element("span", {}, language), copyButton(() => code)), pre);
+  const pre = scrollable("pre", language ? `Code, ${language}` : "Code", element("code", {}, code));
+  const bar = element("div", {}, element("span", {}, language), copyButton(() => code));
+  return element("div", { className: "code", dir: "ltr" }, bar, pre);
 }
 
 /** A list; a blank line between its items or in them makes its paragraphs ones of their own. */
@@ -132,5 +146,14 @@ function table(lines) {
   const rows = takeWhile(lines, line => line.trim() && !interrupts(line, [])).map(cells);
   const row = (tag, texts) => element("tr", {}, ...head.map((_, i) => element(tag, { align: align[i] }, ...inline(texts[i] ?? ""))));
   const body = element("tbody", {}, ...rows.map(texts => row("td", texts)));
-  return element("table", {}, element("thead", {}, row("th", head)), ...(rows.length ? [body] : []));
+  const made = element("table", {}, element("thead", {}, row("th", head)), ...(rows.length ? [body] : []));
+  return scrollable("div", "Table", made);
+}
+
+/** An element that may be wider than the page; the keyboard reaches and scrolls it. */
+function scrollable(tag, label, child) {
+  const made = element(tag, { className: "scrollable", tabIndex: 0 }, child);
+  made.setAttribute("role", "group");
+  made.setAttribute("aria-label", label);
+  return made;
 }

@@ -1,6 +1,6 @@
 // The turns of a conversation as elements.
 import { copyButton, element, icon, iconButton } from "./elements.js";
-import { rendered } from "./markdown.js";
+import { growing } from "./markdown.js";
 
 /** A preview of an attachment; its name, where the browser cannot show it. */
 export function preview({ kind, name, blob }) {
@@ -18,7 +18,7 @@ export function preview({ kind, name, blob }) {
 export function userTurn({ text, media }) {
   const article = element("article", { className: "user" }, heading("You"));
   if (media.length) article.append(element("div", { className: "media" }, ...media.map(preview)));
-  article.append(element("p", {}, text));
+  article.append(element("p", { dir: "auto" }, text));
   return article;
 }
 
@@ -28,15 +28,21 @@ export class AnswerView {
     this.body = element("div", { className: "body" });
     this.tools = element("div", { className: "tools" });
     this.element = element("article", { className: "assistant" }, heading("Gemma"), this.body, this.tools);
+    this.showText = growing(this.body);
+    this.below = []; // elements that follow the text
     this.retry = retry;
   }
 
+  /** `text` begins with what it was before. */
+
   update({ text, state, error, note }) {
     this.element.dataset.state = state;
-    this.element.setAttribute("aria-busy", String(state === "running"));
-    this.body.replaceChildren(rendered(text));
-    if (state === "running" && !text) this.body.append(waiting());
-    if (error) this.body.append(element("p", { className: "error" }, error));
+    for (const shown of this.below) shown.remove();
+    this.showText(text);
+    this.below = [];
+    if (state === "running" && !text) this.below.push(waiting());
+    if (error) this.below.push(element("p", { className: "error" }, error));
+    this.body.append(...this.below);
     this.tools.replaceChildren();
     if (state === "running") return;
     if (text) this.tools.append(copyButton(() => text));
