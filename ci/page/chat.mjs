@@ -40,6 +40,12 @@ for word, count in words.most_common(10):  # the ten most frequent words, each w
 | the | 12 |
 | and | 7 |
 
+| month | January | February | March | April | May | June | July | August | September | October | November | December |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| words | 1200 | 980 | 1430 | 770 | 1010 | 890 | 1320 | 640 | 1180 | 1250 | 930 | 1100 |
+
+- שלום עולם, 3 ועוד 4 הם 7
+
 > See [the documentation](https://docs.python.org/3/library/collections.html) for more.`;
 const HOSTILE = `<img src=x onerror="window.hacked=1"> <script>window.hacked=2</script>
 [a](javascript:window.hacked=3) [b](data:text/html,<script>hacked=4</script>) ![c](https://attacker.example/c.png)
@@ -59,6 +65,7 @@ const page = await browser.newPage();
 const problems = [];
 const sent = []; // bodies of the questions
 let canned = null; // the answer that the next question gets instead of the server's
+let isCut = false; // whether that answer ends too early
 page.on("pageerror", error => problems.push(String(error)));
 page.on("console", message => {
   const expected = /the server responded with a status of 4\d\d/.test(message.text());
@@ -78,7 +85,7 @@ page.on("request", request => {
       { choices: [], usage: { completion_tokens: 60, total_tokens: 400 } },
     ];
     canned = null;
-    const body = chunks.map(chunk => `data: ${JSON.stringify(chunk)}\n\n`).join("") + "data: [DONE]\n\n";
+    const body = chunks.map(chunk => `data: ${JSON.stringify(chunk)}\n\n`).join("") + (isCut ? "" : "data: [DONE]\n\n");
     return request.respond({ contentType: "text/event-stream", body });
   });
 });
@@ -88,10 +95,7 @@ async function open(address = url) {
   await page.waitForSelector("body[data-ready]");
 }
 
-const isIdle = () => {
-  const last = document.querySelector("#talk > :last-child");
-  return last?.dataset.state && last.dataset.state !== "running";
-};
+const isIdle = () => document.querySelector("#talk[aria-busy=false]");
 
 async function attach(...files) {
   const before = await count("#attached li");
@@ -181,6 +185,9 @@ try {
   await ask("How do I count the words of a file?");
   const tags = ["strong", "em", "ol li ul li", "pre code", "td", "blockquote a[href^='https:']", ":not(pre) > code"];
   for (const tag of tags) assert.ok(await count(`#talk > :last-child .body ${tag}`), tag);
+  const styleOf = (selector, name) => page.$eval(selector, (node, each) => getComputedStyle(node)[each], name);
+  assert.deepEqual(await Promise.all([styleOf("th", "textAlign"), styleOf("td + td", "textAlign")]), ["start", "-webkit-right"]);
+  assert.equal(await styleOf(".body > ul", "direction"), "rtl");
   assert.match(await ask("And this one?", broken), /image 2: .* not an image/);
   assert.equal(await state(), "failed");
   await inspect("talk", [2000, 2100]);
@@ -197,7 +204,17 @@ try {
   await page.$eval("#text", field => { field.value = "word ".repeat(2100); });
   assert.match(await ask("What?"), /longer than the 2,048 tokens/);
   await other.waitForFunction(n => document.querySelectorAll("article").length === n, {}, await count("article"));
+
+  // Only one tab answers at a time.
+  other.evaluate(() => navigator.locks.request("gemma3n", () => new Promise(() => {}))).catch(() => {}); // until it closes
+  await other.waitForFunction(async () => (await navigator.locks.query()).held.length === 1);
+  await page.focus("#text");
+  await page.keyboard.type("And now?");
+  await page.keyboard.press("Enter");
+  await page.waitForFunction(() => document.querySelector("#notice").textContent.includes("Another tab is answering"));
   await other.close();
+  await page.waitForFunction(async () => !(await navigator.locks.query()).held.length);
+  await page.$eval("#text", field => { field.value = ""; });
 
   // A new chat can be taken back.
   const shown = await count("article");
@@ -275,6 +292,13 @@ try {
   assert.equal(await page.evaluate(() => window.hacked), undefined);
   await startOver();
 
+  // An answer whose connection ends early.
+  [canned, isCut] = ["Three high", true];
+  assert.match(await ask("What do you hear?"), /^Three high\s+The connection ended before the answer did/);
+  assert.equal(await state(), "failed");
+  isCut = false;
+  await startOver();
+
   // Settings reach the request, and survive a reload.
   assert.ok(!("temperature" in sent.at(-1)) && !("max_tokens" in sent.at(-1)), "the server's defaults hold");
   await page.click("#settings");
@@ -302,9 +326,22 @@ try {
   assert.deepEqual(sent.at(-1).messages.map(({ role }) => role), ["system", "user"]);
   assert.ok(!("temperature" in sent.at(-1)));
 
+  // A browser that keeps nothing.
+  const forgetful = await page.evaluateOnNewDocument(() => {
+    IDBFactory.prototype.open = () => { throw new DOMException("", "SecurityError"); };
+  });
+  await open();
+  await ask("What is 3 plus 4?");
+  assert.match(await page.$eval("#notice", notice => notice.textContent), /cannot keep the conversation/);
+  await page.removeScriptToEvaluateOnNewDocument(forgetful.identifier);
+
   // A server with a key asks for it.
   await open(guarded);
   await page.waitForSelector("#dialog[open]");
+  await page.type("#key", "wrong");
+  await page.click("#close");
+  await page.waitForFunction(() => document.querySelector("#key-problem").textContent === "The server refuses this key.");
+  await page.click("#key", { count: 3 });
   await page.type("#key", key);
   await page.click("#close");
   await page.waitForFunction(() => document.querySelector("#model").options.length === 1);

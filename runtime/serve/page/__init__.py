@@ -15,7 +15,6 @@ TYPES = {
     ".html": "text/html",
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
-    ".txt": "text/plain",
 }
 # Scripts and requests of this server only, and no way to turn text into script.
 POLICY = "; ".join(

@@ -27,7 +27,10 @@ export async function* complete(body, key, signal) {
   }
 }
 
-const headers = key => (key ? { Authorization: `Bearer ${key}` } : {});
+function headers(key) {
+  if (/[^ -~]/.test(key)) throw new ApiError("The key has a character that no request can carry.", 401); // ASCII only
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
 
 async function request(path, options) {
   let response;
@@ -46,12 +49,18 @@ async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
+    const { value, done } = await reader.read().catch(lost);
+    if (done) lost();
     const blocks = (held + value).split("\n\n");
     held = blocks.pop();
     for (const block of blocks) {
-      if (block.startsWith("data: ") && block !== "data: [DONE]") yield JSON.parse(block.slice(6));
+      if (block === "data: [DONE]") return;
+      if (block.startsWith("data: ")) yield JSON.parse(block.slice(6));
     }
   }
+}
+
+function lost(error) {
+  if (error?.name === "AbortError") throw error;
+  throw new ApiError("The connection ended before the answer did; check that the server is running, then retry.", 0);
 }

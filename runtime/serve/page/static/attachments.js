@@ -6,18 +6,20 @@ import { preview } from "./turns.js";
 
 const EVERYTHING = "image/*,audio/*,video/*,.heic,.heif";
 let attached = [];
-let modalities = () => [];
+let attaching = Promise.resolve(); // ends when all files that were given are read
+let modalities = () => undefined;
 let recording = null; // {stop, timer} while the microphone is on
 
-/** `modalities()` are those of the chosen model. */
+/** `modalities()` are those of the chosen model, undefined while it is unknown. */
 export function acceptFiles(ofModel) {
   modalities = ofModel;
 }
 
 export const hasAttachments = () => attached.length > 0;
 
-/** The attachments, which then are the message's. */
-export function takeAttachments() {
+/** The attachments, which then are the message's. Waits for files that are being read. */
+export async function takeAttachments() {
+  await attaching;
   const taken = attached;
   attached = [];
   showAttached();
@@ -30,7 +32,12 @@ export function pickFiles(accept) {
   at("files").click();
 }
 
-async function attach(files) {
+function attach(files) {
+  attaching = attaching.then(() => read(files));
+  return attaching;
+}
+
+async function read(files) {
   const refused = [];
   for (const file of files) {
     try {

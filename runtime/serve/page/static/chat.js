@@ -5,7 +5,7 @@ import { at, element, icon } from "./elements.js";
 import { partOf } from "./media.js";
 import { announce, notify } from "./notices.js";
 import { chooseModel, onSettingsClosed, openSettings, settings } from "./settings.js";
-import { loadTurns, onOtherTab, saveTurns } from "./store.js";
+import { alone, loadTurns, onOtherTab, saveTurns } from "./store.js";
 import { AnswerView, userTurn } from "./turns.js";
 
 const STARTERS = [
@@ -19,6 +19,7 @@ const STARTERS = [
 let turns = [];
 let models = [];
 let answering = null; // the AbortController of the answer that is running
+let isForgetful = false; // whether the browser could not save the conversation
 
 // Models
 
@@ -26,8 +27,8 @@ async function showModels() {
   try {
     models = await listModels(settings.key);
   } catch (error) {
-    if (error.status === 401) openSettings(at("key"));
-    notify(error.message);
+    if (error.status === 401) askForKey();
+    else notify(error.message);
     return;
   }
   notify("");
@@ -36,6 +37,7 @@ async function showModels() {
   showHints();
 }
 
+const askForKey = () => openSettings(at("key"), settings.key ? "The server refuses this key." : "The server asks for its key.");
 const chosenModel = () => models.find(model => model.id === at("model").value);
 
 // What is shown
@@ -81,24 +83,41 @@ function fitText() {
 
 async function ask() {
   const text = at("text").value.trim();
-  if (answering || !text) {
-    if (hasAttachments() && !text) notify("Write a question about the attachment, then send.");
+  if (!text) {
+    if (hasAttachments()) notify("Write a question about the attachment, then send.");
     return;
   }
-  notify("");
-  turns.push({ role: "user", text, media: takeAttachments() });
-  showTurn(turns.at(-1));
-  at("text").value = "";
-  fitText();
-  await answer();
+  await exclusively(async () => {
+    notify("");
+    turns.push({ role: "user", text, media: await takeAttachments() });
+    showTurn(turns.at(-1));
+    at("text").value = "";
+    fitText();
+    await answer();
+  });
 }
 
 async function retry() {
+  await exclusively(async () => {
+    turns.pop();
+    at("talk").lastElementChild.remove();
+    at("text").focus();
+    await answer();
+  });
+}
+
+/** Runs `act`, which changes the conversation, unless an answer is running in this tab or, then told, in another. */
+async function exclusively(act) {
   if (answering) return;
-  turns.pop();
-  at("talk").lastElementChild.remove();
-  at("text").focus();
-  await answer();
+  answering = new AbortController();
+  at("talk").setAttribute("aria-busy", "true");
+  try {
+    if (!(await alone(act))) notify("Another tab is answering; wait until it has finished.");
+  } finally {
+    answering = null;
+    at("talk").setAttribute("aria-busy", "false");
+    showSending();
+  }
 }
 
 /** Answers the last turn, the user's. */
@@ -108,10 +127,10 @@ async function answer() {
   const turn = { role: "assistant", text: "", state: "running" };
   turns.push(turn);
   const view = showTurn(turn);
-  answering = new AbortController();
   showSending();
   announce("Answering.");
-  await saveTurns(turns);
+  await keep();
+  if (!models.length) await showModels();
   const shown = paced(() => {
     const follow = isAtEnd();
     view.update(turn);
@@ -128,18 +147,23 @@ async function answer() {
       shown();
     }
     turn.state = "done";
-    turn.note = noteOf(usage, finish, (performance.now() - started) / 1000);
+    turn.note = noteOf(turn.text, usage, finish, (performance.now() - started) / 1000);
   } catch (error) {
     turn.state = error.name === "AbortError" ? "stopped" : "failed";
     turn.note = turn.state === "stopped" ? "Stopped" : "";
     if (turn.state === "failed") turn.error = messageOf(error);
-    if (error.status === 401) openSettings(at("key"));
+    if (error.status === 401) askForKey();
   }
-  answering = null;
-  showSending();
   shown.now();
   announce(turn.state === "done" ? "The answer is complete." : turn.error ?? "Stopped.");
-  if (conversation === turns) await saveTurns(turns);
+  if (conversation === turns) await keep();
+}
+
+/** Saves the conversation; says once if the browser cannot. */
+async function keep() {
+  if (await saveTurns(turns) || isForgetful) return;
+  isForgetful = true;
+  notify("This browser cannot keep the conversation; a reload will lose it.");
 }
 
 /** The request for an answer to `asked`. Questions without an answer are left out, except the last. */
@@ -159,17 +183,18 @@ async function requestOf(asked) {
 
 function messageOf(error) {
   if (error.code !== "context_length_exceeded") return error.message;
-  const room = chosenModel().max_model_len.toLocaleString("en");
+  const room = chosenModel()?.max_model_len.toLocaleString("en") ?? "";
   return `The conversation is longer than the ${room} tokens that the model reads at once; start a new chat, or ask for less.`;
 }
 
-function noteOf(usage, finish, seconds) {
+function noteOf(text, usage, finish, seconds) {
   if (!usage) return "";
   const { completion_tokens: made, total_tokens: taken } = usage;
   const room = chosenModel()?.max_model_len;
   const full = room ? ` · ${Math.round(100 * taken / room)} % of the context` : "";
   const cut = finish === "length" ? " · cut at the longest length" : "";
-  return `${made} tokens in ${seconds.toFixed(1)} s${full}${cut}`;
+  const empty = text.trim() ? "" : "Empty answer · ";
+  return `${empty}${made} token${made === 1 ? "" : "s"} in ${seconds.toFixed(1)} s${full}${cut}`;
 }
 
 /** Calls `act` at most once a frame; `now` calls it at once, and for the last time. */
@@ -195,21 +220,25 @@ function showSending() {
   at("send").replaceChildren(icon(answering ? "stop" : "send"));
 }
 
-function startOver() {
+async function startOver() {
   answering?.abort();
+  if (answering) await clear();
+  else await exclusively(clear);
+}
+
+async function clear() {
   const kept = turns;
   turns = [];
-  saveTurns(turns);
   showTurns();
   at("text").focus();
-  if (!kept.length) return;
-  const undo = () => {
+  const undo = async () => {
     turns = kept;
-    saveTurns(turns);
     showTurns();
     notify("");
+    await keep();
   };
-  notify("A new chat has begun.", element("button", { type: "button", onclick: undo }, "Undo"));
+  if (kept.length) notify("A new chat has begun.", element("button", { type: "button", onclick: undo }, "Undo"));
+  await keep();
 }
 
 // Wiring
@@ -227,21 +256,24 @@ at("text").onkeydown = event => {
 };
 at("new").onclick = startOver;
 at("model").onchange = () => chooseModel(at("model").value);
-acceptFiles(() => chosenModel()?.modalities ?? []);
+acceptFiles(() => chosenModel()?.modalities);
 onSettingsClosed(() => {
   if (!models.length && settings.key) showModels();
 });
 document.onkeydown = event => {
-  if (event.key === "Escape" && !at("dialog").open) answering?.abort();
+  if (event.key === "Escape" && !event.isComposing && !at("dialog").open) answering?.abort();
 };
+
+async function follow() {
+  if (answering) return;
+  turns = await loadTurns();
+  showTurns();
+}
 
 // An answer that was running when the page was left has stopped.
 turns = (await loadTurns()).map(turn => (turn.state === "running" ? { ...turn, state: "stopped", note: "Interrupted" } : turn));
 showTurns();
-onOtherTab(async () => {
-  if (answering) return;
-  turns = await loadTurns();
-  showTurns();
-});
+onOtherTab(follow);
+window.onpageshow = ({ persisted }) => persisted && follow(); // back from another page
 await showModels();
 document.body.dataset.ready = "yes";

@@ -10,14 +10,20 @@ const BY_NAME = [
 const WORDS = { image: "pictures", audio: "sounds", video: "videos" };
 const MODALITIES = { image: "vision", audio: "audio", video: "vision" };
 
-/** The attachment of a file for a model that takes `modalities`. Throws an Error whose message says what is wrong. */
+/**
+ * The attachment of a file for a model that takes `modalities`, if they are known. Throws an Error whose message says
+ * what is wrong.
+ */
 export async function attachmentOf(file, modalities) {
   const name = file.name || "recording.wav";
   const kind = kindOf(file);
   if (!kind) throw new Error(`${name} is neither a picture nor a sound nor a video; attach one of these.`);
-  if (!modalities.includes(MODALITIES[kind])) throw new Error(`This model does not take ${WORDS[kind]}; choose another.`);
-  if (!file.size) throw new Error(`${name} is empty; attach another file.`);
-  return { kind, name, blob: kind === "audio" ? await toWav(file, name) : file };
+  if (modalities && !modalities.includes(MODALITIES[kind])) throw new Error(`This model does not take ${WORDS[kind]}; choose another.`);
+  const bytes = await file.arrayBuffer().catch(() => { // a copy, as the file may change before it is sent
+    throw new Error(`${name} cannot be read; attach another file.`);
+  });
+  if (!bytes.byteLength) throw new Error(`${name} is empty; attach another file.`);
+  return { kind, name, blob: kind === "audio" ? await toWav(bytes, name) : new Blob([bytes], { type: file.type }) };
 }
 
 /** The part of a message that an attachment becomes. */
@@ -57,10 +63,10 @@ const dataUrl = blob => new Promise((resolve, reject) => {
 });
 
 /** Any sound that the browser can play as 16 kHz mono WAV, for which the server needs no decoder. */
-async function toWav(blob, name) {
+async function toWav(bytes, name) {
   let decoded;
   try {
-    decoded = await new OfflineAudioContext(1, 1, SAMPLE_RATE).decodeAudioData(await blob.arrayBuffer());
+    decoded = await new OfflineAudioContext(1, 1, SAMPLE_RATE).decodeAudioData(bytes);
   } catch {
     throw new Error(`${name} is not a sound that this browser can read; convert it to WAV or MP3.`);
   }

@@ -6,12 +6,13 @@ export const settings = loadSettings();
 // The slider counts tenths; its left end is no temperature.
 const OWN = -1;
 
-/** Opens the dialog, with the field `focused` ready to type. */
-export function openSettings(focused) {
+/** Opens the dialog, with the field `focused` ready to type; `problem` says why the key is asked for. */
+export function openSettings(focused, problem = "") {
   at("system").value = settings.system;
   at("temperature").value = settings.temperature === null ? OWN : 10 * settings.temperature;
   at("length").value = settings.length ?? "";
   at("key").value = settings.key;
+  at("key-problem").textContent = problem;
   showTemperature();
   if (!at("dialog").open) at("dialog").showModal();
   focused?.focus();
@@ -39,7 +40,7 @@ function keep() {
 
 function showTemperature() {
   const tenths = at("temperature").valueAsNumber;
-  const shown = tenths === OWN ? "the model's own" : (tenths / 10).toFixed(1);
+  const shown = tenths === OWN ? "the server's" : (tenths / 10).toFixed(1);
   at("temperature-shown").value = shown;
   at("temperature").setAttribute("aria-valuetext", shown);
 }

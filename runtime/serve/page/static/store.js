@@ -1,5 +1,5 @@
 // What survives a reload: the conversation with its media in IndexedDB, settings in localStorage, the key in the tab's
-// own sessionStorage. A browser that forbids storage keeps nothing, and the page works.
+// own sessionStorage. The page works without storage, too.
 
 const TABLE = "conversations";
 const CURRENT = "current";
@@ -16,13 +16,24 @@ export async function loadTurns() {
   }
 }
 
+/** Whether the turns are kept. */
 export async function saveTurns(turns) {
   try {
     await inTable("readwrite", table => table.put(turns, CURRENT));
     CHANGES.postMessage(null);
+    return true;
   } catch {
-    // Nothing is kept.
+    return false;
   }
+}
+
+/** Runs `act` unless another tab is in an `act` of its own; whether it ran. Browsers have no locks on plain http. */
+export async function alone(act) {
+  if (!navigator.locks) return act().then(() => true);
+  return navigator.locks.request("gemma3n", { ifAvailable: true }, async lock => {
+    if (lock) await act();
+    return Boolean(lock);
+  });
 }
 
 /** Calls `act` when another tab has saved its conversation. */
@@ -47,22 +58,23 @@ export function saveSettings({ key, ...settings }) {
   }
 }
 
+/** What `act` asked of the table, once that is on the disk. */
 async function inTable(mode, act) {
-  const database = await settled(opening());
+  const opening = indexedDB.open("gemma3n", 1);
+  opening.onupgradeneeded = () => opening.result.createObjectStore(TABLE);
+  const database = await new Promise((resolve, reject) => {
+    opening.onsuccess = () => resolve(opening.result);
+    opening.onerror = () => reject(opening.error);
+  });
   try {
-    return await settled(act(database.transaction(TABLE, mode).objectStore(TABLE)));
+    const transaction = database.transaction(TABLE, mode);
+    const asked = act(transaction.objectStore(TABLE));
+    await new Promise((resolve, reject) => {
+      transaction.oncomplete = resolve;
+      transaction.onabort = () => reject(transaction.error);
+    });
+    return asked.result;
   } finally {
     database.close();
   }
 }
-
-function opening() {
-  const request = indexedDB.open("gemma3n", 1);
-  request.onupgradeneeded = () => request.result.createObjectStore(TABLE);
-  return request;
-}
-
-const settled = request => new Promise((resolve, reject) => {
-  request.onsuccess = () => resolve(request.result);
-  request.onerror = () => reject(request.error);
-});
