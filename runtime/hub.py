@@ -28,7 +28,7 @@ def find_artifact(artifact: str | Path, revision: str | None = None) -> Path:
     Whether a local folder exists and what it holds is left to `load_manifest`.
 
     Raises:
-        OptionError: a `revision` of what is no Hub id. The errors of `download`.
+        OptionError: there is a `revision`, but `artifact` is not a Hub id. The errors of `download`.
     """
     name = artifact if isinstance(artifact, str) else artifact.as_posix()
     if HUB_ID.fullmatch(name) and not Path(artifact).exists():
@@ -86,7 +86,7 @@ def _is_reachable() -> bool:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=_ANSWER_SECONDS)
-    except Exception:  # of its HTTP client, which depends on its version
+    except Exception:  # the HTTP client, and so its exceptions, depend on the version of huggingface_hub
         return False
     return True
 
@@ -109,7 +109,7 @@ def _download_files(repo: str, commit: str, manifest: Manifest, stage: Path) -> 
                 f"{name} of {repo} is damaged: its SHA-256 differs from the manifest's; try again, or ask its owner to "
                 "upload the artifact again."
             )
-    shutil.rmtree(stage / ".cache")  # the notes of huggingface_hub
+    shutil.rmtree(stage / ".cache")  # written by huggingface_hub
 
 
 def copy_artifact(folder: Path, output: Path) -> None:
@@ -163,6 +163,6 @@ def using_hub(
             f"{repo} is not in the local cache and the Hub cannot be reached; "
             "check the network and HF_HUB_OFFLINE, or give a local folder."
         ) from error
-    except Exception as error:  # those of the HTTP client, too
+    except Exception as error:  # includes those of the HTTP client
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise failed(f"{repo} could not be downloaded ({reason}); try again.") from error

@@ -164,7 +164,7 @@ def _json_grammar(prepared: Prepared) -> str:
     """Raises OptionError if the schema is not JSON."""
     try:
         schema = json.dumps(prepared.grammar, ensure_ascii=False, allow_nan=False)
-        # A name written with escapes could repeat a property's; so only control characters are, if the schema has any.
+        # An escaped name could repeat a property's, so \u is allowed only if the schema has control characters.
         escapes = 'nrbtf\\"u' if _CONTROL_CHARACTER.search(schema) else 'nrbtf\\"'
         return LLMatcher.grammar_from_json_schema(
             schema, overrides={"whitespace_flexible": False, "json_allowed_escapes": escapes}

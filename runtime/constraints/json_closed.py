@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-# Keywords beside which other properties may be meant.
+# Keywords that may introduce further properties.
 _OPEN = {
     *("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties"),
     *("allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if", "dependentSchemas", "dependencies"),

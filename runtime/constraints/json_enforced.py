@@ -87,7 +87,7 @@ class Enforcing:
             case "minProperties" | "maxProperties":
                 if self._counts_properties:
                     made[keyword] = value
-                    # A grammar does not see that two names of a map are the same.
+                    # A grammar cannot tell whether two names of a map are equal.
                     self._leave_out(keyword, keyword == "minProperties" and value > 1)
                 elif (alternatives := _counted(keyword, value, schema)) is not None:
                     also.append({"anyOf": alternatives})

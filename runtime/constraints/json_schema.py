@@ -40,7 +40,7 @@ class Prepared:
 
 
 def embed(schema: Schema, name: str) -> Schema:
-    """The schema as a part of another one, known there by `name`: its references stay its own, "#" included."""
+    """The schema with `name` as its $id: once embedded, its references, "#" included, still resolve inside it."""
     if isinstance(schema, bool) or isinstance(schema.get("$id"), str):
         return schema
     return {"$id": quote(name, safe=":"), **schema}

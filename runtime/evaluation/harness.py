@@ -129,7 +129,7 @@ def find_tasks(names: Sequence[str], include_path: str | None) -> TaskManager:
     """
     if include_path is not None:
         manager = TaskManager(include_path=include_path, include_defaults=False)
-        if {*names} <= {*manager.all_subtasks}:  # the members of a group may be the harness's
+        if {*names} <= {*manager.all_subtasks}:  # a group may refer to tasks of the harness
             return manager
     manager = TaskManager(include_path=include_path)
     for name in names:
@@ -169,7 +169,7 @@ def run_tasks(
         )
     except (Gemma3nError, OSError):
         raise
-    except Exception as error:  # any: a task is code and data of somebody else
+    except Exception as error:  # tasks are third-party code and may raise anything
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise OptionError(f"lm-evaluation-harness cannot run {', '.join(tasks)} ({reason}); check the task.") from error
     assert found is not None

@@ -56,7 +56,7 @@ class WavData:
         return None
 
     def with_size(self, file: BinaryIO) -> BinaryIO:
-        """A copy of the file that declares what it has."""
+        """A copy of the file whose header declares the bytes that are there."""
         file.seek(0)
         data = bytearray(file.read())
         struct.pack_into(self.format, data, self.file_size_at, min(len(data) - 8, 0xFFFF_FFFF))

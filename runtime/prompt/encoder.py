@@ -184,7 +184,7 @@ def _render_as_given(template: ChatTemplate, messages: Sequence[Mapping[str, Any
     return rendered[: rendered.rindex(_END)]
 
 
-# Ends the message that is continued; in no text by chance.
+# Marks the end of the continued message; random, so that no text holds it by chance.
 _END = f"\ue002{secrets.token_hex(8)}\ue003"
 
 

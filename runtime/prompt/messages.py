@@ -17,7 +17,7 @@ TEMPLATE_ROLES = {
     "assistant": "assistant",
     "model": "assistant",
 }
-# Roles and keys of a template that reads tools, given to it as they are.
+# Roles and keys that are passed unchanged to a template with tools.
 TOOL_ROLES = {"tool": "tool"}
 TOOL_KEYS = ("tool_calls", "tool_call_id", "name")
 # Types of OpenAI's Responses API, and the same of chat completions.

@@ -26,7 +26,7 @@ class PlainText:
         spellings = sorted(tokenizer.special_spellings, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, spellings)))
         firsts = sorted({spelling[0] for spelling in spellings})
-        # A mark that is not in the text by chance; it would be shown as another character, and never as a token.
+        # A random mark, which no text holds by chance. If one did, it would become another character, never a token.
         nonce = secrets.token_hex(4)
         self._marks = {char: f"\ue000{nonce}{number}\ue001" for number, char in enumerate(firsts)}
         self._shown = {mark: char for char, mark in self._marks.items()}

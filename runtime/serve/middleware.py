@@ -14,7 +14,7 @@ from .errors import body_for, error_body
 
 FORM_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# Without secrets, and asked by monitors that have no key.
+# Open to monitors, which have no key; the answers hold no secrets.
 OPEN_PATHS = ("/", "/health", "/healthz", "/metrics")
 OPEN_FOLDER = "/page/"
 

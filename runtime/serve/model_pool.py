@@ -24,7 +24,7 @@ from gemma3n_onnx.runtime.model import OnnxGemma3n
 from .not_found import UnknownModelError
 from .worker import BusyError, ModelWorker
 
-# Names of clients that know no model's.
+# Names that clients send when the user has chosen no model.
 ANY_MODEL = ("", "default", "ignore", "none")
 CONTEXT = 4096
 

@@ -9,7 +9,7 @@ class NotFoundError(Gemma3nError, KeyError):
     """The server has no such thing."""
 
     def __str__(self) -> str:
-        return str(self.args[0])  # KeyError's is quoted
+        return str(self.args[0])  # KeyError would quote it
 
 
 class UnknownModelError(NotFoundError):

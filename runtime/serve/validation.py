@@ -26,7 +26,8 @@ def known_fields() -> frozenset[str]:
 def describe_validation(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """One sentence about pydantic's `errors`, and the field that it is about.
 
-    The alternatives of a union are told together; where one was followed further into the value, it was meant.
+    If alternatives of a union fail at the same place, the sentence names all of them; otherwise it is about the failure
+    deepest in the value.
     """
     fields = [_field_of(error["loc"]) for error in errors]
     field = max((each for each in fields if each.startswith(fields[0])), key=len)

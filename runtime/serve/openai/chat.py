@@ -42,14 +42,14 @@ class ChatRequest(ConstrainedRequest):
     tools: list[Tool] = Field(default_factory=list)
     tool_choice: Any = None
     parallel_tool_calls: bool = False
-    # The forms before tools.
+    # The fields that preceded tools.
     functions: list[Function] = Field(default_factory=list)
     function_call: Any = None
-    # Of the chat template, as vLLM names them.
+    # Chat template options, named as in vLLM.
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    # Of how media are read.
+    # Media options.
     image_size: int | None = None
     long_audio: str = "error"
     video_fps: float = 1.0
@@ -112,7 +112,7 @@ def read_chat(request: ChatRequest, served: Served) -> ParsedChat:
         return constrained(parsed, served.grammars.json_of(schema))
     constraint = constraint_of(request, served.grammars)
     if constraint is not None:
-        parsed = replace(parsed, tools=NO_TOOLS)  # the answer has the form asked for, so it is no call
+        parsed = replace(parsed, tools=NO_TOOLS)  # a constrained answer is not a tool call
     return constrained(parsed, constraint)
 
 
@@ -176,7 +176,7 @@ class ChatChunks(StreamChunks[ParsedChat]):
         if call := whole["message"].get("function_call"):
             deltas.append(_delta(index, {"function_call": call}))
         for number, call in enumerate(whole["message"].get("tool_calls", ())):
-            # The name first, then the arguments: clients' helpers add them up.
+            # The name first, then the arguments: client libraries join the pieces.
             head = {"index": number, **call, "function": {"name": call["function"]["name"], "arguments": ""}}
             rest = {"index": number, "function": {"arguments": call["function"]["arguments"]}}
             deltas += [_delta(index, {"tool_calls": [part]}) for part in (head, rest)]

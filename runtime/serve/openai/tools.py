@@ -24,7 +24,7 @@ To call one, answer with nothing but JSON of this form: {{"name": "the function"
 RESULT = "Result of {name}: "
 MOST_CALLS = 8
 _FENCED = re.compile(r"```(?:json|tool_code|tool_call)?\s*(.*?)\s*```", re.DOTALL)
-# The beginning of a call as the grammar of a forced one writes it.
+# How the grammar begins a forced call.
 _BEGUN = re.compile(r'\[?\{"name":("(?:[^"\\]|\\.)*"),"arguments":')
 
 

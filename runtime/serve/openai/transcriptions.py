@@ -27,7 +27,7 @@ from gemma3n_onnx.runtime.serve.worker import BusyError
 from .completion import usage
 from .requests import ApiRequest, new_tokens
 
-WAIT_SECONDS = 0.5  # for room in the queue, once a file is begun
+WAIT_SECONDS = 0.5  # between attempts to queue the next clip of a file
 TRANSCRIBE = "Transcribe the speech."
 TRANSCRIBE_IN = "Transcribe the speech, which is in the language {language}."
 TRANSLATE = "Translate the speech into English."

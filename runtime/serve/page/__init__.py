@@ -16,7 +16,7 @@ TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
-# Scripts and requests of this server only, and no way to turn text into script.
+# Scripts and requests stay on this server, and no text can become script.
 POLICY = "; ".join(
     (
         "default-src 'none'",
