@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 from gemma3n_onnx.runtime.options import DEFAULT, split_options
@@ -38,6 +39,8 @@ def chat(
 ) -> None:
     """Chat with the model in the folder ARTIFACT, or of the Hub id ARTIFACT. /help lists the commands."""
     split_options(options)  # reject bad options before loading a model
+    if sys.stdin is None:
+        raise PromptError("Standard input is closed; chat in a terminal, or pipe messages in.")
     fetch = FetchPolicy(allow_private=allow_private_urls)
     model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, chat_template=chat_template, **load)
     terminal = open_terminal([*COMMANDS], WITH_PATHS, HISTORY if history else None)

@@ -17,15 +17,17 @@ class ChatFileError(Gemma3nError, ValueError):
 
 
 def write_chat(messages: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Replaces the file at once, or leaves it as it is. Raises ChatFileError: the file cannot be written."""
-    text = json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
+    """Replaces the file at once, or leaves it as it is. Raises ChatFileError: the file cannot be written, or a message
+    names a file whose name is not text."""
+    try:
+        encoded = _encoded(messages)
+    except UnicodeError as error:
+        raise ChatFileError(f"{path} cannot be written: a file name in it is not Unicode; rename that file.") from error
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
             temporary = Path(file.name)
-            file.write(text)
+            file.write(encoded)
         os.replace(temporary, path)
     except OSError as error:
         if temporary is not None:
@@ -37,12 +39,18 @@ def read_chat(path: Path) -> list[dict[str, Any]]:
     """Raises ChatFileError: the file cannot be read, or holds no conversation that ends with an answer."""
     try:
         messages = json.loads(path.read_text(encoding="utf-8"))
+        _encoded(messages)
     except OSError as error:
         raise ChatFileError(f"{path} cannot be read ({error.strerror}); give a file that /save wrote.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ChatFileError(f"{path} is not JSON text; give a file that /save wrote.") from error
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise ChatFileError(f"{path} is not a list of messages; give a file that /save wrote.")
     if not messages or messages[-1].get("role") != "assistant":
         raise ChatFileError(f"The last message in {path} is not an answer; give a file that /save wrote.")
     return messages
+
+
+def _encoded(messages: Any) -> bytes:
+    """Raises UnicodeError: a string holds a lone surrogate."""
+    return json.dumps(messages, ensure_ascii=False, indent=1).encode() + b"\n"

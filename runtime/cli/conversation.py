@@ -14,6 +14,7 @@ from gemma3n_onnx.runtime.media.reader import MediaOptions
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 Messages = list[dict[str, Any]]
+LONGEST_SOURCE = 300  # characters of a path or a URL that are shown; longer ones are data
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,19 @@ class Conversation:
 
     @classmethod
     def continued(cls, model: OnnxGemma3n, saved: Messages, media: MediaOptions) -> Conversation:
-        """The conversation that `saved` was. Raises PromptError and MediaError as `OnnxGemma3n.read` does."""
+        """The conversation that `saved` was.
+
+        Raises:
+            PromptError: it does not begin with a message of the user's, which a system prompt may precede; or as
+                `OnnxGemma3n.read`. MediaError: as `OnnxGemma3n.read`.
+        """
+        saved = [message | {"content": message.get("content") or ""} for message in saved]
         read = model.read(saved, media)
-        system = text_of(read[0]["content"]) if read[0]["role"] == "system" else None
-        conversation = cls(model, system)
+        has_system = read[0]["role"] in ("system", "developer")
+        conversation = cls(model, text_of(read[0]["content"]) if has_system else None)
         begins = [place for place, message in enumerate(read) if message["role"] == "user"]
+        if begins[0] != has_system:
+            raise PromptError("The conversation begins with an answer; give one that begins with a question.")
         for begin, end in zip(begins, [*begins[1:], len(read)]):
             conversation.exchanges.append(Exchange(read[begin:end], saved[begin:end]))
         return conversation
@@ -131,7 +140,15 @@ class Conversation:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message; its media in brackets."""
+    """The text of a message; its media in brackets, by their paths or URLs, or by their type if they are data."""
     if isinstance(content, str):
         return content
-    return " ".join(part["text"] if "text" in part else f"[{part.get(part['type'], part['type'])}]" for part in content)
+    return " ".join(part["text"] if "text" in part else f"[{_source_of(part)}]" for part in content)
+
+
+def _source_of(part: Mapping[str, Any]) -> str:
+    kind = str(part["type"])
+    source = part.get(kind)
+    if isinstance(source, Mapping):  # OpenAI's parts
+        source = source.get("url")
+    return source if isinstance(source, str) and len(source) <= LONGEST_SOURCE else kind

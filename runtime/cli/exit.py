@@ -30,7 +30,7 @@ def _run(command: Callable[[], Any]) -> Any:
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a character that the terminal cannot show is no error
+            stream.reconfigure(errors="replace")  # prints ? for a character that the terminal lacks
     try:
         return command()
     except Gemma3nError as error:

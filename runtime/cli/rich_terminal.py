@@ -19,7 +19,7 @@ from rich.segment import Segment
 
 from .plain_terminal import CONTINUATION, PROMPT, printable
 
-INTERRUPT = "^C"  # Terminals echo it where the cursor is; a line that it wraps could not be drawn anew.
+INTERRUPT = "^C"  # Terminals echo it at the cursor. Lines leave room for it: a wrapped line could not be redrawn.
 # rich drops HTML, which is text here.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
@@ -37,6 +37,7 @@ class RichTerminal:
             history=InMemoryHistory() if history is None else FileHistory(str(history)),
             completer=CommandCompleter(words, with_paths),
             complete_while_typing=False,
+            enable_suspend=True,
         )
 
     def read(self) -> str:

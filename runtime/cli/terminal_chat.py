@@ -21,7 +21,7 @@ from gemma3n_onnx.runtime.prompt.messages import items_of, warnings_of
 
 from .chat_file import ChatFileError, read_chat, write_chat
 from .conversation import Answered, Conversation, Question, text_of
-from .plain_terminal import CONTINUATION, PROMPT, Terminal
+from .plain_terminal import CONTINUATION, PROMPT, Terminal, printable
 
 # Name: arguments, purpose.
 COMMANDS = {
@@ -89,7 +89,7 @@ class TerminalChat:
                 except KeyboardInterrupt:
                     click.echo()
                     continue
-                if message in QUIT:
+                if message.partition(" ")[0] in QUIT:
                     return
                 try:
                     self._handle(message)
@@ -112,14 +112,17 @@ class TerminalChat:
                 click.echo(HELP)
             case "/reset":
                 self._begin(Conversation(self._model, self._conversation.system))
+                click.echo("Started over.", err=True)
             case "/system":
                 self._begin(Conversation(self._model, rest or None))
+                click.echo(f"Started over {'with this' if rest else 'without a'} system prompt.", err=True)
             case "/stats":
                 click.echo("No answer yet." if self._timings is None else describe_timings(self._timings))
             case "/image" | "/audio" | "/video":
                 self._attach(command[1:], _source(rest))
             case "/detach":
                 self._attached = []
+                click.echo("Nothing is attached now.", err=True)
             case "/set":
                 self._set(*rest.partition(" ")[::2])
             case "/retry":
@@ -204,7 +207,7 @@ class TerminalChat:
         for exchange in conversation.exchanges:
             show_warnings(warnings_of(exchange.read))
             question, *answers = (text_of(message["content"]) for message in exchange.saved)
-            click.echo(PROMPT + question.replace("\n", f"\n{CONTINUATION}"))
+            click.echo(PROMPT + printable(question).replace("\n", f"\n{CONTINUATION}"))
             for answer in answers:
                 self._terminal.show([answer])
         click.echo(f"Loaded {_counted(conversation.exchanges)} from {path}.", err=True)
@@ -235,7 +238,7 @@ def _value(text: str) -> Any:
         return None
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

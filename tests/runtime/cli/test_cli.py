@@ -292,6 +292,14 @@ def test_every_end_has_its_exit_code(
 MAIN = [sys.executable, "-c", "from gemma3n_onnx.runtime.cli.main import main; main()"]
 
 
+def test_a_chat_needs_standard_input(monkeypatch: pytest.MonkeyPatch, small_artifact: Path) -> None:
+    """It is None in Python after `<&-`."""
+    monkeypatch.setattr(sys, "stdin", None)
+    outcome = run_command(monkeypatch, ["gemma3n", "chat", str(small_artifact)])
+    told = "Error: Standard input is closed; chat in a terminal, or pipe messages in.\n"
+    assert outcome == Outcome(1, "", told)
+
+
 def test_a_closed_pipe_is_no_traceback(small_artifact: Path) -> None:
     command = [*MAIN, "run", "--raw", str(small_artifact), "Hello", "--max-new-tokens", "200"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

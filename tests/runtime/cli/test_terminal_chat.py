@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
 import io
 import json
+import os
 import sys
 import wave
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gemma3n_onnx.runtime import OnnxGemma3n
+from gemma3n_onnx.runtime.cli.chat_file import ChatFileError, write_chat
 from gemma3n_onnx.runtime.cli.plain_terminal import PlainTerminal
 from gemma3n_onnx.runtime.cli.terminal_chat import HELP, TerminalChat
 from support import run_command
@@ -74,7 +77,7 @@ def test_it_answers_line_by_line(talk, model):
 def test_media_go_with_the_next_message(talk):
     out, err = talk(f"/image {PICTURE}", LOOK, "/reset", f"/audio '{SOUND}'", LISTEN)
     assert out == SHAPES + BEEPS
-    assert err == f"Attached image {PICTURE}.\nAttached audio {SOUND} (2.6 s).\n"
+    assert err == f"Attached image {PICTURE}.\nStarted over.\nAttached audio {SOUND} (2.6 s).\n"
 
 
 def test_several_attachments_are_counted_and_detached(talk):
@@ -222,6 +225,9 @@ def test_a_file_that_is_no_conversation_changes_nothing(talk, tmp_path):
         json.dumps([look]),
         json.dumps([{"role": "king"}, answer]),
         json.dumps([look, answer]),
+        json.dumps([answer, {"role": "user", "content": "a"}, answer]),
+        json.dumps([{"role": "user", "content": "\ud800"}, answer]),
+        "[" * 100_000,
     )
     files = [tmp_path / f"{number}.json" for number in range(len(texts))]
     for file, text in zip(files, texts):
@@ -235,9 +241,34 @@ def test_a_file_that_is_no_conversation_changes_nothing(talk, tmp_path):
         "not an answer",
         "role 'king'",
         "no file 'gone.png'",
+        "begins with an answer",
+        "not JSON",
+        "not JSON",
         "cannot be read",
     ]
     assert all(part in line for part, line in zip(told, err.splitlines()[1:], strict=True))
+
+
+def test_a_conversation_of_another_program_is_shown_as_text(talk, tmp_path):
+    picture = "data:image/png;base64," + base64.b64encode(PICTURE.read_bytes()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "Look\x1b]0;title\x07"}]
+    messages = [
+        {"role": "developer", "content": "You are Ada."},
+        {"role": "user", "content": parts},
+        {"role": "assistant"},
+    ]
+    source, copy = tmp_path / "a.json", tmp_path / "b.json"
+    source.write_text(json.dumps(messages))
+    assert talk(f"/load {source}", f"/save {copy}")[0] == "> [image_url] Look�]0;title�\n\n"
+    saved = json.loads(copy.read_text())
+    assert saved == [{"role": "system", "content": "You are Ada."}, messages[1], {"role": "assistant", "content": ""}]
+
+
+def test_a_file_name_that_is_not_text_leaves_no_half_file(tmp_path):
+    picture = {"type": "image", "image": os.fsdecode(b"/\xff.png")}
+    with pytest.raises(ChatFileError, match="a file name in it is not Unicode"):
+        write_chat([{"role": "user", "content": [picture]}], tmp_path / "chat.json")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_full_context_is_told_or_drops_the_oldest_turns(talk, model):
