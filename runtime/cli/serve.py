@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from gemma3n_onnx.runtime.errors import OptionError
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
 
@@ -112,6 +114,8 @@ def serve(
     from gemma3n_onnx.runtime.serve.run import bind, is_loopback, run_app, url_of
     from gemma3n_onnx.runtime.serve.service import Limits
 
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):  # what every client can send
+        raise OptionError("--api-key is empty, or has a space or a letter outside ASCII; give another key.")
     # Absolute paths: the artifacts of a folder go by their own names.
     folders = [*artifacts, *(artifacts_in(slice_dir.absolute()) if slice_dir is not None else ())]
     if chat_template is not None:

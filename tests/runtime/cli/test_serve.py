@@ -107,6 +107,12 @@ def test_an_open_server_is_warned_about(serve: Any, demo: Path) -> None:
     assert warning not in serve(demo, "--host", "0.0.0.0", "--api-key", "secret")[1]
 
 
+@pytest.mark.parametrize("key", ["", "two words", "schlüssel"])
+def test_a_key_that_protects_nothing_is_refused(serve: Any, tmp_path: Path, key: str) -> None:
+    code, told, _ = serve(tmp_path, "--api-key", key)
+    assert code == 1 and told.startswith("Error: --api-key is empty, or has a space")
+
+
 def test_models_are_preloaded_if_they_fit(serve: Any, demo: Path, half: Path) -> None:
     both = (demo, half, "--context", "256", "--rows", "1")
     code, told, loaded = serve(*both, "--preload")
