@@ -143,7 +143,7 @@ async function answer() {
       turn.text += chunk.choices[0]?.delta.content ?? "";
       finish = chunk.choices[0]?.finish_reason ?? finish;
       usage = chunk.usage ?? usage;
-      if (chunk.warnings) notify(chunk.warnings.join(" "));
+      if (chunk.warnings) notify(chunk.warnings.map(each => withNames(each, asked)).join(" "));
       shown();
     }
     turn.state = "done";
@@ -151,7 +151,7 @@ async function answer() {
   } catch (error) {
     turn.state = error.name === "AbortError" ? "stopped" : "failed";
     turn.note = turn.state === "stopped" ? "Stopped" : "";
-    if (turn.state === "failed") turn.error = messageOf(error);
+    if (turn.state === "failed") turn.error = messageOf(error, asked);
     if (error.status === 401) askForKey();
   }
   shown.now();
@@ -166,23 +166,30 @@ async function keep() {
   notify("This browser cannot keep the conversation; a reload will lose it.");
 }
 
-/** The request for an answer to `asked`. Questions without an answer are left out, except the last. */
+/** Whether the turn `i` is sent: questions without an answer, except the last, and empty answers are not. */
+const isSent = (asked, i) => (asked[i].role === "assistant" ? asked[i].text : i === asked.length - 1 || asked[i + 1].text);
+
+/** The request for an answer to `asked`. */
 async function requestOf(asked) {
   const messages = settings.system ? [{ role: "system", content: settings.system }] : [];
-  for (const [i, { role, text, media }] of asked.entries()) {
-    if (role === "assistant") {
-      if (text) messages.push({ role, content: text });
-    } else if (i === asked.length - 1 || asked[i + 1].text) {
-      const parts = await Promise.all(media.map(partOf));
-      messages.push({ role, content: parts.length ? [...parts, { type: "text", text }] : text });
-    }
+  for (const { role, text, media = [] } of asked.filter((_, i) => isSent(asked, i))) {
+    const parts = await Promise.all(media.map(partOf));
+    messages.push({ role, content: parts.length ? [...parts, { type: "text", text }] : text });
   }
   const chosen = { temperature: settings.temperature ?? undefined, max_tokens: settings.length ?? undefined };
   return { model: at("model").value, messages, long_audio: "split", ...chosen }; // JSON leaves undefined out
 }
 
-function messageOf(error) {
-  if (error.code !== "context_length_exceeded") return error.message;
+/** A message of the server's, which numbers the media of a request, with the name of the file that it is about. */
+function withNames(message, asked) {
+  const [label, kind, number] = message.match(/^(image|audio|video) (\d+)(?=:)/) ?? [];
+  const media = asked.filter((_, i) => isSent(asked, i)).flatMap(turn => turn.media ?? []);
+  const file = media.filter(each => each.kind === kind)[number - 1];
+  return file ? file.name + message.slice(label.length) : message;
+}
+
+function messageOf(error, asked) {
+  if (error.code !== "context_length_exceeded") return withNames(error.message, asked);
   const room = chosenModel()?.max_model_len.toLocaleString("en") ?? "";
   return `The conversation is longer than the ${room} tokens that the model reads at once; start a new chat, or ask for less.`;
 }
