@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from .pictures import Picture, random_picture
+from .pictures import Picture
 from .questions import (
     NAMES,
     ONE_WORD,
@@ -24,7 +23,9 @@ from .questions import (
     one_word,
     own_name,
 )
-from .sounds import Sound, random_sound
+from .sounds import Sound
+
+Medium = Picture | Sound
 
 WEIGHTS = {
     "describe": 2.0,
@@ -39,24 +40,52 @@ WEIGHTS = {
     "repeat": 1.5,
 }
 """How often a task is asked; others 1."""
-CASUAL_SHARE = 0.3
-ONE_WORD_SHARE = 0.15
-SYSTEM_SHARE = 0.25
-NAME_SHARE = 0.1
+ONE_WORD_SHARE, NAME_SHARE, POLITE_SHARE = 0.12, 0.08, 0.1
+"""Of conversations, by their system prompts; others have none."""
 SWAPPED_SHARE = 0.2
-SINGLE_TURN_SHARE = 0.8
-MOST_TURNS = 3
-EXAM = 4242
-"""Begins the seeds of exams, and of nothing that is trained on."""
+"""Of a picture and a sound that come at once, so many times the sound is first."""
+CASUAL_SHARE = 0.3
+TEXT_SHARE_IN_ONE_WORD = 0.05
+"""`Habits.text` where one word must do: sums, which are hard to answer so, are all that is left of text."""
+OWN_NAME_SHARE = 0.4
+"""Of the questions asked under a system prompt that gives a name."""
+MOST_TURNS = 6
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How conversations go that are trained on.
+
+    most_turns: of a conversation. single: share of those that end as soon as their media have come and one question
+    more is asked. text: of the questions asked while there is a picture or a sound, the share that are about neither.
+    aside: of the turns that bring media, the share that may ask for something else. late: of the rows about media, the
+    share that do not begin with any. apart: of those with both a picture and a sound, the share where these come with
+    two questions. media_last: of the turns that bring media, the share that have them after the text.
+    """
+
+    most_turns: int
+    single: float
+    text: float = 0.0
+    aside: float = 0.0
+    late: float = 0.0
+    apart: float = 0.0
+    media_last: float = 0.0
+
+
+QUESTIONS = Habits(most_turns=3, single=0.8)
+"""About what came at the beginning, most often one."""
+TALK = Habits(most_turns=MOST_TURNS, single=0.3, text=0.35, aside=0.1, late=0.4, apart=0.4, media_last=0.3)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """`media`, pictures and sounds, come with the first question, in their order."""
-
     system: str | None
-    media: tuple[Picture | Sound, ...]
     turns: tuple[Exchange, ...]
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """Those of all turns, in their order."""
+        return sum((turn.media for turn in self.turns), ())
 
     @property
     def media_kinds(self) -> tuple[str, ...]:
@@ -68,95 +97,130 @@ def messages_of(conversation: Conversation, sources: Sequence[Any]) -> list[dict
     messages: list[dict[str, Any]] = []
     if conversation.system is not None:
         messages.append({"role": "system", "content": conversation.system})
-    for number, turn in enumerate(conversation.turns):
-        media = zip(conversation.media_kinds, sources) if number == 0 else ()
-        parts = [{"type": kind, kind: source} for kind, source in media]
-        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": turn.question}]})
+    parts = iter([{"type": kind, kind: source} for kind, source in zip(conversation.media_kinds, sources)])
+    for turn in conversation.turns:
+        text = {"type": "text", "text": turn.question}
+        media = [next(parts) for _ in turn.media]
+        messages.append({"role": "user", "content": [text, *media] if turn.media_last else [*media, text]})
         messages.append({"role": "assistant", "content": turn.answer})
     return messages[:-1]
 
 
-def random_row(
-    rng: np.random.Generator, picture: Picture | None, sound: Sound | None, count: int
-) -> list[Conversation]:
-    """`count` conversations to train on, about the picture, the sound, both, or neither, that begin alike."""
-    if picture is None and sound is None:
-        return [_about_text(rng) for _ in range(count)]
-    asks = _asks(picture, sound)
+def next_turn(
+    rng: np.random.Generator,
+    habits: Habits,
+    system: str | None,
+    before: Sequence[Medium],
+    new: Sequence[Medium] = (),
+    *,
+    held_out: bool = False,
+) -> Exchange:
+    """A turn after others that brought the media `before`. It brings `new`, and mostly asks about these."""
+    seen = [*before, *new]
+    about = new if new and rng.random() >= habits.aside else ()
+    turn = None
+    while turn is None:
+        turn = _question(rng, habits, system, seen, about, held_out)
+    return replace(turn, media=tuple(new), media_last=bool(new) and rng.random() < habits.media_last)
+
+
+def _question(
+    rng: np.random.Generator,
+    habits: Habits,
+    system: str | None,
+    seen: Sequence[Medium],
+    about: Sequence[Medium],
+    held_out: bool,
+) -> Exchange | None:
+    """A question about one of `about`, or, where these are none, about anything; None where its answer does not fit
+    the system prompt."""
+    if not about and (name := name_in(system)) and rng.random() < OWN_NAME_SHARE:
+        return own_name(rng, name)
+    text_share = TEXT_SHARE_IN_ONE_WORD if system in ONE_WORD else habits.text
+    of_text = not seen or (not about and rng.random() < text_share)
+    asks = about_text(held_out) if of_text else asks_about(seen, about or seen)
     tasks = [ask(rng).task for ask in asks]
     weights = np.array([WEIGHTS.get(task, 1.0) / tasks.count(task) for task in tasks])
-    media: tuple[Picture | Sound, ...] = tuple(medium for medium in (picture, sound) if medium is not None)
-    media = media[::-1] if rng.random() < SWAPPED_SHARE else media
-    chance = rng.random()
-    system = str(rng.choice(ONE_WORD if chance < ONE_WORD_SHARE else POLITE)) if chance < SYSTEM_SHARE else None
-    row: list[Conversation] = []
-    while len(row) < count:
-        length = 1 if rng.random() < SINGLE_TURN_SHARE else int(rng.integers(2, MOST_TURNS + 1))
-        turns = [asks[i](rng) for i in rng.choice(len(asks), size=length, p=weights / weights.sum())]
-        if system in ONE_WORD:
-            turns = [short for turn in turns if (short := one_word(turn))]
-        if turns:
-            row.append(Conversation(system, media, _casual(rng, turns)))
-    return row
+    turn = asks[int(rng.choice(len(asks), p=weights / weights.sum()))](rng)
+    return one_word(turn) if system in ONE_WORD else turn
 
 
-def _asks(picture: Picture | None, sound: Sound | None) -> list[Ask]:
+def asks_about(seen: Sequence[Medium], about: Sequence[Medium]) -> list[Ask]:
+    """Questions about `about`, among them those that take a picture and a sound of `seen` together."""
+    picture = next((medium for medium in seen if isinstance(medium, Picture)), None)
+    sound = next((medium for medium in seen if isinstance(medium, Sound)), None)
     asks: list[Ask] = []
     if picture is not None and sound is not None:
         asks += about_both(picture, sound)
-    if picture is not None:
+    if picture is not None and picture in about:
         asks += about_picture(picture)
-    if sound is not None:
+    if sound is not None and sound in about:
         asks += about_sound(sound)
     return asks
 
 
-def _about_text(rng: np.random.Generator) -> Conversation:
+def name_in(system: str | None) -> str | None:
+    """The name that a system prompt gives."""
+    return next((name for name in NAMES if system == naming(name)), None)
+
+
+def naming(name: str) -> str:
+    return f"Your name is {name}."
+
+
+def random_row(
+    rng: np.random.Generator, picture: Picture | None, sound: Sound | None, count: int, habits: Habits = TALK
+) -> list[Conversation]:
+    """`count` conversations to train on, about the picture, the sound, both, or neither, that begin alike, up to and
+    with their media."""
+    system = _system(rng)
+    *earlier, last = _arrivals(rng, habits, system, picture, sound)
+
+    def ask(turns: Sequence[Exchange], new: Sequence[Medium] = ()) -> Exchange:
+        before = Conversation(system, tuple(turns)).media
+        turn = next_turn(rng, habits, system, before, new)
+        return replace(turn, question=casual(rng, turn.question)) if rng.random() < CASUAL_SHARE else turn
+
+    beginning: list[Exchange] = []
+    for new in earlier:
+        beginning.append(ask(beginning, new))
+    if last and (turn := ask(beginning, last)).media_last:
+        beginning.append(turn)
+        last = ()
+    row: list[Conversation] = []
+    while len(row) < count:
+        turns = [*beginning, replace(ask(beginning, last), media_last=False)]
+        room = habits.most_turns - len(turns)
+        more = 0 if rng.random() < habits.single or not room else int(rng.integers(1, room + 1))
+        for _ in range(more):
+            turns.append(ask(turns))
+        row.append(Conversation(system, tuple(turns)))
+    return row
+
+
+def _system(rng: np.random.Generator) -> str | None:
     chance = rng.random()
-    if chance < NAME_SHARE:
-        name = str(rng.choice(NAMES))
-        return Conversation(f"Your name is {name}.", (), _casual(rng, [own_name(rng, name)]))
-    asks = about_text(held_out=False)
-    weights = np.array([WEIGHTS.get(ask(rng).task, 1.0) for ask in asks])
-    turn = asks[int(rng.choice(len(asks), p=weights / weights.sum()))](rng)
-    if chance > 1 - ONE_WORD_SHARE and (short := one_word(turn)):
-        return Conversation(str(rng.choice(ONE_WORD)), (), _casual(rng, [short]))
-    return Conversation(str(rng.choice(POLITE)) if chance > 1 - SYSTEM_SHARE else None, (), _casual(rng, [turn]))
+    for share, prompts in (
+        (ONE_WORD_SHARE, ONE_WORD),
+        (NAME_SHARE, [*map(naming, NAMES)]),
+        (POLITE_SHARE, POLITE),
+    ):
+        if chance < share:
+            return str(rng.choice(prompts))
+        chance -= share
+    return None
 
 
-def _casual(rng: np.random.Generator, turns: Sequence[Exchange]) -> tuple[Exchange, ...]:
-    return tuple(
-        replace(turn, question=casual(rng, turn.question)) if rng.random() < CASUAL_SHARE else turn for turn in turns
-    )
-
-
-def exam(seed: int, each: int) -> dict[str, list[Conversation]]:
-    """`each` conversations of one question for every task, on pictures, sounds and numbers not trained on."""
-    rng = np.random.default_rng([EXAM, seed])
-    tasks: dict[str, list[Conversation]] = {}
-
-    def add(ask: Ask, system: str | None, *media: Picture | Sound) -> None:
-        turn = ask(rng)
-        if system in ONE_WORD:
-            short = one_word(turn)
-            if short is None:
-                return
-            turn = short
-        of_task = tasks.setdefault(turn.task, [])
-        if len(of_task) < each:
-            of_task.append(Conversation(system, media, (turn,)))
-
-    while not tasks or any(len(of_task) < each for of_task in tasks.values()):
-        picture, sound, name = random_picture(rng), random_sound(rng), str(rng.choice(NAMES))
-        for ask in about_picture(picture):
-            add(ask, None, picture)
-            add(ask, str(rng.choice(ONE_WORD)), picture)
-        for ask in about_sound(sound):
-            add(ask, None, sound)
-            add(ask, str(rng.choice(ONE_WORD)), sound)
-        for ask in about_both(picture, sound):
-            add(ask, None, picture, sound)
-        for ask in about_text(held_out=True):
-            add(ask, None)
-        add(partial(own_name, name=name), f"Your name is {name}.")
-    return tasks
+def _arrivals(
+    rng: np.random.Generator, habits: Habits, system: str | None, picture: Picture | None, sound: Sound | None
+) -> list[tuple[Medium, ...]]:
+    """The media that each of the first turns brings, up to the last that does."""
+    media: tuple[Medium, ...] = tuple(medium for medium in (picture, sound) if medium is not None)
+    media = media[::-1] if rng.random() < SWAPPED_SHARE else media
+    if len(media) > 1 and rng.random() < habits.apart:
+        arrivals = [media[:1], *[()] * int(rng.integers(2)), media[1:]]
+    else:
+        arrivals = [media]
+    # Before there is anything to see or hear, hardly a question can be answered in one word.
+    late = media and system not in ONE_WORD and rng.random() < habits.late
+    return [*[()] * (int(rng.integers(1, 3)) if late else 0), *arrivals]

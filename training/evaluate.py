@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
@@ -20,7 +22,8 @@ from gemma3n_onnx.runtime.generation.logprobs import log_probabilities
 from gemma3n_onnx.runtime.generation.result import GenerationResult
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
-from .conversations import Conversation, exam, messages_of
+from .conversations import Conversation, messages_of
+from .exam import LATER, exam, later_exam
 from .pictures import Picture
 from .sounds import RATE_HZ, Sound
 
@@ -40,7 +43,7 @@ def _source(medium: Picture | Sound) -> Any:
 
 def answer(model: OnnxGemma3n, conversation: Conversation) -> GenerationResult:
     messages = messages_of(conversation, sources_of(conversation))
-    return model.generate(messages, max_new_tokens=MAX_NEW_TOKENS, logprobs=0)
+    return model.generate(messages, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def answer_logits(model: OnnxGemma3n, conversation: Conversation) -> tuple[list[int], np.ndarray]:
@@ -63,11 +66,13 @@ def surprise(model: OnnxGemma3n, conversation: Conversation) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """`right`: for each task the share of answers that are right to the letter. `nats`: mean `surprise` of them all.
-    `kl`: from a reference's choices, mean over the tokens of right answers, in nats; None without a reference."""
+    """For each task `right`, the share of answers that are right to the letter, `chance`, the share to expect when
+    answers are drawn at temperature 1, and `nats`, the mean `surprise`. `kl`: from a reference's choices, mean over the
+    tokens of right answers, in nats; None without a reference."""
 
     right: dict[str, float]
-    nats: float
+    chance: dict[str, float]
+    nats: dict[str, float]
     kl: float | None = None
 
 
@@ -78,23 +83,19 @@ def examine(
 ) -> Scores:
     """`reference`: conversations with the `answer_logits` that another model has for them."""
     asked = [(task, conversation) for task, of_task in tasks.items() for conversation in of_task]
-    right, nats = dict.fromkeys(tasks, 0), 0.0
+    scored: dict[str, list[tuple[float, float, float]]] = {task: [] for task in tasks}
     with tqdm(total=len(asked), unit="question", disable=None, leave=False) as bar:
         # All questions about a picture one after another: the model keeps what it has seen.
         for task, conversation in sorted(asked, key=lambda pair: [id(medium) for medium in pair[1].media]):
-            given = answer(model, conversation)
-            if given.text == conversation.turns[-1].answer:
-                right[task] += 1
-                nats -= sum(token.logprob for token in given.logprobs or ())
-            else:
-                nats += surprise(model, conversation)
+            right = answer(model, conversation).text == conversation.turns[-1].answer
+            nats = surprise(model, conversation)
+            scored[task].append((right, math.exp(-nats), nats))
             bar.update()
     kl = [kl_divergence(theirs, answer_logits(model, conversation)[1]) for conversation, theirs in reference]
-    return Scores(
-        {task: right[task] / len(of_task) for task, of_task in tasks.items()},
-        nats / len(asked),
-        float(np.concatenate(kl).mean()) if kl else None,
+    rights, chances, all_nats = (
+        {task: fmean(score[i] for score in of_task) for task, of_task in scored.items()} for i in range(3)
     )
+    return Scores(rights, chances, all_nats, float(np.concatenate(kl).mean()) if kl else None)
 
 
 @click.command()
@@ -109,13 +110,15 @@ def examine(
 )
 @click.option("--json", "as_json", is_flag=True)
 def command(artifacts: tuple[Path, ...], each: int, seed: int, reference_folder: Path | None, as_json: bool) -> None:
-    """Print the share of right answers of exported demos, ARTIFACTS, for every task, how unlikely they find a right
-    answer, and the KL divergence from a reference."""
-    tasks = exam(seed, each)
+    """Print the share of right answers of exported demos, ARTIFACTS, for every task, asked first and in a later turn,
+    the share to expect at temperature 1, how unlikely they find a right answer, and the KL divergence from a
+    reference."""
+    first, later = exam(seed, each), later_exam(seed, each)
+    tasks = first | later
     reference = []
     if reference_folder is not None:
         original = OnnxGemma3n.from_pretrained(reference_folder)
-        some = [conversation for conversations in tasks.values() for conversation in conversations[:REFERENCE_EACH]]
+        some = [conversation for conversations in first.values() for conversation in conversations[:REFERENCE_EACH]]
         reference = [(conversation, answer_logits(original, conversation)[1]) for conversation in some]
     scores: dict[str, Scores] = {}
     for folder in artifacts:
@@ -124,10 +127,15 @@ def command(artifacts: tuple[Path, ...], each: int, seed: int, reference_folder:
     if as_json:
         click.echo(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=2))
         return
-    rows = [[task, *(f"{100 * score.right[task]:.1f}" for score in scores.values())] for task in tasks]
-    nats = ["nats per right answer", *(f"{score.nats:.4f}" for score in scores.values())]
-    kl = [["KL, nats a token", *(f"{score.kl:.2e}" for score in scores.values())]] if reference else []
-    click.echo(_table([["task", *scores], *rows, nats, *kl]))
+    columns = scores.values()
+    rows = [[task, *(f"{100 * score.right[task]:.1f}" for score in columns)] for task in tasks]
+    for asked, title in ((first, "{}"), (later, LATER)):
+        chances = [fmean(score.chance[task] for task in asked) for score in columns]
+        nats = [fmean(score.nats[task] for task in asked) for score in columns]
+        rows.append([title.format("all at temperature 1"), *(f"{100 * chance:.1f}" for chance in chances)])
+        rows.append([title.format("nats per right answer"), *(f"{value:.4f}" for value in nats)])
+    kl = [["KL, nats a token", *(f"{score.kl:.2e}" for score in columns)]] if reference else []
+    click.echo(_table([["task", *scores], *rows, *kl]))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

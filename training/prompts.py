@@ -154,21 +154,19 @@ class ConversationEncoder:
         """Ids, targets, named, spoken, shown things, branches and positions."""
         encoded = [self.encode(conversation) for conversation in row]
         first = encoded[0]
-        shared = self._beginning(first.ids)
+        shared = self._beginning([tokens.ids for tokens in encoded])
         flags, shown, counts = (iter(column.tolist()) for column in (soft.kept, soft.shows, soft.counts))
         shows = [next(shown) if token_id in self._repeats else 0 for token_id in first.ids[:shared]]
         targets = [
-            self._numbers.get(next(counts), -1) if token_id in self._repeats else -1 for token_id in first.ids[:shared]
+            self._numbers.get(next(counts), -1) if token_id in self._repeats else target
+            for token_id, target in zip(first.ids[:shared], first.targets)
         ]
-        if shared:
-            shows[0] = NOTHING
+        shows[0] = NOTHING
         positions = [i for i in range(shared) if first.ids[i] not in self._repeats or next(flags)]
         beginning = first._replace(targets=targets)
         columns = [[column[i] for i in positions] for column in (*beginning, shows)]
         branches = [0] * len(positions)
         for number, tokens in enumerate(encoded, start=1):
-            if tokens.ids[:shared] != first.ids[:shared]:
-                raise ValueError("the conversations of a row begin differently")
             added = len(tokens.ids) - shared
             for column, more in zip(columns, (*(part[shared:] for part in tokens), [0] * added)):
                 column.extend(more)
@@ -176,6 +174,9 @@ class ConversationEncoder:
             positions += range(shared, len(tokens.ids))
         return [*columns, branches, positions]
 
-    def _beginning(self, ids: Sequence[int]) -> int:
-        """Tokens up to the last of the media, or none."""
-        return max((i + 1 for i, token_id in enumerate(ids) if token_id in self._repeats), default=0)
+    def _beginning(self, row: Sequence[list[int]]) -> int:
+        """Tokens that all conversations of a row begin with; all of its media are among them."""
+        shared = next((i for i, ids in enumerate(zip(*row)) if len(set(ids)) > 1), min(map(len, row)))
+        if any(token_id in self._repeats for ids in row for token_id in ids[shared:]):
+            raise ValueError("the conversations of a row begin differently")
+        return shared

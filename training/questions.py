@@ -40,13 +40,16 @@ class Exchange:
     """`task` is the name under which answers are scored.
 
     `looks`: which of the picture's things each part of the answer speaks of, by their numbers; parts end at commas,
-    colons, full stops and "and".
+    colons, full stops and "and". `media` come with the question, in their order, before its text or, `media_last`,
+    after it.
     """
 
     task: str
     question: str
     answer: str
     looks: Looks = ()
+    media: tuple[Picture | Sound, ...] = ()
+    media_last: bool = False
 
 
 Ask = Callable[[np.random.Generator], Exchange]

@@ -14,7 +14,7 @@ from gemma3n_onnx.export.slicing import Slice, SliceSpec, resolve
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.embedder import MultimodalEmbedder
 
-from .conversations import random_row
+from .conversations import QUESTIONS, random_row
 from .decoder import Sequences, SlicedModel
 from .optimizer import Optimizer
 from .pictures import Picture
@@ -131,7 +131,7 @@ def random_batch(
             sound = int(rng.choice(media.by_beeps[len(media.pictures[picture].things)]))
         seen = media.pictures[picture] if kind in ("picture", "both") else None
         heard = media.sounds[sound] if kind in ("sound", "both") else None
-        row = random_row(rng, seen, heard, size[1])
+        row = random_row(rng, seen, heard, size[1], QUESTIONS)
         rows.append(row)
         none = LabelledSoftTokens.plain(media.picture_features[0, :0].float())
         parts = (

@@ -6,6 +6,7 @@ An exported slice that runs but is wrong somewhere answers nonsense here, whatev
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from PIL import Image
 from gemma3n_onnx.export.slicing import load_slices
 from gemma3n_onnx.runtime import MediaOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.prompt.messages import items_of
-from gemma3n_onnx.training.conversations import Conversation, exam, messages_of, random_row
+from gemma3n_onnx.training.conversations import Conversation, messages_of, random_row
 from gemma3n_onnx.training.evaluate import MAX_NEW_TOKENS, answer, examine, sources_of, surprise
+from gemma3n_onnx.training.exam import exam, later_exam
 from gemma3n_onnx.training.pictures import random_picture
 from gemma3n_onnx.training.prompts import ConversationEncoder
 from gemma3n_onnx.training.sounds import random_sound
@@ -30,7 +32,7 @@ DEMO = Path(__file__).parents[2] / "demo"
 HEIC = Path(__file__).parents[1] / "runtime" / "media" / "picture.heic"
 SLICES = [spec.name for spec in load_slices(DEMO / "slices.csv").specs]
 WHOLE = "E4B"
-EACH, EACH_OF_ALL, EACH_OF_OTHERS = 4, 12, 1
+EACH, EACH_LATER, EACH_OF_ALL, EACH_OF_OTHERS = 4, 1, 12, 1
 SEED = 77
 WINDOW = 128
 SAME_NATS = 1e-3  # of fp32 log-probabilities, summed over a whole answer
@@ -59,19 +61,22 @@ def questions() -> dict[str, list[Conversation]]:
 
 def test_the_whole_model_answers_as_transformers_and_right(demo, oracle, questions):
     _, model = demo(WHOLE)
-    assert_answers_as_transformers_and_right(model, oracle, questions)
+    assert_right(assert_answers_as_transformers(model, oracle, questions), questions)
+    assert_answers_as_transformers(model, oracle, later_exam(SEED, EACH_LATER))
 
 
 @pytest.mark.full_size
 def test_more_answers_are_transformers_and_right(demo, oracle):
     _, model = demo(WHOLE)
-    questions = exam(SEED, EACH_OF_ALL)
-    assert sum(map(len, questions.values())) >= 200
-    assert_answers_as_transformers_and_right(model, oracle, questions)
+    questions, later = exam(SEED, EACH_OF_ALL), later_exam(SEED, EACH_OF_ALL)
+    assert min(sum(map(len, asked.values())) for asked in (questions, later)) >= 200
+    assert_right(assert_answers_as_transformers(model, oracle, questions), questions)
+    assert_answers_as_transformers(model, oracle, later)
 
 
-def assert_answers_as_transformers_and_right(model, oracle, questions):
-    """Token for token: the tokens are transformers' choices at every step of the answer."""
+def assert_answers_as_transformers(model, oracle, questions) -> dict[str, int]:
+    """Token for token: the tokens are transformers' choices at every step of the answer. Returns how many answers of
+    each task are right."""
     right = dict.fromkeys(questions, 0)
     # One after the other: the threads of two libraries, taking turns, wait for each other.
     answers = {task: [answer(model, conversation) for conversation in asked] for task, asked in questions.items()}
@@ -81,27 +86,32 @@ def assert_answers_as_transformers_and_right(model, oracle, questions):
             assert list(ours.prompt_token_ids) == inputs.ids
             made = list(ours.token_ids)
             logits = oracle.logits([*inputs.ids, *made[:-1]], inputs.media, len(made))
-            assert made == logits.argmax(-1).tolist(), conversation.turns[0].question
-            right[task] += ours.text == conversation.turns[0].answer
-    prompts = sum(map(len, questions.values()))
-    each = prompts // len(questions)
-    print(f"{prompts} prompts, right of {each}: {right}")
-    assert min(right.values()) >= 0.75 * each
-    assert sum(right.values()) >= 0.95 * prompts
+            assert made == logits.argmax(-1).tolist(), conversation.turns[-1].question
+            right[task] += ours.text == conversation.turns[-1].answer
+    print(f"{sum(map(len, questions.values()))} prompts, right: {right}")
+    return right
 
 
-def test_surprise_is_what_transformers_gives_the_right_answer(demo, oracle, questions):
+def assert_right(right, questions):
+    assert all(right[task] >= 0.75 * len(asked) for task, asked in questions.items())
+    assert sum(right.values()) >= 0.95 * sum(map(len, questions.values()))
+
+
+def test_surprise_is_what_transformers_gives_the_right_answer(demo, oracle):
     _, model = demo(WHOLE)
-    errors, firsts = [], [conversation for conversation, *_ in questions.values()][::2]
-    for conversation in firsts:
+    tasks = later_exam(SEED, 1)
+    expected = {}
+    for task, [conversation] in tasks.items():
         inputs = oracle.inputs(messages_of(conversation, sources_of(conversation)))
-        ids = model.tokenizer.encode(f"{conversation.turns[0].answer}<end_of_turn>", add_bos=False)
+        ids = model.tokenizer.encode(f"{conversation.turns[-1].answer}<end_of_turn>", add_bos=False)
         chances = log_softmax(oracle.logits([*inputs.ids, *ids[:-1]], inputs.media, len(ids)))
-        errors.append(abs(surprise(model, conversation) + chances[np.arange(len(ids)), ids].sum()))
+        expected[task] = -chances[np.arange(len(ids)), ids].sum()
+    errors = [abs(surprise(model, conversation) - expected[task]) for task, [conversation] in tasks.items()]
     print(f"-ln p of {len(errors)} right answers: error {max(errors):.1e} nats (tolerance {SAME_NATS:.0e})")
     assert max(errors) < SAME_NATS
-    scores = examine(model, {"first": firsts[:3]})
-    assert abs(scores.nats - np.mean([surprise(model, first) for first in firsts[:3]])) < SAME_NATS
+    scores = examine(model, tasks)
+    assert all(abs(scores.nats[task] - nats) < SAME_NATS for task, nats in expected.items())
+    assert all(abs(scores.chance[task] - math.exp(-nats)) < SAME_NATS for task, nats in expected.items())
 
 
 @pytest.mark.parametrize("name", [name for name in SLICES if name != WHOLE])
@@ -213,4 +223,4 @@ def test_onnxruntime_genai_answers_the_same(demo, questions, name):
         tokens, _ = genai_loop.greedily(theirs, prompt, feed, MAX_NEW_TOKENS, room=WINDOW)
         assert tokens == list(expected.token_ids[:-1])
         assert expected.finish_reason == "stop"
-        assert expected.text == conversation.turns[0].answer
+        assert expected.text == conversation.turns[-1].answer

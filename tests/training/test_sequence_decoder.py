@@ -17,7 +17,7 @@ from gemma3n_onnx.graphs.decoder import Attention, Decoder
 from gemma3n_onnx.graphs.embedding import Embedding, HardRows
 from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
 from gemma3n_onnx.training.checkpoint import demo_config, write_companions
-from gemma3n_onnx.training.conversations import random_row
+from gemma3n_onnx.training.conversations import QUESTIONS, random_row
 from gemma3n_onnx.training.decoder import HEAD, PER_LAYER, TOKENS, SlicedModel, _Lesson, initial_weights
 from gemma3n_onnx.training.optimizer import ADAM_LR, MUON_LR, Optimizer
 from gemma3n_onnx.training.pictures import COLOURS, MAX_THINGS, SHAPES, Thing, random_picture
@@ -52,7 +52,7 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(encoder):
-    """Two rows of three conversations about a picture and a sound, in the order that a batch has them."""
+    """Two rows of three conversations with a picture and a sound, in the order that a batch has them."""
     rng = np.random.default_rng(0)
     made = [random_row(rng, random_picture(rng), random_sound(rng), 3) for _ in range(2)]
     nothing = LabelledSoftTokens.plain(torch.zeros(sum(SOFT_TOKENS.values()), 1))
@@ -109,10 +109,12 @@ def test_a_slice_in_training_is_the_slice_that_is_exported(config, weights, enco
         found = SlicedModel(chosen).logits(weights, hard_rows, soft_ids, packed)
         expected = []
         for row, of_row in zip(rows, features):
-            for conversation in row:
+            shared = encoder._beginning([encoder.encode(conversation).ids for conversation in row])
+            for number, conversation in enumerate(row):
                 ids, targets, *_ = encoder.encode(conversation)
                 logits = exported(weights, chosen, hard_rows, soft_ids, ids, of_row)
-                expected.append(logits[torch.tensor(targets) >= 0])
+                own = torch.arange(len(ids)) >= (shared if number else 0)
+                expected.append(logits[(torch.tensor(targets) >= 0) & own])
     expected = torch.cat(expected)
     error = ((found - expected).abs().max() / (expected.max() - expected.min())).item()
     print(f"{spec.name}: {error:.1e} of the range, {len(found)} targets, rows of {packed.ids.shape[1]} tokens")
@@ -151,7 +153,7 @@ def test_an_answer_knows_what_it_speaks_of(tmp_path, encoder):
     checked, paired, single = 0, 0, ("describe", "colour", "shape")
     for _ in range(20):
         picture = random_picture(rng, count=3)
-        conversations = random_row(rng, picture, None, 8)
+        conversations = random_row(rng, picture, None, 8, QUESTIONS)
         for conversation in conversations:
             tokens, before = encoder.encode(conversation), ""
             for token_id, target, named, spoken in zip(*tokens):
@@ -181,7 +183,7 @@ def test_at_the_end_of_a_part_all_that_is_left_is_looked_for(encoder):
     tokenizer = encoder._tokenizer
     seen = set()
     for picture in (random_picture(rng, count=n) for n in [*range(1, MAX_THINGS + 1)] * 7):
-        for conversation in random_row(rng, picture, None, 6):
+        for conversation in random_row(rng, picture, None, 6, QUESTIONS):
             turn, tokens = conversation.turns[-1], encoder.encode(conversation)
             if turn.task not in ("describe", "how many shapes") or len(conversation.turns) > 1:
                 continue

@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gemma3n_onnx.training import conversations, questions
-from gemma3n_onnx.training.pictures import COLOURS, MAX_THINGS, SHAPES, random_picture
+from gemma3n_onnx.training import conversations, exam, questions
+from gemma3n_onnx.training.pictures import COLOURS, MAX_THINGS, SHAPES, Picture, random_picture
 from gemma3n_onnx.training.sounds import RATE_HZ, Sound, random_sound
 
 
@@ -137,11 +137,66 @@ def test_sums_begin_with_the_last_digits(a, b, answer):
 
 
 def test_an_exam_asks_every_task_as_often():
-    tasks = conversations.exam(0, 12)
+    tasks = exam.exam(0, 12)
     assert len(tasks) == 17
     for task, asked in tasks.items():
         assert len(asked) == 12
         assert all(len(conversation.turns) == 1 and conversation.turns[0].task == task for conversation in asked)
+    later = exam.later_exam(0, 4)
+    assert list(later) == [exam.LATER.format(task) for task in tasks]
+    for task, asked in later.items():
+        assert {exam.LATER.format(conversation.turns[-1].task) for conversation in asked} == {task}
+        assert len(asked) == 4 and all(2 <= len(c.turns) <= conversations.MOST_TURNS for c in asked)
+
+
+def trained(count, seed=0):
+    """Conversations about a picture and a sound."""
+    rng = np.random.default_rng(seed)
+    rows = [conversations.random_row(rng, random_picture(rng), random_sound(rng), 2) for _ in range(count)]
+    return [conversation for row in rows for conversation in row]
+
+
+def test_conversations_mix_all_tasks_and_media():
+    made = trained(150)
+    assert {len(c.turns) for c in made} == set(range(1, conversations.MOST_TURNS + 1))
+    assert {turn.task for c in made for turn in c.turns[1:]} == set(exam.exam(0, 12))
+    brought = [(number, turn) for c in made for number, turn in enumerate(c.turns) if turn.media]
+    assert {(turn.media_last, number > 0) for number, turn in brought} == set(
+        itertools.product((False, True), repeat=2)
+    )
+    assert {len(turn.media) for _, turn in brought} == {1, 2}
+    after_media = [turn.task for c in made for before, turn in itertools.pairwise(c.turns) if before.media]
+    assert {"sum", "count", "compare", "repeat", "name"} <= set(after_media)
+
+
+def test_nothing_is_asked_about_a_picture_or_a_sound_that_is_yet_to_come():
+    rng = np.random.default_rng(1)
+    made = [*trained(60), *(exam.held_out_conversation(rng, 6) for _ in range(60))]
+    for conversation in made:
+        kinds = set()
+        for number, turn in enumerate(conversation.turns):
+            kinds |= {type(medium) for medium in turn.media}
+            seen = any(colour in turn.answer.lower() for colour in COLOURS)
+            heard = any(word in turn.answer for word in ("beep", " tone", "rises", "falls", "It is "))
+            assert Picture in kinds or not seen, (number, turn)
+            assert Sound in kinds or not heard or turn.task == "compare", (number, turn)
+
+
+def test_media_stand_where_their_turn_has_them():
+    picture, sound = pictures(1)[0], random_sound(np.random.default_rng(0))
+    turns = (
+        questions.Exchange("sum", "1 plus 1?", "1 plus 1 is 2."),
+        questions.Exchange("describe", "What do you see?", "A ring.", media=(picture,)),
+        questions.Exchange("hear", "What do you hear?", "A tone.", media=(sound,), media_last=True),
+    )
+    conversation = conversations.Conversation("Be brief and correct.", turns)
+    assert conversation.media == (picture, sound)
+    said = [
+        [part if isinstance(part, str) else part["type"] for part in message["content"]]
+        for message in conversations.messages_of(conversation, ["a", "b"])
+        if message["role"] == "user"
+    ]
+    assert said == [["text"], ["image", "text"], ["text", "audio"]]
 
 
 def test_every_number_of_an_exam_is_counted_as_often_in_training():
@@ -156,12 +211,12 @@ def test_an_exam_asks_no_numbers_that_were_taught():
     rng = np.random.default_rng(0)
     taught = {
         turn.answer
-        for conversation in conversations.random_row(rng, None, None, 20_000)
+        for conversation in conversations.random_row(rng, None, None, 8_000)
         for turn in conversation.turns
         if turn.task in ("sum", "count")
     }
-    asked = conversations.exam(0, 60)
-    answers = {conversation.turns[0].answer for task in ("sum", "count") for conversation in asked[task]}
+    asked = [c for tasks in (exam.exam(0, 60), exam.later_exam(0, 10)) for of_task in tasks.values() for c in of_task]
+    answers = {turn.answer for c in asked for turn in c.turns if turn.task in ("sum", "count")}
     assert len(answers) > 20
     assert not answers & taught
 
