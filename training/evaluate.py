@@ -19,7 +19,6 @@ from tqdm import tqdm
 from gemma3n_onnx.export.verify.parity import kl_divergence
 from gemma3n_onnx.runtime.cli.exit import exit_with_message
 from gemma3n_onnx.runtime.generation.logprobs import log_probabilities
-from gemma3n_onnx.runtime.generation.result import GenerationResult
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .conversations import Conversation, messages_of
@@ -27,7 +26,6 @@ from .exam import LATER, exam, later_exam
 from .pictures import Picture
 from .sounds import RATE_HZ, Sound
 
-MAX_NEW_TOKENS = 48
 REFERENCE_EACH = 5
 """Questions of a task on which models are compared."""
 
@@ -39,11 +37,6 @@ def sources_of(conversation: Conversation) -> list[Any]:
 
 def _source(medium: Picture | Sound) -> Any:
     return medium.draw() if isinstance(medium, Picture) else (medium.synthesize()[0], RATE_HZ)
-
-
-def answer(model: OnnxGemma3n, conversation: Conversation) -> GenerationResult:
-    messages = messages_of(conversation, sources_of(conversation))
-    return model.generate(messages, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def answer_logits(model: OnnxGemma3n, conversation: Conversation) -> tuple[list[int], np.ndarray]:
@@ -58,17 +51,12 @@ def answer_logits(model: OnnxGemma3n, conversation: Conversation) -> tuple[list[
     return tokens, np.stack(logits)
 
 
-def surprise(model: OnnxGemma3n, conversation: Conversation) -> float:
-    """-ln p, in nats, of the right answer with the token that ends it."""
-    tokens, logits = answer_logits(model, conversation)
-    return -sum(log_probabilities(row, token, 0).logprob for token, row in zip(tokens, logits, strict=True))
-
-
 @dataclass(frozen=True)
 class Scores:
-    """For each task `right`, the share of answers that are right to the letter, `chance`, the share to expect when
-    answers are drawn at temperature 1, and `nats`, the mean `surprise`. `kl`: from a reference's choices, mean over the
-    tokens of right answers, in nats; None without a reference."""
+    """For each task `right`, the share of questions to which greedy decoding gives the right answer to the letter,
+    `chance`, the share to expect when answers are drawn at temperature 1, and `nats`, the mean of -ln p of the right
+    answer with the token that ends it. `kl`: from a reference's choices, mean over the tokens of right answers, in
+    nats; None without a reference."""
 
     right: dict[str, float]
     chance: dict[str, float]
@@ -87,8 +75,9 @@ def examine(
     with tqdm(total=len(asked), unit="question", disable=None, leave=False) as bar:
         # All questions about a picture one after another: the model keeps what it has seen.
         for task, conversation in sorted(asked, key=lambda pair: [id(medium) for medium in pair[1].media]):
-            right = answer(model, conversation).text == conversation.turns[-1].answer
-            nats = surprise(model, conversation)
+            tokens, logits = answer_logits(model, conversation)
+            right = logits.argmax(-1).tolist() == tokens
+            nats = -sum(log_probabilities(row, token, 0).logprob for token, row in zip(tokens, logits, strict=True))
             scored[task].append((right, math.exp(-nats), nats))
             bar.update()
     kl = [kl_divergence(theirs, answer_logits(model, conversation)[1]) for conversation, theirs in reference]

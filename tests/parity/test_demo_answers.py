@@ -17,7 +17,7 @@ from gemma3n_onnx.export.slicing import load_slices
 from gemma3n_onnx.runtime import MediaOptions, OnnxGemma3n
 from gemma3n_onnx.runtime.prompt.messages import items_of
 from gemma3n_onnx.training.conversations import Conversation, messages_of, random_row
-from gemma3n_onnx.training.evaluate import MAX_NEW_TOKENS, answer, examine, sources_of, surprise
+from gemma3n_onnx.training.evaluate import examine, sources_of
 from gemma3n_onnx.training.exam import exam, later_exam
 from gemma3n_onnx.training.pictures import random_picture
 from gemma3n_onnx.training.prompts import ConversationEncoder
@@ -34,7 +34,7 @@ SLICES = [spec.name for spec in load_slices(DEMO / "slices.csv").specs]
 WHOLE = "E4B"
 EACH, EACH_LATER, EACH_OF_ALL, EACH_OF_OTHERS = 4, 1, 12, 1
 SEED = 77
-WINDOW = 128
+MAX_NEW_TOKENS, WINDOW = 48, 128
 SAME_NATS = 1e-3  # of fp32 log-probabilities, summed over a whole answer
 
 
@@ -74,6 +74,11 @@ def test_more_answers_are_transformers_and_right(demo, oracle):
     assert_answers_as_transformers(model, oracle, later)
 
 
+def answer(model, conversation):
+    messages = messages_of(conversation, sources_of(conversation))
+    return model.generate(messages, max_new_tokens=MAX_NEW_TOKENS)
+
+
 def assert_answers_as_transformers(model, oracle, questions) -> dict[str, int]:
     """Token for token: the tokens are transformers' choices at every step of the answer. Returns how many answers of
     each task are right."""
@@ -97,21 +102,21 @@ def assert_right(right, questions):
     assert sum(right.values()) >= 0.95 * sum(map(len, questions.values()))
 
 
-def test_surprise_is_what_transformers_gives_the_right_answer(demo, oracle):
+def test_scores_are_those_of_transformers(demo, oracle):
+    """-ln p of right answers, and whether greedy decoding gives them."""
     _, model = demo(WHOLE)
     tasks = later_exam(SEED, 1)
-    expected = {}
+    scores = examine(model, tasks)
+    errors = []
     for task, [conversation] in tasks.items():
         inputs = oracle.inputs(messages_of(conversation, sources_of(conversation)))
         ids = model.tokenizer.encode(f"{conversation.turns[-1].answer}<end_of_turn>", add_bos=False)
         chances = log_softmax(oracle.logits([*inputs.ids, *ids[:-1]], inputs.media, len(ids)))
-        expected[task] = -chances[np.arange(len(ids)), ids].sum()
-    errors = [abs(surprise(model, conversation) - expected[task]) for task, [conversation] in tasks.items()]
-    print(f"-ln p of {len(errors)} right answers: error {max(errors):.1e} nats (tolerance {SAME_NATS:.0e})")
+        nats = -chances[np.arange(len(ids)), ids].sum()
+        errors += [abs(scores.nats[task] - nats), abs(scores.chance[task] - math.exp(-nats))]
+        assert scores.right[task] == (answer(model, conversation).text == conversation.turns[-1].answer)
+    print(f"-ln p and p of {len(tasks)} right answers: error {max(errors):.1e} (tolerance {SAME_NATS:.0e})")
     assert max(errors) < SAME_NATS
-    scores = examine(model, tasks)
-    assert all(abs(scores.nats[task] - nats) < SAME_NATS for task, nats in expected.items())
-    assert all(abs(scores.chance[task] - math.exp(-nats)) < SAME_NATS for task, nats in expected.items())
 
 
 @pytest.mark.parametrize("name", [name for name in SLICES if name != WHOLE])
