@@ -55,10 +55,18 @@ def test_crops_of_pictures_and_labels_show_the_same(pictures):
     assert (inside[fine > 0] == fine[fine > 0]).float().mean() > 0.9
 
 
+def first(pictures, count):
+    cells = {name: labels[:count] for name, labels in pictures.cells.items()}
+    return vision.PictureSet(pictures.pictures[:count], pictures.pixels[:count], pictures.fine[:count], cells)
+
+
 def test_soft_tokens_of_the_training_are_those_of_the_encoder(pictures, clips, words, monkeypatch, capsys):
     for name in ("FIRST_STEPS", "EARLY_STEPS", "LATE_STEPS"):
         monkeypatch.setattr(vision, name, 2)
+    for name in ("EARLY_BATCH", "LATE_BATCH"):
+        monkeypatch.setattr(vision, name, 4)
     monkeypatch.setattr(audio, "STEPS", 2)
+    pictures = first(pictures, 8)
     rng = torch.Generator().manual_seed(0)
     config = demo_config()
     seeing, seen = vision.train_vision(VisionConfig.from_hf(config), pictures, words, rng, Progress())
