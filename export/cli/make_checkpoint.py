@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 @force_option
 def make_checkpoint(size: Size, output: Path, seed: int, text_only: bool, force: bool) -> None:
     """Write a checkpoint with random weights in Hugging Face format."""
-    from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint as make
-    from gemma3n_onnx.export.progress import TerminalProgress
     from gemma3n_onnx.export.writer import CHECKPOINT, check_output
 
     check_output(output, force=force, kind=CHECKPOINT)
+
+    # It takes seconds to import, so it comes after the check.
+    from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint as make
+    from gemma3n_onnx.export.progress import TerminalProgress
+
     with TerminalProgress() as progress:
         progress.stage("Writing random weights")
         done = 0

@@ -35,4 +35,7 @@ force_option = click.option("--force", is_flag=True, help="Replace the output if
 
 
 def split_modalities(modalities: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in modalities.split(",") if part.strip())
+    parts = tuple(part.strip() for part in modalities.split(",") if part.strip())
+    if not parts:
+        raise click.UsageError("--modalities names none; leave it out for all of them.")
+    return parts

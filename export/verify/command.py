@@ -51,6 +51,9 @@ def verify(
     The decoder is always compared; transformers' vision encoder needs timm. The slice is the artifact's own unless
     --slice names another. Exits with 1 if parity fails.
     """
+    wanted = None if modalities is None else split_modalities(modalities)
+
+    # It takes seconds to import, so it comes after the check.
     from .artifact import VerifyOptions, verify_artifact
 
     options = VerifyOptions(
@@ -62,7 +65,7 @@ def verify(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         seed=seed,
-        modalities=None if modalities is None else split_modalities(modalities),
+        modalities=wanted,
     )
     compared = verify_artifact(artifact, model, options)
     click.echo(json.dumps(compared.to_json(), indent=2) if as_json else compared.describe())

@@ -182,6 +182,7 @@ TYPOS = [
     ("export", "--model", "demo", "--layout", "onnx"),
     ("export", "--model", "demo", "--precision", "int4", "--block-size", "5"),
     ("export", "--model", "demo", "--modalities", "smell"),
+    ("export", "--model", "demo", "--modalities", ","),
     ("export", "--model", "demo", "--slice", "E9B"),
     ("export", "--model", "nowhere/there/is"),
     ("export", "--model", "demo", "--report", "nowhere/report.json", "--precision", "int4"),
@@ -189,6 +190,8 @@ TYPOS = [
     ("export", "--model", "demo", "--precisoin", "int4"),
     ("export", "--model", "demo", "--output", "demo"),
     ("verify", "nowhere", "--mdoel", "demo"),
+    ("verify", "nowhere", "--model", "demo", "--modalities", ""),
+    ("make-checkpoint", "--size", "tiny", "--output", "demo"),
 ]
 
 
