@@ -11,9 +11,9 @@ import click
 from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.model import OnnxGemma3n
-from gemma3n_onnx.runtime.options import DEFAULT, split_options
+from gemma3n_onnx.runtime.options import DEFAULT
 
-from .options import answer_options, artifact_argument, load_options, template_option
+from .options import answer_options, artifact_argument, check_answer_options, load_options, template_option
 from .terminal import open_terminal
 from .terminal_chat import COMMANDS, WITH_PATHS, TerminalChat
 
@@ -38,7 +38,7 @@ def chat(
     **options: Any,
 ) -> None:
     """Chat with the model in the folder ARTIFACT, or of the Hub id ARTIFACT. /help lists the commands."""
-    split_options(options)  # reject bad options before loading a model
+    check_answer_options(options)  # before loading a model
     if sys.stdin is None:
         raise PromptError("Standard input is closed; chat in a terminal, or pipe messages in.")
     fetch = FetchPolicy(allow_private=allow_private_urls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import click
 from gemma3n_onnx.runtime.checks import require_integer
 from gemma3n_onnx.runtime.engine.providers.base import DeviceOptions
 from gemma3n_onnx.runtime.engine.providers.select import choices
+from gemma3n_onnx.runtime.errors import as_flag
 from gemma3n_onnx.runtime.generation.defaults import SamplingDefaults
-from gemma3n_onnx.runtime.options import SAMPLINGS
+from gemma3n_onnx.runtime.options import GREEDY, SAMPLINGS, split_options
 
 
 class FiniteRange(click.FloatRange):
@@ -143,6 +144,14 @@ def answer_options(sampling: str) -> Callable[[Callable[..., None]], Callable[..
         )(sampling_options(made))
 
     return add
+
+
+def check_answer_options(options: Mapping[str, Any]) -> None:
+    """Raises OptionError for what `split_options` refuses, and warns of what has no effect."""
+    split_options(options)
+    greedy = options["sampling"] == GREEDY if "temperature" not in options else options["temperature"] == 0
+    if greedy and (idle := [as_flag(name, "") for name in ("top_k", "top_p", "min_p") if name in options]):
+        click.echo(f"Warning: {', '.join(idle)} without effect at temperature 0; add --temperature.", err=True)
 
 
 def gigabytes_to_bytes(gigabytes: float | None) -> int | None:

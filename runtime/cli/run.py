@@ -16,9 +16,9 @@ from gemma3n_onnx.runtime.errors import PromptError
 from gemma3n_onnx.runtime.generation.result import GenerationResult
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.model import OnnxGemma3n
-from gemma3n_onnx.runtime.options import GREEDY, split_options
+from gemma3n_onnx.runtime.options import GREEDY
 
-from .options import answer_options, artifact_argument, load_options, template_option
+from .options import answer_options, artifact_argument, check_answer_options, load_options, template_option
 from .terminal_chat import describe_timings, show_warnings
 
 STANDARD_INPUT = "-"
@@ -72,7 +72,7 @@ def run(
     prompt = _read_prompt(prompt, prompt_file)
     if not prompt:
         raise PromptError("The prompt is empty; give some text.")
-    split_options(options)  # reject bad options before loading a model
+    check_answer_options(options)  # before loading a model
     fetch = FetchPolicy(allow_private=allow_private_urls)
     with warnings.catch_warnings(record=as_json) as caught:
         model = OnnxGemma3n.from_pretrained(artifact, fetch=fetch, chat_template=chat_template, **load)

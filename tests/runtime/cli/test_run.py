@@ -137,3 +137,19 @@ def test_sampling_is_greedy_unless_asked(
 ) -> None:
     assert gemma3n(small_artifact, "Hello", *flags, *OPTIONS).code == 0
     assert [(o.temperature, o.top_k, o.top_p) for o in submitted] == [used]
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        (["--top-p", "0.9", "--min-p", "0.1"], "--top-p, --min-p"),
+        (["--sampling", "default", "--temperature", "0", "--top-k", "5"], "--top-k"),
+        (["--top-p", "0.9", "--temperature", "0.5"], ""),
+        (["--sampling", "default", "--top-p", "0.9"], ""),
+        ([], ""),
+    ],
+)
+def test_sampling_options_without_effect_are_told(gemma3n, small_artifact: Path, options: list[str], idle: str) -> None:
+    outcome = gemma3n(small_artifact, "Hello", *options, *OPTIONS)
+    told = f"Warning: {idle} without effect at temperature 0; add --temperature.\n" if idle else ""
+    assert (outcome.code, outcome.err) == (0, told)
