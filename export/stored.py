@@ -45,77 +45,12 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class BlockQuantizedTensor:
-    """A matrix [N, K] quantized as `config` says: codes [N, K / block, block * bits / 8] uint8, scales
-    [N, K / block] fp16, and zero points if the method has them, one after another."""
-
-    config: QuantizationConfig
-    shape: tuple[int, ...]
-    codes: StoredTensor
-    scales: StoredTensor
-    zeros: StoredTensor | None
-
-    @classmethod
-    def at(cls, file: str, offset: int, shape: tuple[int, ...], config: QuantizationConfig) -> BlockQuantizedTensor:
-        rows, columns = shape
-        groups, bits = columns // config.block, config.bits
-        codes = StoredTensor(file, offset, "uint8", (rows, groups, config.block * bits // 8))
-        scales = StoredTensor(file, codes.end, "fp16", (rows, groups))
-        zeros = StoredTensor(file, scales.end, "uint8", (rows, -(-groups * bits // 8))) if config.has_zeros else None
-        return cls(config, shape, codes, scales, zeros)
-
-    @property
-    def file(self) -> str:
-        return self.codes.file
-
-    @property
-    def offset(self) -> int:
-        return self.codes.offset
-
-    @property
-    def work_per_value(self) -> float:
-        return _BLOCK_WORK[self.config.method]
-
-    @property
-    def parts(self) -> dict[str, StoredTensor]:
-        parts = {"codes": self.codes, "scales": self.scales}
-        return parts if self.zeros is None else parts | {"zeros": self.zeros}
-
-    @property
-    def end(self) -> int:
-        return (self.zeros or self.scales).end
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.offset
-
-    def first_rows(self, count: int) -> BlockQuantizedTensor:
-        codes, scales, zeros = (
-            None if part is None else replace(part, shape=(count, *part.shape[1:]))
-            for part in (self.codes, self.scales, self.zeros)
-        )
-        assert codes is not None and scales is not None
-        return BlockQuantizedTensor(self.config, (count, *self.shape[1:]), codes, scales, zeros)
-
-
-@dataclass(frozen=True)
-class RowQuantizedTensor:
-    """A matrix [N, K] quantized by rows: codes [K, N] int8, then scales [N] fp32."""
+class _QuantizedTensor:
+    """A matrix [N, K] whose codes are stored first, and its scales, up to `end`, after them."""
 
     shape: tuple[int, ...]
     codes: StoredTensor
     scales: StoredTensor
-
-    @classmethod
-    def at(cls, file: str, offset: int, shape: tuple[int, ...]) -> RowQuantizedTensor:
-        rows, columns = shape
-        codes = StoredTensor(file, offset, "int8", (columns, rows))
-        aligned = -(-codes.end // 4) * 4
-        return cls(shape, codes, StoredTensor(file, aligned, "fp32", (rows,)))
-
-    @property
-    def work_per_value(self) -> float:
-        return _ROW_WORK
 
     @property
     def file(self) -> str:
@@ -132,6 +67,62 @@ class RowQuantizedTensor:
     @property
     def nbytes(self) -> int:
         return self.end - self.offset
+
+
+@dataclass(frozen=True)
+class BlockQuantizedTensor(_QuantizedTensor):
+    """A matrix [N, K] quantized as `config` says: codes [N, K / block, block * bits / 8] uint8, scales
+    [N, K / block] fp16, and zero points if the method has them, one after another."""
+
+    config: QuantizationConfig
+    zeros: StoredTensor | None
+
+    @classmethod
+    def at(cls, file: str, offset: int, shape: tuple[int, ...], config: QuantizationConfig) -> BlockQuantizedTensor:
+        rows, columns = shape
+        groups, bits = columns // config.block, config.bits
+        codes = StoredTensor(file, offset, "uint8", (rows, groups, config.block * bits // 8))
+        scales = StoredTensor(file, codes.end, "fp16", (rows, groups))
+        zeros = StoredTensor(file, scales.end, "uint8", (rows, -(-groups * bits // 8))) if config.has_zeros else None
+        return cls(shape, codes, scales, config, zeros)
+
+    @property
+    def work_per_value(self) -> float:
+        return _BLOCK_WORK[self.config.method]
+
+    @property
+    def parts(self) -> dict[str, StoredTensor]:
+        parts = {"codes": self.codes, "scales": self.scales}
+        return parts if self.zeros is None else parts | {"zeros": self.zeros}
+
+    @property
+    def end(self) -> int:
+        return (self.zeros or self.scales).end
+
+    def first_rows(self, count: int) -> BlockQuantizedTensor:
+        return replace(
+            self,
+            shape=(count, *self.shape[1:]),
+            codes=self.codes.first_rows(count),
+            scales=self.scales.first_rows(count),
+            zeros=None if self.zeros is None else self.zeros.first_rows(count),
+        )
+
+
+@dataclass(frozen=True)
+class RowQuantizedTensor(_QuantizedTensor):
+    """A matrix [N, K] quantized by rows: codes [K, N] int8, then scales [N] fp32."""
+
+    @classmethod
+    def at(cls, file: str, offset: int, shape: tuple[int, ...]) -> RowQuantizedTensor:
+        rows, columns = shape
+        codes = StoredTensor(file, offset, "int8", (columns, rows))
+        aligned = -(-codes.end // 4) * 4
+        return cls(shape, codes, StoredTensor(file, aligned, "fp32", (rows,)))
+
+    @property
+    def work_per_value(self) -> float:
+        return _ROW_WORK
 
 
 StoredTable = StoredTensor | BlockQuantizedTensor
