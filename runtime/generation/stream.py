@@ -40,13 +40,13 @@ class GenerationStream:
             turns: held during each step, so that streams of one engine in several threads take turns.
         """
         self._scheduler, self._options = scheduler, options
-        self._check, self._text_of = check, text_of
+        self._check = check
         self._turns = nullcontext() if turns is None else turns
         self._sequences = [_Sequence() for _ in prompts]
         self._pieces: list[str] = []
         # The callback holds lists, not this stream: a reference cycle would keep the KV cache until garbage collection.
         self._requests = [
-            Request(prompt, options, partial(_take, sequence, self._pieces))
+            Request(prompt, options, partial(_take, sequence, self._pieces, text_of))
             for prompt, sequence in zip(prompts, self._sequences)
         ]
         for request in self._requests:
@@ -103,16 +103,12 @@ class GenerationStream:
                 token_ids=tuple(sequence.token_ids),
                 prompt_token_ids=tuple(request.prompt.ids),
                 finish_reason=sequence.finish_reason,
-                logprobs=None if self._options.logprobs is None else self._logprobs(sequence),
+                logprobs=None if self._options.logprobs is None else tuple(sequence.logprobs),
                 timings=timings,
                 warnings=request.prompt.warnings,
             )
             for request, sequence in zip(self._requests, self._sequences)
         ]
-
-    def _logprobs(self, sequence: _Sequence) -> tuple[TokenLogprob, ...]:
-        text_of = self._text_of
-        return tuple(each if text_of is None else each.with_texts(text_of) for each in sequence.logprobs)
 
     @property
     def result(self) -> GenerationResult:
@@ -131,13 +127,13 @@ class _Sequence:
         self.error: Exception | None = None
 
 
-def _take(sequence: _Sequence, pieces: list[str], event: Event) -> None:
+def _take(sequence: _Sequence, pieces: list[str], text_of: Callable[[int], str] | None, event: Event) -> None:
     match event:
         case TokenEvent():
             sequence.token_ids.append(event.token_id)
             sequence.text.append(event.text)
             if event.logprob is not None:
-                sequence.logprobs.append(event.logprob)
+                sequence.logprobs.append(event.logprob if text_of is None else event.logprob.with_texts(text_of))
             if event.text:
                 pieces.append(event.text)
         case FinishEvent():
