@@ -49,6 +49,16 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def open_files_limit() -> int | None:
+    """Files and sockets that this process may open; None if there is no limit, or it is not known."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
 def mapped_files() -> list[str]:
     """Paths of the files that this process has mapped, libraries included; may have duplicates."""
     rows = (line.split(maxsplit=5) for line in _lines(_of(None, "maps")))

@@ -82,6 +82,18 @@ if TYPE_CHECKING:
     type=FiniteRange(min=0, min_open=True),
     help="Time limit of a request, in seconds.",
 )
+@click.option(
+    "--read-timeout",
+    default=30.0,
+    show_default=True,
+    type=FiniteRange(min=0, min_open=True),
+    help="Seconds that a request may take to arrive, and one more for each 16 KB.",
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1),
+    help="Open connections; further ones are answered 503. [default: 512, or fewer if ulimit -n is low]",
+)
 @load_options
 def serve(
     artifacts: tuple[Path, ...],
@@ -99,6 +111,8 @@ def serve(
     aliases: tuple[str, ...],
     allow_origins: tuple[str, ...],
     allow_hosts: tuple[str, ...],
+    read_timeout: float,
+    max_connections: int | None,
     load: dict[str, Any],
     **options: Any,
 ) -> None:
@@ -109,9 +123,10 @@ def serve(
     default they are those of the checkpoint's generation_config.json.
     """
     from gemma3n_onnx.runtime.serve.app import Access, create_app
+    from gemma3n_onnx.runtime.serve.listener import connection_limit
     from gemma3n_onnx.runtime.serve.middleware import LOOPBACK, host_of
     from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in
-    from gemma3n_onnx.runtime.serve.run import bind, is_loopback, run_app, url_of
+    from gemma3n_onnx.runtime.serve.run import Times, bind, is_loopback, run_app, url_of
     from gemma3n_onnx.runtime.serve.service import Limits
 
     if api_key is not None and not re.fullmatch("[!-~]+", api_key):  # what every client can send
@@ -129,13 +144,13 @@ def serve(
     known = tuple(dict.fromkeys([*LOOPBACK, *map(host_of, [host, *allow_hosts])]))
     hosts = known if allow_hosts or is_loopback(host) else None
     access = Access(api_key, tuple(allow_origins), hosts)
-    listening = bind(host, port)  # before models load, which takes longer
+    listening = bind(host, port, connection_limit(max_connections))  # before models load, which takes longer
     if preload:
         pool.preload()
     click.echo(_announcement(pool, url_of(listening), api_key is not None, preload), err=True)
     if api_key is None and not is_loopback(host):
         click.echo(f"Warning: anyone who reaches {host} may use this server; set a key (--api-key).", err=True)
-    run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), access), listening)
+    run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), access), listening, Times(read_timeout))
 
 
 def _announcement(pool: ModelPool, url: str, guarded: bool, loaded: bool) -> str:

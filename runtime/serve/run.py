@@ -5,22 +5,49 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+from dataclasses import dataclass
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
 
 from gemma3n_onnx.runtime.errors import OptionError
 
+from .listener import Listener
+from .protocol import TimedProtocol
 
-def run_app(app: FastAPI, listening: socket.socket) -> None:
-    uvicorn.Server(uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=5)).run([listening])
+KEEP_ALIVE_SECONDS = 5
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket for `run_app`. Raises OptionError: the address cannot be used."""
+@dataclass(frozen=True)
+class Times:
+    """Seconds that a request may take to arrive."""
+
+    read: float = 30.0
+
+
+def run_app(app: FastAPI, listening: socket.socket, times: Times) -> None:
+    server_of(app, times).run([listening])
+
+
+def server_of(app: FastAPI, times: Times) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        log_level="info",
+        loop="asyncio",  # others accept connections past the listener
+        http=partial(TimedProtocol, read_seconds=times.read),  # type: ignore[arg-type]
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=5,
+    )
+    return uvicorn.Server(config)
+
+
+def bind(host: str, port: int, connections: int) -> socket.socket:
+    """A socket for `run_app` that takes so many connections. Raises OptionError: the address cannot be used."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
+        listening = Listener(family, kind, protocol, connections)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
     except OSError as error:

@@ -33,7 +33,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Exit code, stderr, and the models that are loaded when the server would run."""
     loaded: list[str] = []
 
-    def ready(app: Any, listening: socket.socket) -> None:
+    def ready(app: Any, listening: socket.socket, times: Any) -> None:
         loaded.extend(TestClient(app, base_url="http://127.0.0.1").get("/health").json()["loaded"])
         listening.close()
 

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-import uvicorn
 
 from gemma3n_onnx.runtime import FetchPolicy
 from gemma3n_onnx.runtime.serve.app import Access, create_app
 from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions
+from gemma3n_onnx.runtime.serve.run import Times, bind, server_of, url_of
 from gemma3n_onnx.runtime.serve.service import Limits
 
 DEMO = Path(__file__).parents[3] / "demo"
@@ -38,18 +38,25 @@ def data_url(path: Path) -> str:
 
 @contextlib.contextmanager
 def serving(
-    folders: list[Path], options: ServeOptions | None = None, access: Access | None = None, aliases=(), **limits
+    folders: list[Path],
+    options: ServeOptions | None = None,
+    access: Access | None = None,
+    aliases=(),
+    times: Times | None = None,
+    connections: int = 512,
+    **limits,
 ):
     """The application on a port of its own: `url`, `client` and `pool`."""
     fetch = FetchPolicy(allow_private=True, files_under=DEMO)
     pool = ModelPool(folders, options or ServeOptions(rows=4, context=1024), {"fetch": fetch, "threads": 1}, aliases)
     app = create_app(pool, Limits(**limits), access)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
+    listening = bind("127.0.0.1", 0, connections)
+    url = url_of(listening)
+    server = server_of(app, times or Times())
+    thread = threading.Thread(target=server.run, args=[[listening]])
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=(access and access.api_key) or "none", max_retries=0)
     try:
         yield SimpleNamespace(url=url, client=client, pool=pool)

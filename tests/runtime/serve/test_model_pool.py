@@ -88,4 +88,4 @@ def test_what_cannot_be_served(demo_artifact, tmp_path):
     with pytest.raises(OptionError, match="--rows is 0"):
         ServeOptions(rows=0)
     with pytest.raises(OptionError, match="Cannot listen on"):
-        bind("192.0.2.1", 80)
+        bind("192.0.2.1", 80, 512)
