@@ -83,6 +83,13 @@ if TYPE_CHECKING:
     help="Time limit of a request, in seconds.",
 )
 @click.option(
+    "--grace",
+    default=20.0,
+    show_default=True,
+    type=FiniteRange(min=0),
+    help="Seconds that running answers may go on after SIGTERM or Ctrl-C.",
+)
+@click.option(
     "--read-timeout",
     default=30.0,
     show_default=True,
@@ -111,6 +118,7 @@ def serve(
     aliases: tuple[str, ...],
     allow_origins: tuple[str, ...],
     allow_hosts: tuple[str, ...],
+    grace: float,
     read_timeout: float,
     max_connections: int | None,
     load: dict[str, Any],
@@ -150,7 +158,7 @@ def serve(
     click.echo(_announcement(pool, url_of(listening), api_key is not None, preload), err=True)
     if api_key is None and not is_loopback(host):
         click.echo(f"Warning: anyone who reaches {host} may use this server; set a key (--api-key).", err=True)
-    run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), access), listening, Times(read_timeout))
+    run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), access), listening, Times(read_timeout, grace))
 
 
 def _announcement(pool: ModelPool, url: str, guarded: bool, loaded: bool) -> str:

@@ -14,7 +14,7 @@ from fastapi.responses import PlainTextResponse, Response
 from . import page
 from .anthropic import messages
 from .errors import handle_errors
-from .middleware import AnswerBugs, Lenient, LimitBody, RequireHost, RequireKey
+from .middleware import AnswerBugs, EndUnanswered, Lenient, LimitBody, RequireHost, RequireKey, Unanswered
 from .model_pool import ModelPool
 from .openai import chat, completions, embeddings, models, responses, tokenize, transcriptions
 from .service import Limits, Service
@@ -38,19 +38,26 @@ class Access:
 
 
 def create_app(pool: ModelPool, limits: Limits, access: Access | None = None) -> FastAPI:
+    """`app.state.end()` ends every running answer, with an error in the form of its API."""
     access = access or Access()
-    service = Service(pool, limits)
+    service, unanswered = Service(pool, limits), Unanswered()
+
+    async def end() -> None:
+        unanswered.end()
+        await service.close()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await service.close()
+        await end()
 
     app = FastAPI(title="gemma3n-onnx", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.end = end
     # The last one added is the first that a request meets.
     app.add_middleware(LimitBody, limit=limits.body_bytes)
     app.add_middleware(RequireKey, key=access.api_key)
     app.add_middleware(Lenient, origins=access.origins)
+    app.add_middleware(EndUnanswered, unanswered=unanswered)
     app.add_middleware(AnswerBugs)
     if access.origins:
         app.add_middleware(

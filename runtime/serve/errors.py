@@ -24,7 +24,7 @@ from gemma3n_onnx.runtime.generation.scheduler import DeadlineError
 
 from .not_found import NotFoundError, UnknownModelError
 from .validation import describe_validation, known_fields
-from .worker import BusyError
+from .worker import BusyError, ShutdownError
 
 ANTHROPIC_TYPES = {"server_error": "api_error", "model_not_found": "not_found_error"}
 
@@ -54,6 +54,8 @@ def status_and_body(error: Gemma3nError, max_tokens: str = "max_tokens") -> tupl
             return 400, error_body(error, "invalid_request_error", "context_length_exceeded", max_tokens)
         case BusyError():
             return 429, error_body(error, "rate_limit_error", "rate_limit_exceeded")
+        case ShutdownError():
+            return 503, error_body(error, "server_error", "shutting_down")
         case DeadlineError():
             return 504, error_body(error, "timeout_error", "deadline_exceeded")
         case ProviderError() | ArtifactError() | PackageMissingError():

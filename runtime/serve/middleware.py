@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import body_for, error_body
+from .errors import body_for, error_body, status_and_body
+from .worker import ShutdownError
 
 FORM_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -93,6 +96,48 @@ class AnswerBugs:
             log.error("a request failed", exc_info=error)
             body = error_body("The server failed on this request; see its log.", "server_error")
             await _refuse(scope, receive, send, 500, body)
+
+
+@dataclass
+class Unanswered:
+    """The requests whose response has not begun; streams that have begun end by an event of their own."""
+
+    tasks: set[asyncio.Task[Any] | None] = field(default_factory=set)
+    ended: bool = False
+
+    def end(self) -> None:
+        """Cancels them, so that `EndUnanswered` answers them."""
+        self.ended = True
+        for task in [*self.tasks]:
+            if task is not None:
+                task.cancel()
+
+
+class EndUnanswered:
+    """Answers requests 503 that have no response when the server ends."""
+
+    def __init__(self, app: ASGIApp, unanswered: Unanswered) -> None:
+        self._app, self._unanswered = app, unanswered
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        task = asyncio.current_task()
+
+        async def sending(message: Message) -> None:
+            self._unanswered.tasks.discard(task)
+            await send(message)
+
+        self._unanswered.tasks.add(task)
+        try:
+            await self._app(scope, receive, sending)
+        except asyncio.CancelledError:
+            if task not in self._unanswered.tasks or not self._unanswered.ended:
+                raise
+            await _refuse(scope, receive, send, *status_and_body(ShutdownError()))
+        finally:
+            self._unanswered.tasks.discard(task)
 
 
 class RequireKey:

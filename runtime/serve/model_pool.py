@@ -15,14 +15,14 @@ from gemma3n_onnx.runtime.constraints.grammar import Grammars
 from gemma3n_onnx.runtime.engine.kv_cache import cache_capacity
 from gemma3n_onnx.runtime.engine.providers.select import AUTO, provider_of, select_provider
 from gemma3n_onnx.runtime.engine.scorer import scorer_caches, scorer_capacity, second_weights_bytes
-from gemma3n_onnx.runtime.errors import ArtifactError, OptionError, ProviderError
+from gemma3n_onnx.runtime.errors import ArtifactError, Gemma3nError, OptionError, ProviderError
 from gemma3n_onnx.runtime.generation.defaults import SamplingDefaults
 from gemma3n_onnx.runtime.generation.scheduler import Counts
 from gemma3n_onnx.runtime.hub import find_artifact
 from gemma3n_onnx.runtime.model import OnnxGemma3n
 
 from .not_found import UnknownModelError
-from .worker import BusyError, ModelWorker
+from .worker import BusyError, ModelWorker, ShutdownError
 
 # Names that clients send when the user has chosen no model.
 ANY_MODEL = ("", "default", "ignore", "none")
@@ -260,17 +260,20 @@ class ModelPool:
         return totals
 
     def close(self) -> None:
-        """Unloads every model; waits for models that are loading."""
-        with self._changed:
-            while self._loading:
-                self._changed.wait()
-            loaded = [*self.loaded.values()]
-            self.loaded.clear()
-        while loaded:
-            self._unload(loaded.pop())
+        """Unloads every model, with `ShutdownError` for its requests; then those that are still loading."""
+        while True:
+            with self._changed:
+                loaded = [*self.loaded.values()]
+                self.loaded.clear()
+                if not loaded:
+                    if not self._loading:
+                        return
+                    self._changed.wait()
+            while loaded:
+                self._unload(loaded.pop(), ShutdownError())
 
-    def _unload(self, served: Served) -> None:
-        served.worker.close()
+    def _unload(self, served: Served, end: Gemma3nError | None = None) -> None:
+        served.worker.close(end or ProviderError("The model was unloaded; send the request again."))
         with self._changed:
             self._unloaded[served.name] = self._unloaded.get(served.name, Counts()) + served.worker.counts
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import ipaddress
+import signal
 import socket
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,16 +23,20 @@ from .listener import Listener
 from .protocol import TimedProtocol
 
 KEEP_ALIVE_SECONDS = 5
+# For clients to take the last event of their stream.
+FLUSH_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that a request may take to arrive."""
+    """Seconds that a request may take to arrive, and that running answers may go on after the first signal."""
 
     read: float = 30.0
+    grace: float = 20.0
 
 
 def run_app(app: FastAPI, listening: socket.socket, times: Times) -> None:
+    """Serves until SIGINT or SIGTERM; a second signal ends the process at once."""
     server_of(app, times).run([listening])
 
 
@@ -38,9 +48,42 @@ def server_of(app: FastAPI, times: Times) -> uvicorn.Server:
         http=partial(TimedProtocol, read_seconds=times.read),  # type: ignore[arg-type]
         ws="none",
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=5,
     )
-    return uvicorn.Server(config)
+    return _Server(config, app, times.grace)
+
+
+class _Server(uvicorn.Server):
+    """Ends answers by `app.state.end` when their grace is over. uvicorn would cancel them with a traceback each, and
+    raise the signal again at the end."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, grace: float) -> None:
+        super().__init__(config)
+        self._app, self._grace = app, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_answers())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_answers(self) -> None:
+        await asyncio.sleep(self._grace)
+        await self._app.state.end()
+        await asyncio.sleep(FLUSH_SECONDS)
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()  # its client does not read
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.handle_exit)
+        yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        self.should_exit = True
 
 
 def bind(host: str, port: int, connections: int) -> socket.socket:

@@ -20,6 +20,13 @@ class BusyError(Gemma3nError, RuntimeError):
     """The queue is full, or every model in memory is in use."""
 
 
+class ShutdownError(Gemma3nError, RuntimeError):
+    """The server ends before the answer does."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down; send the request again.")
+
+
 class ModelWorker:
     """Generates `rows` sequences at once, each of up to `context` tokens with its prompt; `queue` more may wait."""
 
@@ -40,6 +47,8 @@ class ModelWorker:
         self._submitted: deque[Request] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._end: Exception
+        """Why requests fail once it is closed."""
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -75,25 +84,24 @@ class ModelWorker:
             self._submitted.extend(requests)
             self._changed.notify()
 
-    def close(self) -> None:
-        """Stops the thread; running and waiting requests fail."""
+    def close(self, end: Gemma3nError) -> None:
+        """Stops the thread; running and waiting requests fail with `end`."""
         with self._changed:
-            self._closed = True
+            self._closed, self._end = True, end
             self._changed.notify()
         self._thread.join()
         self._encoders.shutdown()
 
     def _run(self) -> None:
-        end: Exception = ProviderError("The model was unloaded; send the request again.")
         try:
             self._serve()
         except Exception as error:
-            end = error
+            self._end = error
         with self._changed:
             self._closed = True
             while self._submitted:
                 self._scheduler.submit(self._submitted.popleft())
-        self._scheduler.abort(end)
+        self._scheduler.abort(self._end)
 
     def _serve(self) -> None:
         busy = False
