@@ -14,7 +14,16 @@ from fastapi.responses import PlainTextResponse, Response
 from . import page
 from .anthropic import messages
 from .errors import handle_errors
-from .middleware import AnswerBugs, EndUnanswered, Lenient, LimitBody, RequireHost, RequireKey, Unanswered
+from .middleware import (
+    AnswerBugs,
+    EndUnanswered,
+    Lenient,
+    LimitBody,
+    RequireHost,
+    RequireKey,
+    RequireOrigin,
+    Unanswered,
+)
 from .model_pool import ModelPool
 from .openai import chat, completions, embeddings, models, responses, tokenize, transcriptions
 from .service import Limits, Service
@@ -28,7 +37,7 @@ class Access:
 
     Attributes:
         api_key: what clients must send; None for anyone.
-        origins: of web pages that may read answers (CORS); "*" for any.
+        origins: of web pages that may use the server (CORS), beside its own; "*" for any.
         hosts: values of the Host header that are taken; None for any.
     """
 
@@ -56,7 +65,8 @@ def create_app(pool: ModelPool, limits: Limits, access: Access | None = None) ->
     # The last one added is the first that a request meets.
     app.add_middleware(LimitBody, limit=limits.body_bytes)
     app.add_middleware(RequireKey, key=access.api_key)
-    app.add_middleware(Lenient, origins=access.origins)
+    app.add_middleware(Lenient)
+    app.add_middleware(RequireOrigin, origins=access.origins)
     app.add_middleware(EndUnanswered, unanswered=unanswered)
     app.add_middleware(AnswerBugs)
     if access.origins:

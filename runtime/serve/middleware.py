@@ -17,8 +17,8 @@ from .worker import ShutdownError
 
 FORM_PATHS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# Open to monitors, which have no key; the answers hold no secrets.
-OPEN_PATHS = ("/", "/health", "/healthz", "/metrics")
+# Open to health checks, which have no key; the answers hold no secrets.
+OPEN_PATHS = ("/", "/health", "/healthz")
 OPEN_FOLDER = "/page/"
 
 log = logging.getLogger(__name__)
@@ -35,18 +35,40 @@ class RequireHost:
         if scope["type"] == "http" and self._hosts is not None:
             host = host_of(_header(scope, b"host"))
             if host not in self._hosts:
-                message = f"The Host {host!r} is not this server's; use {', '.join(self._hosts)}, or --allow-hosts."
+                message = (
+                    f"The Host {host[:100]!r} is not this server's; use {', '.join(self._hosts)}, or --allow-hosts."
+                )
                 await _refuse(scope, receive, send, 403, error_body(message, "invalid_request_error"))
                 return
         await self._app(scope, receive, send)
 
 
-class Lenient:
-    """Accepts what clients write in different ways: a trailing slash, HEAD for GET (the server drops the body), and a
-    body of another Content-Type as JSON, as curl sends it; not from a web page, which may send it without asking."""
+class RequireOrigin:
+    """Refuses requests of web pages whose origin is neither this server's nor one of `origins`. Browsers send some of
+    them without asking first. Origins of other schemes, such as an extension's, are no web pages."""
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
         self._app, self._origins = app, origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._may_pass(_header(scope, b"origin"), _header(scope, b"host")):
+            message = "Pages of this origin may not use the server; allow it with --allow-origins."
+            await _refuse(scope, receive, send, 403, error_body(message, "invalid_request_error"))
+            return
+        await self._app(scope, receive, send)
+
+    def _may_pass(self, origin: str, host: str) -> bool:
+        scheme, _, own = origin.partition("://")
+        is_page = scheme in ("http", "https", "null")
+        return not is_page or own == host or "*" in self._origins or origin in self._origins
+
+
+class Lenient:
+    """Accepts what clients write in different ways: a trailing slash, HEAD for GET (the server drops the body), and a
+    body of another Content-Type as JSON, as curl sends it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -56,21 +78,11 @@ class Lenient:
             if scope["method"] == "HEAD":
                 scope["method"] = "GET"
             kind = _header(scope, b"content-type")
-            if scope["method"] == "POST" and not _is_json(kind) and self._is_foreign(scope):
-                message = f"The Content-Type is {kind!r}; send application/json, or allow this page's origin."
-                await _refuse(scope, receive, send, 415, error_body(message, "invalid_request_error"))
-                return
             form = kind.lower().startswith("multipart/") and scope["path"] in FORM_PATHS
             if scope["method"] == "POST" and not (_is_json(kind) or form):
                 others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
                 scope["headers"] = [*others, (b"content-type", b"application/json")]
         await self._app(scope, receive, send)
-
-    def _is_foreign(self, scope: Scope) -> bool:
-        """Whether a page of another origin sends the request, which browsers allow without asking for some types."""
-        origin = _header(scope, b"origin")
-        allowed = "*" in self._origins or origin in self._origins
-        return bool(origin) and not allowed and origin.partition("://")[2] != _header(scope, b"host")
 
 
 class AnswerBugs:
@@ -141,7 +153,7 @@ class EndUnanswered:
 
 
 class RequireKey:
-    """Refuses all but the page, the checks and preflights without the key; `key` None lets everyone pass."""
+    """Refuses all but the page and the health checks without the key; `key` None lets everyone pass."""
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
         self._app, self._key = app, key
