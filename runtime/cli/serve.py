@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--api-key", envvar="GEMMA3N_API_KEY", help="Key that clients must send; also from GEMMA3N_API_KEY.")
+@click.option("--no-api-key", is_flag=True, help="Serve other machines without a key.")
 @click.option("--rows", default=4, show_default=True, help="Concurrent answers per model.")
 @click.option(
     "--context", type=int, help="Maximum tokens of a prompt and its answer. [default: 4096, or the model's if fewer]"
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     help="Another name of a model; NAME is needed if several are served. Repeatable.",
 )
 @click.option(
-    "--allow-origins", multiple=True, help="Origin of web pages that may call the API; * for any. Repeatable."
+    "--allow-origins", multiple=True, help="Another origin of web pages that may use the server; * for any. Repeatable."
 )
 @click.option("--allow-hosts", multiple=True, help="Another Host that requests may name. Repeatable.")
 @click.option(
@@ -109,6 +110,7 @@ def serve(
     host: str,
     port: int,
     api_key: str | None,
+    no_api_key: bool,
     models_memory: float | None,
     preload: bool,
     media_folder: Path | None,
@@ -139,6 +141,13 @@ def serve(
 
     if api_key is not None and not re.fullmatch("[!-~]+", api_key):  # what every client can send
         raise OptionError("--api-key is empty, or has a space or a letter outside ASCII; give another key.")
+    if no_api_key and api_key is not None:
+        raise OptionError("--no-api-key and a key (--api-key or GEMMA3N_API_KEY) exclude each other; leave one out.")
+    if not (no_api_key or api_key or is_loopback(host)):
+        raise OptionError(
+            f"Other machines reach {host}; set a key (--api-key or GEMMA3N_API_KEY), or add --no-api-key to let anyone "
+            "use this server."
+        )
     # Absolute paths: the artifacts of a folder go by their own names.
     folders = [*artifacts, *(artifacts_in(slice_dir.absolute()) if slice_dir is not None else ())]
     if chat_template is not None:
@@ -156,8 +165,6 @@ def serve(
     if preload:
         pool.preload()
     click.echo(_announcement(pool, url_of(listening), api_key is not None, preload), err=True)
-    if api_key is None and not is_loopback(host):
-        click.echo(f"Warning: anyone who reaches {host} may use this server; set a key (--api-key).", err=True)
     run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), access), listening, Times(read_timeout, grace))
 
 

@@ -100,11 +100,16 @@ def test_the_page_about_the_server_lists_every_option() -> None:
     assert [name for name, spelled in names.items() if not any(f"`{each}" in page for each in spelled)] == []
 
 
-def test_an_open_server_is_warned_about(serve: Any, demo: Path) -> None:
-    warning = "Warning: anyone who reaches 0.0.0.0 may use this server; set a key (--api-key).\n"
-    _, told, _ = serve(demo, "--host", "0.0.0.0")
-    assert told.endswith(f"Page: http://127.0.0.1:PORT\n{warning}")
-    assert warning not in serve(demo, "--host", "0.0.0.0", "--api-key", "secret")[1]
+def test_other_machines_need_a_key_unless_it_is_said(serve: Any, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for host in ("0.0.0.0", "::"):
+        code, told, _ = serve(demo, "--host", host)
+        assert code == 1 and told.startswith(f"Error: Other machines reach {host}; set a key (--api-key or GEMMA3N_API")
+    assert "(with the key)" in serve(demo, "--host", "0.0.0.0", "--api-key", "secret")[1]
+    assert "(no key needed)" in serve(demo, "--host", "0.0.0.0", "--no-api-key")[1]
+    monkeypatch.setenv("GEMMA3N_API_KEY", "secret")
+    assert "(with the key)" in serve(demo, "--host", "0.0.0.0")[1]
+    code, told, _ = serve(demo, "--no-api-key")
+    assert code == 1 and "exclude each other; leave one out." in told
 
 
 @pytest.mark.parametrize("key", ["", "two words", "schlüssel"])
