@@ -58,7 +58,9 @@ def status_and_body(error: Gemma3nError, max_tokens: str = "max_tokens") -> tupl
             return 503, error_body(error, "server_error", "shutting_down")
         case DeadlineError():
             return 504, error_body(error, "timeout_error", "deadline_exceeded")
-        case ProviderError() | ArtifactError() | PackageMissingError():
+        case ArtifactError():
+            return 503, error_body(error, "server_error", "model_unavailable")
+        case ProviderError() | PackageMissingError():
             return 500, error_body(error, "server_error")
         case _:
             return 400, error_body(error, "invalid_request_error", max_tokens=max_tokens)

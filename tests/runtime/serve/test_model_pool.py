@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in, estimated_bytes, scorer_bytes
 from gemma3n_onnx.runtime.serve.run import bind
 from gemma3n_onnx.runtime.serve.worker import BusyError
-from serving import E2B, HALF, LONG_ANSWER, SUM, chat, message, serving
+from serving import DEMO, E2B, HALF, LONG_ANSWER, SUM, chat, data_url, image, message, serving
 
 
 def test_a_request_chooses_its_slice(server):
@@ -89,3 +90,20 @@ def test_what_cannot_be_served(demo_artifact, tmp_path):
         ServeOptions(rows=0)
     with pytest.raises(OptionError, match="Cannot listen on"):
         bind("192.0.2.1", 80, 512)
+
+
+def test_a_folder_that_goes_while_it_is_served_is_told(demo_artifact, tmp_path):
+    folder = shutil.copytree(demo_artifact("E2B"), tmp_path / "demo-E2B")
+    picture = message("What is in the picture?", image(data_url(DEMO / "picture.png")))
+    with serving([folder], ServeOptions(rows=1, context=512)) as running:
+        folder = folder.rename(tmp_path / "away")
+        with pytest.raises(openai.InternalServerError, match="There is no artifact folder") as caught:
+            chat(running, message(SUM))
+        assert (caught.value.status_code, caught.value.code) == (503, "model_unavailable")
+        folder = folder.rename(tmp_path / "demo-E2B")
+        answer = chat(running, message(SUM))
+        folder.rename(tmp_path / "away")
+        assert chat(running, message(SUM)).choices == answer.choices, "it is loaded"
+        with pytest.raises(openai.InternalServerError, match=r"cannot load .*vision_encoder\.onnx") as caught:
+            chat(running, picture)
+        assert (caught.value.status_code, caught.value.code) == (503, "model_unavailable")
