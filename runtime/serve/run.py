@@ -23,6 +23,8 @@ from .listener import Listener
 from .protocol import TimedProtocol
 
 KEEP_ALIVE_SECONDS = 5
+# That a client may take nothing of its answer, which then waits in memory.
+WRITE_SECONDS = 60
 # For clients to take the last event of their stream.
 FLUSH_SECONDS = 2.0
 
@@ -92,6 +94,8 @@ def bind(host: str, port: int, connections: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = Listener(family, kind, protocol, connections)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, WRITE_SECONDS * 1000)
         listening.bind(address)
     except OSError as error:
         reason = "another program uses the port" if error.errno == errno.EADDRINUSE else error.strerror or str(error)

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from gemma3n_onnx.runtime.errors import OptionError
-from gemma3n_onnx.runtime.serve import listener
+from gemma3n_onnx.runtime.serve import listener, run
 from gemma3n_onnx.runtime.serve.listener import connection_limit
 from gemma3n_onnx.runtime.serve.run import Times
 from server_process import server_process
@@ -102,6 +102,15 @@ def test_more_connections_are_refused_until_one_is_free(demo_artifact: Any, monk
                 assert refused.status_code == 503 and refused.json()["error"]["code"] == "too_many_connections"
         eventually(lambda: httpx.get(f"{server.url}/health").status_code == 200)
     assert len(logged) == 1, "one line a minute"
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_left(demo_artifact: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "WRITE_SECONDS", 1)
+    with serving([demo_artifact("E2B")], connections=1) as server, connect(server.url) as connection:
+        connection.sendall(b"GET /page/chat.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 800)  # 8 MB of answers
+        time.sleep(0.5)
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        eventually(lambda: httpx.get(f"{server.url}/health").status_code == 200)
 
 
 def test_no_limit_that_the_process_cannot_keep(monkeypatch: pytest.MonkeyPatch) -> None:
