@@ -1,7 +1,8 @@
 """Caches traced graphs on disk: a trace takes seconds and depends only on code and configuration.
 
 The folder is `GEMMA3N_CACHE`, by default `~/.cache/gemma3n-onnx`. A file's name is a hash of all inputs of the trace,
-so an entry is never stale; the folder may be deleted at any time.
+so an entry is never stale. A file is a SHA-256 of its name and its model, then the model; one whose hash differs is
+traced again and replaced. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import ParamSpec
 
+import onnx
 import onnx_ir as ir
 from filelock import FileLock
-from google.protobuf.message import DecodeError
 
 import gemma3n_onnx.graphs
 from gemma3n_onnx.runtime.system import cache_folder
@@ -26,6 +27,7 @@ from gemma3n_onnx.runtime.system import cache_folder
 P = ParamSpec("P")
 _MADE_BY = ("onnx-ir", "onnxscript", "torch")
 _INPUTS = "gemma3n_onnx.inputs"
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _LONGEST_TRACE_S = 300.0
 
 
@@ -35,7 +37,7 @@ def kept_on_disk(trace: Callable[P, ir.Model]) -> Callable[P, ir.Model]:
     @functools.wraps(trace)
     def kept(*arguments: P.args, **named: P.kwargs) -> ir.Model:
         told = repr((trace.__name__, arguments, sorted(named.items()), _code()))
-        name = f"{hashlib.sha256(told.encode()).hexdigest()}.onnx"
+        name = f"{hashlib.sha256(told.encode()).hexdigest()}.trace"
         if (model := _load(name)) is not None:
             return model
         with contextlib.ExitStack() as stack:
@@ -75,19 +77,29 @@ def _save(model: ir.Model, path: Path) -> None:
     for name, value in [*graph.initializers.items()]:
         if value.const_value is None:
             graph.inputs.append(graph.initializers.pop(name))
+    content = ir.serde.serialize_model(model).SerializeToString()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-        ir.save(model, Path(beside) / path.name)
-        os.replace(Path(beside) / path.name, path)
+        made = Path(beside) / path.name
+        made.write_bytes(_digest(path.name, content) + content)
+        os.replace(made, path)
 
 
 def _load(name: str) -> ir.Model | None:
     """None if the file is missing or damaged."""
-    with contextlib.suppress(OSError, RuntimeError, DecodeError, KeyError):
-        model = ir.load(cache_folder() / name)
+    with contextlib.suppress(OSError, RuntimeError):
+        whole = (cache_folder() / name).read_bytes()
+        digest, content = whole[:_DIGEST_BYTES], whole[_DIGEST_BYTES:]
+        if digest != _digest(name, content):
+            return None
+        model = ir.serde.deserialize_model(onnx.ModelProto.FromString(content))
         graph = model.graph
         for value in graph.inputs[int(model.metadata_props.pop(_INPUTS)) :]:
             graph.inputs.remove(value)
             graph.initializers[value.name] = value  # type: ignore[index]
         return model
     return None
+
+
+def _digest(name: str, content: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + content).digest()

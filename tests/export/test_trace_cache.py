@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,7 @@ def comparable(model: ir.Model) -> bytes:
 
 
 def files(folder: Path) -> list[Path]:
-    return list(folder.glob("*.onnx"))
+    return list(folder.glob("*.trace"))
 
 
 class Tracer:
@@ -92,6 +93,28 @@ def test_a_damaged_file_is_made_again(folder: Path, tracer: Tracer, left: float)
     file.write_bytes(whole[: int(left * len(whole))])
     assert tracer.traced() == first
     assert file.read_bytes() == whole
+
+
+def test_no_flipped_bit_loads(folder: Path, tracer: Tracer) -> None:
+    first = tracer.traced()
+    (file,) = files(folder)
+    whole = file.read_bytes()
+    draw = random.Random(0)
+    for flips in range(1, 101):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        assert tracer.traced() == first
+        assert (tracer.count, file.read_bytes()) == (1 + flips, whole)
+
+
+def test_another_trace_under_its_name_is_made_again(folder: Path, tracer: Tracer) -> None:
+    first, second = tracer.traced(2), tracer.traced(3)
+    one, other = files(folder)
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    assert (tracer.traced(2), tracer.traced(3), tracer.count) == (first, second, 4)
 
 
 def test_processes_that_want_the_same_trace_make_it_once(folder: Path, tracer: Tracer) -> None:
