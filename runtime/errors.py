@@ -1,6 +1,7 @@
 """Errors a user can cause. Each is also the builtin type that a Python caller would expect."""
 
 import re
+import reprlib
 from collections.abc import Callable
 
 
@@ -27,6 +28,15 @@ def as_flag(name: str, value: str) -> str:
     """An option as on the command line."""
     flag = f"--{name.replace('_', '-')}"
     return f"{flag} {value}" if value else flag
+
+
+def shown(value: object) -> str:
+    """The repr of a value that a file gives, shortened to fit into a sentence."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 120, 120
 
 
 class ArtifactError(Gemma3nError, ValueError):

@@ -1,9 +1,13 @@
-"""A safetensors file: the header is checked on opening, tensors are memory-mapped on reading."""
+"""A safetensors file: the header is checked on opening, tensors are memory-mapped on reading.
+
+Source of the rules: the format's description in the safetensors repository (README.md, "Format").
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma3n_onnx.export.errors import CheckpointError
+from gemma3n_onnx.runtime.errors import shown
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -25,6 +30,8 @@ ITEM_BITS = {
     **dict.fromkeys(("U64", "I64", "F64"), 64),
 }
 LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
+_METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class _Entry:
+    """`start` and `stop` are bytes of the file."""
+
     spec: TensorSpec
-    offset: int  # bytes from the start of the file
+    start: int
+    stop: int
 
 
 class SafetensorsFile:
@@ -47,7 +57,8 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            CheckpointError: the file is truncated, too long, or its header is damaged.
+            CheckpointError: the file is truncated or too long, its header is damaged, or its tensors overlap or leave
+                bytes out.
         """
         self.path = path
         self._entries = _read_header(path)
@@ -66,7 +77,7 @@ class SafetensorsFile:
             CheckpointError: the dtype is not BF16, F16 or F32.
         """
         entry = self._entries[name]
-        return self._map(name, entry.spec.shape, entry.offset)
+        return self._map(name, entry.spec.shape, entry.start)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of the first axis, read-only; only these are mapped.
@@ -80,7 +91,7 @@ class SafetensorsFile:
         if not shape or not 0 <= start <= stop <= shape[0]:
             raise IndexError(f"Rows {start} to {stop} are not within {name} of shape {shape}.")
         row_bytes = math.prod(shape[1:]) * ITEM_BITS[entry.spec.dtype] // 8
-        return self._map(name, (stop - start, *shape[1:]), entry.offset + start * row_bytes)
+        return self._map(name, (stop - start, *shape[1:]), entry.start + start * row_bytes)
 
     def _map(self, name: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
         dtype_name = self._entries[name].spec.dtype
@@ -107,24 +118,54 @@ def _read_header(path: Path) -> dict[str, _Entry]:
                 f"{file_bytes} bytes; download it again."
             )
         try:
-            header = json.loads(file.read(header_bytes))
-            header.pop("__metadata__", None)
-            entries = {name: _entry(data_offset, **fields) for name, fields in header.items()}
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            if header_bytes > MAX_HEADER_BYTES:
+                raise ValueError(f"it has {header_bytes:,} bytes, more than {MAX_HEADER_BYTES:,}")
+            header = json.loads(file.read(header_bytes).decode("utf-8"), object_pairs_hook=_unique)
+            if not isinstance(header, dict):
+                raise ValueError("it is not an object")
+            header.pop(_METADATA, None)
+            entries = {name: _entry(name, data_offset, fields) for name, fields in header.items()}
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged header ({error}); download it again.") from error
-    needed = max((fields["data_offsets"][1] for fields in header.values()), default=0) + data_offset
-    if needed != file_bytes:
-        raise CheckpointError(
-            f"{path} has {file_bytes} bytes, but its header describes {needed}: "
-            f"the file is {'truncated' if file_bytes < needed else 'damaged'}; download it again."
-        )
+    _check_layout(path, entries, data_offset, file_bytes)
     return entries
 
 
-def _entry(data_offset: int, dtype: str, shape: list[int], data_offsets: list[int]) -> _Entry:
-    start, stop = data_offsets
-    if dtype not in ITEM_BITS:
-        raise ValueError(f"unknown dtype {dtype}")
-    if not 0 <= start <= stop or (stop - start) * 8 != math.prod(shape) * ITEM_BITS[dtype]:
-        raise ValueError(f"{dtype} of shape {shape} does not fill bytes {start} to {stop}")
-    return _Entry(TensorSpec(dtype, tuple(shape)), data_offset + start)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{shown(name)} comes twice")
+        found[name] = value
+    return found
+
+
+def _entry(name: str, data_offset: int, fields: Mapping[str, Any]) -> _Entry:
+    """Raises ValueError for anything but a tensor that fills its bytes."""
+    if not isinstance(fields, Mapping) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{shown(name)} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
+        raise ValueError(f"{shown(name)} has the unknown dtype {shown(dtype)}")
+    for key, value in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(value, list) or not all(type(number) is int and number >= 0 for number in value):
+            raise ValueError(f"{shown(name)} has the {key} {shown(value)}, not a list of whole numbers")
+    if len(offsets) != 2 or (offsets[1] - offsets[0]) * 8 != math.prod(shape) * ITEM_BITS[dtype]:
+        raise ValueError(f"{shown(name)}, {dtype} of shape {shown(shape)}, does not fill the bytes {shown(offsets)}")
+    start, stop = offsets
+    return _Entry(TensorSpec(dtype, tuple(shape)), data_offset + start, data_offset + stop)
+
+
+def _check_layout(path: Path, entries: Mapping[str, _Entry], data_offset: int, file_bytes: int) -> None:
+    """Raises CheckpointError unless the tensors, in the order of their bytes, fill the file without overlap."""
+    end, before = data_offset, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            what = "overlap" if entry.start < end else f"have {entry.start - end:,} bytes of no tensor between them"
+            raise CheckpointError(f"In {path}, {before} and {shown(name)} {what}; download it again.")
+        end, before = entry.stop, shown(name)
+    if end != file_bytes:
+        raise CheckpointError(
+            f"{path} has {file_bytes} bytes, but its header describes {end}: "
+            f"the file is {'truncated' if file_bytes < end else 'damaged'}; download it again."
+        )

@@ -8,12 +8,13 @@ import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
 from gemma3n_onnx.export.checkpoint.checkpoint import INDEX, WEIGHTS, Checkpoint
-from gemma3n_onnx.export.checkpoint.safetensors_file import TensorSpec
+from gemma3n_onnx.export.checkpoint.safetensors_file import SafetensorsFile, TensorSpec
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
 from support import text_checkpoint
 
@@ -238,21 +239,60 @@ def test_trailing_bytes_are_refused(small: Path) -> None:
         Checkpoint.open(small)
 
 
+def tensor(shape: str, start: int, stop: int, dtype: str = "F32") -> str:
+    return f'{{"dtype": "{dtype}", "shape": {shape}, "data_offsets": [{start}, {stop}]}}'
+
+
+def weights(header: str, data_bytes: int) -> bytes:
+    return len(header.encode()).to_bytes(8, "little") + header.encode() + bytes(data_bytes)
+
+
 @pytest.mark.parametrize(
-    "header",
+    ("header", "reason"),
     [
-        b"not json",
-        b"[1, 2]",
-        b'{"a": 3}',
-        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
-        b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
-        b'{"a": {"shape": [1], "data_offsets": [0, 4]}}',
+        ("not json", "Expecting value"),
+        ("[" * 100_000, "recursion"),
+        ("[1, 2]", "not an object"),
+        ('{"a": 3}', "'a' is not described by"),
+        ('{"a": {"shape": [1], "data_offsets": [0, 4]}}', "'a' is not described by"),
+        (f'{{"a": {tensor("[2]", 0, 4)}}}', r"F32 of shape \[2\], does not fill the bytes \[0, 4\]"),
+        (f'{{"a": {tensor("[1]", 0, 4, "F99")}}}', "'a' has the unknown dtype 'F99'"),
+        (f'{{"a": {tensor("[1.0]", 0, 4)}}}', r"'a' has the shape \[1.0\], not a list of whole numbers"),
+        (f'{{"a": {tensor("[-1, -1]", 0, 4)}}}', r"'a' has the shape \[-1, -1\]"),
+        (f'{{"a": {tensor("[true]", 0, 4)}}}', r"'a' has the shape \[True\]"),
+        (f'{{"a": {tensor("[1]", 4, 0)}}}', "does not fill"),
+        (f'{{"a": {tensor("[1]", 0, 4)}, "a": {tensor("[1]", 0, 4)}}}', "'a' comes twice"),
     ],
 )
-def test_a_damaged_header_is_refused(small: Path, header: bytes) -> None:
-    (small / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(CheckpointError, match="damaged header"):
-        Checkpoint.open(small)
+def test_a_damaged_header_is_refused(tmp_path: Path, header: str, reason: str) -> None:
+    (tmp_path / WEIGHTS).write_bytes(weights(header, 4))
+    with pytest.raises(CheckpointError, match=f"damaged header .*{reason}"):
+        SafetensorsFile(tmp_path / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("header", "data_bytes", "complaint"),
+    [
+        (f'{{"a": {tensor("[2]", 0, 8)}, "b": {tensor("[2]", 4, 12)}}}', 12, "'a' and 'b' overlap"),
+        (f'{{"b": {tensor("[2]", 0, 8)}, "a": {tensor("[2]", 0, 8)}}}', 8, "'b' and 'a' overlap"),
+        (f'{{"a": {tensor("[1]", 0, 4)}, "b": {tensor("[1]", 8, 12)}}}', 12, "'a' and 'b' have 4 bytes of no tensor"),
+        (f'{{"a": {tensor("[1]", 4, 8)}}}', 8, "the header and 'a' have 4 bytes of no tensor"),
+    ],
+)
+def test_tensors_fill_a_file_without_overlap(tmp_path: Path, header: str, data_bytes: int, complaint: str) -> None:
+    """The safetensors library refuses such a file, too."""
+    (tmp_path / WEIGHTS).write_bytes(weights(header, data_bytes))
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.safe_open(tmp_path / WEIGHTS, "np").__enter__()
+    with pytest.raises(CheckpointError, match=complaint):
+        SafetensorsFile(tmp_path / WEIGHTS)
+
+
+def test_a_header_lists_tensors_in_any_order(tmp_path: Path) -> None:
+    header = f'{{"b": {tensor("[1]", 4, 8)}, "none": {tensor("[0]", 4, 4)}, "a": {tensor("[1]", 0, 4)}}}  '
+    (tmp_path / WEIGHTS).write_bytes(weights(header, 8))
+    file = SafetensorsFile(tmp_path / WEIGHTS)
+    assert [file.read(name).shape for name in file.names] == [(1,), (0,), (1,)]
 
 
 def test_an_index_must_match_its_shards(sharded: Path, tmp_path: Path) -> None:
