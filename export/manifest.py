@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -27,7 +30,8 @@ PRODUCER = f"gemma3n-onnx {version('gemma3n-onnx')}"
 
 
 def manifest_of(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo], encoder_weights: StoredWeights) -> Manifest:
-    """The manifest without its `files`. `graphs` has every graph of the export, by its name in the layout."""
+    """The manifest without its `files` and its `export_id`. `graphs` has every graph of the export, by its name in
+    the layout."""
     config, precision = plan.slice.config, plan.precision
     counts = parameter_counts(config)
     hard_rows = plan.hard_rows or HardRows(config.vocab_size, 0)
@@ -77,6 +81,13 @@ def manifest_of(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo], enco
         audio=_audio_info(plan, graphs),
         files={},
     )
+
+
+def export_id(manifest: Manifest, weight_files: Mapping[str, artifact.FileInfo]) -> str:
+    """Identifies what an artifact computes: a hash of its graphs' inputs and outputs, its constants and its weights,
+    not of where they come from."""
+    nameless = replace(manifest, producer="", source="", slice="", mmlu=None, files=weight_files)
+    return hashlib.sha256(json.dumps(asdict(nameless), sort_keys=True).encode()).hexdigest()
 
 
 def _quantization_info(stored: StoredWeight) -> artifact.QuantizationInfo | None:

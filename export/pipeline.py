@@ -5,20 +5,20 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import onnx_ir as ir
 
 from gemma3n_onnx.runtime import artifact
-from gemma3n_onnx.runtime.artifact import FileInfo, GraphInfo, Manifest
+from gemma3n_onnx.runtime.artifact import FileInfo, Manifest
 
 from .build_graphs import BuiltGraph, build_graphs, weights_of_encoders
 from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
 from .encoders import hard_row_values
 from .layouts.select import artifact_kind
-from .manifest import graph_info, manifest_of
+from .manifest import export_id, graph_info, manifest_of
 from .options import ExportOptions
 from .plan import ExportPlan, plan_export
 from .progress import ExportProgress
@@ -47,33 +47,23 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     plan = plan_export(checkpoint, options)
     with staged(output, force=options.force, needed_bytes=plan.needed_bytes, kind=artifact_kind()) as folder:
         graphs = build_graphs(plan, progress)
-        graph_infos = _save_graphs(plan, graphs, folder)
+        files = plan.layout.graph_files(plan.precision_name)
+        graph_infos = {name: graph_info(files.get(name, ""), graph.model) for name, graph in graphs.items()}
+        (folder / plan.layout.folder).mkdir(exist_ok=True)
         progress.stage("Writing weights")
         encoder_weights = weights_of_encoders(graphs)
         weight_files = _write_weights(plan, checkpoint, encoder_weights, folder, progress)
         _copy_companions(checkpoint, plan.chat_template, folder)
         manifest = manifest_of(plan, graph_infos, encoder_weights)
+        manifest = replace(manifest, export_id=(own_id := export_id(manifest, weight_files)))
+        _save_graphs(plan, graphs, own_id, folder)
         model_config = plan.slice.hf_config(checkpoint.config)
         for name, content in plan.layout.config_files(model_config, manifest, plan.slice.config).items():
             write_json(folder / name, content)
-        manifest = manifest.with_files({**_small_files(folder, weight_files), **weight_files})
+        manifest = replace(manifest, files={**_small_files(folder, weight_files), **weight_files})
         if plan.layout.writes_manifest:
             artifact.save_manifest(folder, manifest)
     return ExportSummary(output, manifest, time.monotonic() - started)
-
-
-def _save_graphs(plan: ExportPlan, graphs: Mapping[str, BuiltGraph], folder: Path) -> dict[str, GraphInfo]:
-    """Saves the graphs that the layout has. Describes all graphs; those without a file have an empty file name."""
-    inner = folder / plan.layout.folder
-    inner.mkdir(exist_ok=True)
-    files = plan.layout.graph_files(plan.precision_name)
-    infos = {}
-    for name, graph in graphs.items():
-        infos[name] = graph_info(files.get(name, ""), graph.model)
-        if name in files:
-            attach(graph.model, graph.weights)
-            ir.save(graph.model, inner / files[name])
-    return infos
 
 
 def _write_weights(
@@ -96,6 +86,15 @@ def _write_weights(
     stream = WeightStream(folder / plan.layout.folder, progress.done)
     scales = {PER_LAYER_TABLE: plan.slice.config.hidden_size_per_layer_input**0.5}
     return {file: stream.write_file(file, weights, blocks, scales.get(file, 1.0)) for file, weights in by_file.items()}
+
+
+def _save_graphs(plan: ExportPlan, graphs: Mapping[str, BuiltGraph], own_id: str, folder: Path) -> None:
+    """Saves the graphs that the layout has, each with the id of the export."""
+    for name, file in plan.layout.graph_files(plan.precision_name).items():
+        if (graph := graphs.get(name)) is not None:
+            attach(graph.model, graph.weights)
+            graph.model.metadata_props[artifact.EXPORT_ID] = own_id
+            ir.save(graph.model, folder / plan.layout.folder / file)
 
 
 def _copy_companions(checkpoint: Checkpoint, chat_template: str | None, folder: Path) -> None:

@@ -10,19 +10,26 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
+import os
+import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, ArtifactNotFoundError
+from .errors import ArtifactError, ArtifactNotFoundError, shown
 
 FORMAT = "gemma3n-onnx"
-FORMAT_VERSION = "5.1"
+FORMAT_VERSION = "5.2"
 MANIFEST = "manifest.json"
+EXPORT_ID = "gemma3n_onnx.export_id"
+"""The metadata property of a graph that repeats the manifest's `export_id`."""
+TOKENIZER_FILE = "tokenizer.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_MAX_MANIFEST_BYTES = 16 << 20
+_MAX_NAME_BYTES = 255  # of a file, in every common file system
 
 INPUTS_EMBEDS, PER_LAYER_INPUTS = "inputs_embeds", "per_layer_inputs"
 POSITION_IDS, ATTENTION_MASK = "position_ids", "attention_mask"
@@ -51,6 +58,18 @@ def cpu_session_config(quantized: bool) -> dict[str, str]:
 FLOAT_DTYPES = ("fp32", "fp16", "bf16")
 QUANTIZED_BITS = {"int4": 4, "int8": 8}
 BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+
+
+_LARGEST = {"layers": 1024, "tokens": 1 << 24, "width": 1 << 20, "samples": 1 << 30, "bytes": 1 << 50}
+
+
+def _require_ranges(info: object, **ranges: tuple[float, float]) -> None:
+    """Raises ValueError if a field, or an item of it, is outside its range, both ends included; None is inside."""
+    for name, (low, high) in ranges.items():
+        value = getattr(info, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not low <= number <= high:  # NaN is in no range
+                raise ValueError(f"{name} is {shown(number)}, but must be from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +107,11 @@ class CacheInfo:
     window: int | None
     attention_window: int | None
 
+    def __post_init__(self) -> None:
+        tokens = (1, _LARGEST["tokens"])
+        _require_ranges(self, layer=(0, _LARGEST["layers"]), kv_heads=(1, 1024), head_dim=(1, _LARGEST["width"]))
+        _require_ranges(self, window=tokens, attention_window=tokens)
+
 
 @dataclass(frozen=True)
 class TableInfo:
@@ -104,6 +128,11 @@ class TableInfo:
     scale: float
     block: int | None
     scales_offset: int | None
+
+    def __post_init__(self) -> None:
+        width = (1, _LARGEST["width"])
+        _require_ranges(self, rows=(1, 1 << 31), width=width, block=width, scales_offset=(0, _LARGEST["bytes"]))
+        _require_ranges(self, scale=(1e-6, 1e6))
 
     @property
     def row_bytes(self) -> int:
@@ -136,6 +165,11 @@ class SoftTokens:
     prefix: str
     suffix: str
 
+    def __post_init__(self) -> None:
+        _require_ranges(self, count=(1, 1 << 16))
+        if not self.token:
+            raise ValueError("token is empty")
+
 
 @dataclass(frozen=True)
 class VisionInfo:
@@ -150,6 +184,11 @@ class VisionInfo:
     default_image_size: int
     rescale: float
     compute_dtype: str
+
+    def __post_init__(self) -> None:
+        _require_ranges(self, image_sizes=(1, 1 << 13), rescale=(sys.float_info.min, 1))
+        if self.default_image_size not in self.image_sizes:
+            raise ValueError(f"default_image_size is {self.default_image_size}, which is none of image_sizes")
 
 
 @dataclass(frozen=True)
@@ -168,6 +207,15 @@ class LogMelInfo:
     max_samples: int
     pad_multiple: int
 
+    def __post_init__(self) -> None:
+        _require_ranges(self, sample_rate_hz=(1_000, 768_000), fft_length=(1, 1 << 16), mel_bins=(1, 1024))
+        _require_ranges(self, frame_length=(2, self.fft_length), hop_length=(1, self.fft_length))
+        _require_ranges(self, max_frequency_hz=(1, self.sample_rate_hz / 2), preemphasis=(0, 1))
+        _require_ranges(self, min_frequency_hz=(0, self.max_frequency_hz), mel_floor=(sys.float_info.min, 1))
+        _require_ranges(self, max_samples=(self.frame_length + 1, _LARGEST["samples"]), pad_multiple=(1, 1 << 16))
+        if self.min_frequency_hz == self.max_frequency_hz:
+            raise ValueError(f"min_frequency_hz and max_frequency_hz are both {self.max_frequency_hz:g}")
+
 
 @dataclass(frozen=True)
 class AudioInfo:
@@ -183,6 +231,9 @@ class AudioInfo:
 class FileInfo:
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        _require_ranges(self, bytes=(0, _LARGEST["bytes"]))
 
 
 @dataclass(frozen=True)
@@ -204,8 +255,9 @@ class Manifest:
     `quantization` lists the quantized matrices; all others are stored as `storage`. `prefill`: a decoder without
     logits and with int8 matrices, faster on prompts. `candidates`: the graph that selects the top logits on the
     device. `scorer`: a decoder that returns log-probabilities of given tokens; artifacts before format 5.1 have none.
-    `step_bytes`: bytes in memory of the weights that a decode step reads. `mmlu`: the slice's published MMLU,
-    in percent.
+    `export_id` is in the metadata of each graph, too, since files of two exports do not belong together; before format
+    5.2 there is none. `step_bytes`: bytes in memory of the weights that a decode step reads. `mmlu`: the slice's
+    published MMLU, in percent.
     """
 
     format: str
@@ -241,6 +293,12 @@ class Manifest:
     audio: AudioInfo | None
     files: Mapping[str, FileInfo]
     scorer: GraphInfo | None = None
+    export_id: str | None = None
+
+    def __post_init__(self) -> None:
+        tokens = (1, _LARGEST["tokens"])
+        _require_ranges(self, num_layers=(1, _LARGEST["layers"]), vocab_size=tokens, max_context=tokens)
+        _require_ranges(self, step_bytes=(0, _LARGEST["bytes"]), mmlu=(0, 100))
 
     @property
     def encoders(self) -> dict[str, VisionInfo | AudioInfo]:
@@ -248,18 +306,27 @@ class Manifest:
         both = {"vision": self.vision, "audio": self.audio}
         return {modality: info for modality, info in both.items() if info is not None}
 
-    def with_files(self, files: Mapping[str, FileInfo]) -> Manifest:
-        return dataclasses.replace(self, files=files)
+    @property
+    def graphs(self) -> list[GraphInfo]:
+        text = (self.decoder, self.embedding, self.prefill, self.candidates, self.scorer)
+        return [*filter(None, text), *(encoder.graph for encoder in self.encoders.values())]
+
+    @property
+    def weight_files(self) -> set[str]:
+        """The large files; all others are read whole at load, or are as small."""
+        tables = {self.token_embeddings.file, self.per_layer_embeddings.file}
+        return tables | {f"{graph.file}.data" for graph in self.graphs}
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Reads and checks the manifest and the sizes of the files it names; reads no weights.
+    """Reads and checks the manifest, the sizes of the files it names, and the checksums of all but the weights.
 
     Raises:
         ArtifactNotFoundError: no folder, or no manifest in it.
-        ArtifactError: unreadable manifest, unknown version, missing key, missing file, wrong size.
+        ArtifactError: unreadable manifest, unknown version, missing key, a value out of range; a file that is missing,
+            damaged or a link to elsewhere.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike `Path.is_dir`, False for a name that is too long
         raise ArtifactNotFoundError(f"There is no artifact folder {folder}; export one with gemma3n-export.")
     path = folder / MANIFEST
     if not path.is_file():
@@ -273,32 +340,53 @@ def load_manifest(folder: Path) -> Manifest:
         )
     manifest = read_manifest(path)
     for name, info in manifest.files.items():
-        file = folder / name
-        if not file.is_file():
-            raise ArtifactError(f"{folder} lacks the file {name}; copy it again or export the artifact again.")
-        if (found := file.stat().st_size) != info.bytes:
-            raise ArtifactError(
-                f"{file} has {found:,} bytes, but the manifest says {info.bytes:,}; "
-                "copy it again or export the artifact again."
-            )
+        _check_file(folder / name, info)
+    verify_checksums(folder, manifest, names=manifest.files.keys() - manifest.weight_files)
     return manifest
+
+
+def _check_file(file: Path, info: FileInfo) -> None:
+    if not file.is_file():
+        raise ArtifactError(f"{file.parent} lacks the file {file.name}; copy it again or export the artifact again.")
+    if not is_own_file(file):
+        raise ArtifactError(f"{file} is a link to a file elsewhere; copy that file into the folder.")
+    if (found := file.stat().st_size) != info.bytes:
+        raise ArtifactError(
+            f"{file} has {found:,} bytes, but the manifest says {info.bytes:,}; "
+            "copy it again or export the artifact again."
+        )
+
+
+def is_own_file(file: Path) -> bool:
+    """Whether a file lies in its folder once links are resolved, or in that of the Hugging Face cache's blobs: a
+    snapshot there, in `snapshots/COMMIT`, is a folder of links to `../../blobs`."""
+    folder, target = (Path(os.path.realpath(path)) for path in (file.parent, file))
+    places = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    return any(target.is_relative_to(place) for place in places)
 
 
 def read_manifest(path: Path) -> Manifest:
     """Reads and checks a manifest, but none of the files that it names.
 
     Raises:
-        ArtifactError: unreadable manifest, unknown version, missing key, a file outside its folder.
+        ArtifactError: unreadable manifest, unknown version, missing key, a value out of range, a file outside its
+            folder.
     """
     try:
+        if not is_own_file(path):
+            raise ArtifactError(f"{path} is a link to a file elsewhere; copy that file into the folder.")
+        if (size := path.stat().st_size) > _MAX_MANIFEST_BYTES:
+            raise ArtifactError(f"{path} has {size:,} bytes, which no manifest has; export the artifact again.")
         data = json.loads(path.read_text(encoding="utf-8"))
+    except ArtifactError:
+        raise
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON ({error}); export the artifact again.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ArtifactError(f"{path} does not describe a {FORMAT} artifact; export it with gemma3n-export.")
-    version = str(data.get("format_version"))
+    version = str(data.get("format_version"))[:40]
     if version.split(".", maxsplit=1)[0] != FORMAT_VERSION.split(".", maxsplit=1)[0]:
         raise ArtifactError(
             f"{path} has format version {version}, but this runtime reads {FORMAT_VERSION}; "
@@ -308,7 +396,7 @@ def read_manifest(path: Path) -> Manifest:
     for name in manifest.files:
         if not _is_plain_name(name):
             raise ArtifactError(
-                f"{path} names the file {name!r}, which is not in its folder; export the artifact again."
+                f"{path} names the file {shown(name)}, which is not in its folder; export the artifact again."
             )
     _check_consistency(manifest, path)
     return manifest
@@ -319,18 +407,29 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def verify_checksums(folder: Path, manifest: Manifest, progress: Callable[[str, int], None] | None = None) -> None:
-    """Verifies the SHA-256 of every file; calls `progress(file, bytes)` while it reads.
+def verify_checksums(
+    folder: Path,
+    manifest: Manifest,
+    progress: Callable[[str, int], None] | None = None,
+    names: Iterable[str] | None = None,
+) -> None:
+    """Verifies the SHA-256 of every file, or of those in `names`; calls `progress(file, bytes)` while it reads.
 
     Raises:
         ArtifactError: a file differs from what was exported; the message names the first.
     """
-    for name, info in manifest.files.items():
+    for name in manifest.files if names is None else sorted(names):
         report = None if progress is None else functools.partial(progress, name)
-        if sha256_of(folder / name, report) != info.sha256:
+        try:
+            differs = sha256_of(folder / name, report) != manifest.files[name].sha256
+        except OSError as error:
+            raise ArtifactError(f"{folder / name} cannot be read ({error.strerror}); check its permissions.") from error
+        if differs:
+            hint = ", or load it with chat_template=FILE" if name == CHAT_TEMPLATE_FILE else ""
             raise ArtifactError(
                 f"{folder / name} is damaged: its SHA-256 differs from the manifest's; "
-                "copy it again or export the artifact again."
+                f"copy it again or export the artifact again{hint}.",
+                option="chat_template" if hint else None,
             )
 
 
@@ -346,7 +445,8 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
 
 
 def _is_plain_name(name: str) -> bool:
-    return name not in ("", ".", "..") and not any(character in name for character in "/\\:\0")
+    fits = len(name.encode(errors="replace")) <= _MAX_NAME_BYTES
+    return fits and name not in ("", ".", "..") and not any(character in name for character in "/\\:\0")
 
 
 def _check_consistency(manifest: Manifest, path: Path) -> None:
@@ -356,18 +456,25 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
         if not holds:
             raise ArtifactError(f"{path}: {complaint}; export the artifact again.")
 
-    for name in ("num_layers", "vocab_size", "max_context"):
-        require(getattr(manifest, name) > 0, f"{name} is {getattr(manifest, name)}, but must be positive")
     for token_id in (manifest.bos_token_id, manifest.pad_token_id, *manifest.eos_token_ids):
         require(0 <= token_id < manifest.vocab_size, f"token id {token_id} is outside the vocabulary")
-    for graph in filter(None, (manifest.decoder, manifest.embedding, manifest.prefill, manifest.scorer)):
-        require(graph.file in manifest.files, f"the graph {graph.file!r} is not among the files")
+    for graph in manifest.graphs:
+        require(graph.file in manifest.files, f"the graph {shown(graph.file)} is not among the files")
+    if (graph := manifest.candidates) is not None:
+        widths = [tensor.shape[-1:] for tensor in graph.outputs]
+        require(len(graph.inputs) == 1 and len(widths) == 2, f"{graph.file} does not have one input and two outputs")
+        require(_are_sizes(widths), f"the outputs of {graph.file} have no fixed width")
+    if (graph := manifest.scorer) is not None:
+        widths = [tensor.shape[-1:] for tensor in graph.outputs if tensor.name == TOP_IDS]
+        require(len(widths) == 1 and _are_sizes(widths), f"{graph.file} has no {TOP_IDS} of a fixed width")
+    for name, wanted in (("compute_dtype", FLOAT_DTYPES), ("storage", FLOAT_DTYPES), ("logits", ("last", "all"))):
+        value = getattr(manifest, name)
+        require(value in wanted, f"{name} is {shown(value)}, but must be {' or '.join(wanted)}")
+    require(TOKENIZER_FILE in manifest.files, f"{TOKENIZER_FILE} is not among the files")
     for table in (manifest.token_embeddings, manifest.per_layer_embeddings):
         require(table.file in manifest.files, f"the table {table.file!r} is not among the files")
         known = (*FLOAT_DTYPES, *QUANTIZED_BITS)
         require(table.dtype in known, f"the table {table.file} has the unknown dtype {table.dtype!r}")
-        require(table.rows > 0 and table.width > 0, f"the table {table.file} is {table.rows} x {table.width}")
-        require(math.isfinite(table.scale), f"the table {table.file} has the scale {table.scale}")
         needed, found = table.rows * table.row_bytes, manifest.files[table.file].bytes
         if table.dtype in QUANTIZED_BITS:
             block = table.block or 0
@@ -391,14 +498,17 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
             f"the modalities {manifest.modalities} do not match the {name} encoder",
         )
     for name, encoder in manifest.encoders.items():
-        require(encoder.graph.file in manifest.files, f"the graph {encoder.graph.file!r} is not among the files")
         soft = encoder.soft_tokens
         require(0 <= soft.token_id < manifest.vocab_size, f"soft token {soft.token_id} is outside the vocabulary")
-        require(soft.count > 0 and bool(soft.token), f"{name} has {soft.count} soft tokens {soft.token!r}")
+        require(bool(encoder.graph.inputs), f"{name} has no inputs")
+        require(len(encoder.graph.outputs) == 1, f"{name} has {len(encoder.graph.outputs)} outputs instead of one")
+        require(encoder.compute_dtype in FLOAT_DTYPES, f"{name} has the unknown dtype {encoder.compute_dtype!r}")
     for cache in manifest.caches:
         require(cache.dtype in FLOAT_DTYPES, f"the cache of layer {cache.layer} has the unknown dtype {cache.dtype!r}")
-        sizes = (cache.kv_heads, cache.head_dim, 1 if cache.window is None else cache.window)
-        require(min(sizes) > 0, f"the cache of layer {cache.layer} has a size that is not positive")
+
+
+def _are_sizes(widths: list[tuple[int | str, ...]]) -> bool:
+    return all(len(width) == 1 and isinstance(width[0], int) and width[0] > 0 for width in widths)
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
@@ -412,7 +522,11 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         if missing := hints.keys() - optional - value.keys():
             raise ArtifactError(f"{where} has no {sorted(missing)[0]!r}; export the artifact again.")
         given = {name: hint for name, hint in hints.items() if name in value}
-        return kind(**{name: _parse(hint, value[name], f"{where}: {name}") for name, hint in given.items()})  # type: ignore[operator]
+        fields = {name: _parse(hint, value[name], f"{where}: {name}") for name, hint in given.items()}
+        try:
+            return kind(**fields)  # type: ignore[operator]
+        except ValueError as error:
+            raise ArtifactError(f"{where}: {error}; export the artifact again.") from error
     if origin is tuple:
         if not isinstance(value, list):
             raise _mismatch(where, "a list", value)
@@ -434,4 +548,4 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
 
 
 def _mismatch(where: str, wanted: str, value: Any) -> ArtifactError:
-    return ArtifactError(f"{where} is {value!r} but must be {wanted}; export the artifact again.")
+    return ArtifactError(f"{where} is {shown(value)} but must be {wanted}; export the artifact again.")

@@ -31,7 +31,7 @@ def find_artifact(artifact: str | Path, revision: str | None = None) -> Path:
         OptionError: there is a `revision`, but `artifact` is not a Hub id. The errors of `download`.
     """
     name = artifact if isinstance(artifact, str) else artifact.as_posix()
-    if HUB_ID.fullmatch(name) and not Path(artifact).exists():
+    if HUB_ID.fullmatch(name) and not os.path.exists(artifact):
         return download(name, revision)
     if revision is not None:
         raise OptionError(f"{artifact} is a local folder, or no Hub id; leave revision {revision!r} out.")

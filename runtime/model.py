@@ -10,7 +10,7 @@ from typing import Any, Self, overload
 
 import numpy as np
 
-from .artifact import Manifest, load_manifest
+from .artifact import CHAT_TEMPLATE_FILE, Manifest, load_manifest
 from .chat import Chat
 from .checks import require_integer
 from .constraints.options import ConstraintReader
@@ -21,7 +21,7 @@ from .engine.providers.base import DeviceOptions
 from .engine.providers.select import select_provider
 from .errors import ArtifactError, PromptError
 from .generation.async_stream import AsyncGenerationStream
-from .generation.defaults import SamplingDefaults
+from .generation.defaults import GENERATION_CONFIG, SamplingDefaults
 from .generation.likelihood import LogLikelihood, token_logprobs
 from .generation.result import GenerationResult
 from .generation.scheduler import Scheduler, check_context
@@ -34,8 +34,6 @@ from .prompt.chat_template import ChatTemplate
 from .prompt.encoder import PromptEncoder, RawMedia, TemplateOptions
 from .prompt.tokenizer import Tokenizer, encode_plain
 from .tokens import PromptTokens
-
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
@@ -169,7 +167,9 @@ class OnnxGemma3n:
                 f"The tokenizer in {folder} has {tokens:,} tokens, but the model's vocabulary has "
                 f"{manifest.vocab_size:,}; export the artifact again."
             )
-        template = _load_template(folder) if chat_template is None else ChatTemplate.from_file(Path(chat_template))
+        template = None
+        if chat_template is not None or CHAT_TEMPLATE_FILE in manifest.files:
+            template = ChatTemplate.from_file(Path(chat_template or folder / CHAT_TEMPLATE_FILE))
         engine = Engine(
             folder,
             manifest,
@@ -189,7 +189,7 @@ class OnnxGemma3n:
             template,
             fetch or FetchPolicy(),
             prefix_cache_size,
-            SamplingDefaults.from_folder(folder),
+            SamplingDefaults.from_folder(folder) if GENERATION_CONFIG in manifest.files else SamplingDefaults(),
         )
 
     @overload
@@ -427,8 +427,3 @@ def _of_each(name: str, given: Any, prompts: Sequence[Any]) -> list[Any]:
     if not lists or len(given) != len(prompts):
         raise PromptError(f"In a batch, {name} must be a list of lists, one for each prompt ({len(prompts)} here).")
     return given
-
-
-def _load_template(folder: Path) -> ChatTemplate | None:
-    path = folder / CHAT_TEMPLATE_FILE
-    return ChatTemplate.from_file(path) if path.is_file() else None

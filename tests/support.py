@@ -1,7 +1,9 @@
 """A small model, and the command lines run in this process as their console scripts run them."""
 
 import contextlib
+import hashlib
 import io
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,10 +17,12 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import pytest
 
 from gemma3n_onnx.export.checkpoint.make_checkpoint import make_checkpoint
 from gemma3n_onnx.export.cli import main as export_cli
+from gemma3n_onnx.runtime.artifact import MANIFEST
 from gemma3n_onnx.runtime.cli import commands
 from gemma3n_onnx.runtime.cli import main as runtime_cli
 
@@ -42,6 +46,21 @@ def save_as_transformers(model: "PreTrainedModel", checkpoint: Path, folder: Pat
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("config.json", "model*.safetensors*"))
     model.save_pretrained(folder)
     return folder
+
+
+def record(folder: Path, name: str) -> None:
+    """Gives the manifest of an artifact the size and the checksum that a file now has."""
+    path, content = folder / MANIFEST, (folder / name).read_bytes()
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    path.write_text(json.dumps(manifest))
+
+
+def graph_of(path: Path) -> bytes:
+    """A graph as it is in the file, without the id of its export."""
+    model = onnx.load(path, load_external_data=False)
+    del model.metadata_props[:]
+    return model.SerializeToString()
 
 
 # First lines of a subprocess: one started by a background job would ignore Ctrl-C, as that job does.

@@ -25,7 +25,7 @@ from gemma3n_onnx.export.writer import HashedFile
 from gemma3n_onnx.runtime import Gemma3nError, OnnxGemma3n, OptionError, PromptError
 from gemma3n_onnx.runtime.engine.providers.select import choices
 from gemma3n_onnx.runtime.errors import ArtifactNotFoundError, ContextLengthError
-from support import SMALL, run_command, text_checkpoint
+from support import SMALL, record, run_command, text_checkpoint
 
 WEIGHTS = "model.safetensors"
 STEPS = ("Tracing the decoder", "Writing weights")
@@ -91,12 +91,11 @@ def truncate(file: str, count: int = 100) -> Callable[[Path], None]:
 
 
 def recorded(edit: Callable[[Path], Any], file: str) -> Callable[[Path], None]:
-    """An edit of one file whose new size is in the manifest: the size does not give it away."""
+    """An edit of one file whose new size and checksum are in the manifest: they do not give it away."""
 
     def change(folder: Path) -> None:
         edit(folder)
-        size = (folder / file).stat().st_size
-        rewrite_json("manifest.json", lambda data: data["files"][file].update(bytes=size))(folder)
+        record(folder, file)
 
     return change
 
@@ -156,10 +155,14 @@ def add_token(folder: Path) -> None:
     tokenizer.save(path)
 
 
-def index_missing_shard(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-    shard = "model-00001-of-00002.safetensors"
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+def index_shard(name: str) -> Callable[[Path], None]:
+    """An index of one shard that is not there."""
+
+    def edit(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+
+    return edit
 
 
 # --- commands ----------------------------------------------------------------------------------------------
@@ -387,7 +390,11 @@ CASES = [
     Case("weights_missing", exporting(remove(WEIGHTS)), (WEIGHTS, "only safetensors")),
     Case("weights_truncated", exporting(truncate(WEIGHTS)), (WEIGHTS, "truncated")),
     Case("weights_not_safetensors", exporting(write(WEIGHTS, b"PK\x03\x04" * 9)), (WEIGHTS, "truncated or no")),
-    Case("weights_shard_missing", exporting(index_missing_shard), ("lacks model-00001-of-00002.safetensors",)),
+    Case(
+        "weights_shard_missing",
+        exporting(index_shard("model-00001-of-00002.safetensors")),
+        ("lacks model-00001-of-00002.safetensors",),
+    ),
     Case(
         "weights_wrong_shape",
         exporting(rewrite_json("config.json", lambda c: c.update(intermediate_size=[256, 128, 256]))),
@@ -650,6 +657,37 @@ CASES = [
         manifest(lambda m: m["per_layer_embeddings"].update(rows=9999)),
         ("per_layer_embeddings.bin", "9999 x 48"),
     ),
+    Case("manifest_table_scale", manifest(lambda m: m["token_embeddings"].update(scale=-8.0)), ("scale is -8.0",)),
+    Case("manifest_nan", manifest(lambda m: m["token_embeddings"].update(scale=math.nan)), ("scale is nan",)),
+    Case("manifest_vocabulary", manifest(lambda m: m.update(vocab_size=10**12)), ("vocab_size is 1000000000000",)),
+    Case("manifest_no_list", manifest(lambda m: m.update(caches="x" * 10**6)), ("caches is 'xxx", "must be a list")),
+    Case(
+        "manifest_output_removed",
+        manifest(lambda m: m["decoder"]["outputs"].pop()),
+        ("decoder.onnx has the output 'present.1.value' in fp32 where the manifest has none",),
+    ),
+    Case("manifest_scorer_outputs_removed", manifest(lambda m: m["scorer"].update(outputs=[])), ("no top_ids",)),
+    Case(
+        "manifest_name_too_long",
+        manifest(lambda m: m["files"].update({"x" * 300: m["files"]["config.json"]})),
+        ("names the file 'xxx", "not in its folder"),
+    ),
+    Case("artifact_name_too_long", lambda _: ["gemma3n", "run", "x" * 300, "Hello"], ("no artifact folder xxx",)),
+    Case("model_name_too_long", exporting_from(lambda _: "x" * 300), ("xxx", "does not exist")),
+    Case("shard_name_too_long", exporting(index_shard("x" * 300)), ("lacks xxx",)),
+    Case("artifact_template_empty", running(write("chat_template.jinja", "")), ("chat_template.jinja has 0 bytes",)),
+    Case(
+        "artifact_template_blank",
+        running(recorded(write("chat_template.jinja", "\n"), "chat_template.jinja")),
+        ("chat_template.jinja is empty",),
+    ),
+    Case(
+        "artifact_template_changed",
+        running(flip_byte("chat_template.jinja")),
+        ("chat_template.jinja is damaged", "--chat-template FILE"),
+    ),
+    Case("artifact_config_changed", running(flip_byte("config.json")), ("config.json is damaged", "SHA-256")),
+    Case("artifact_graph_changed", running(flip_byte("scorer.onnx")), ("scorer.onnx is damaged", "SHA-256")),
     Case(
         "manifest_table_dtype",
         manifest(lambda m: m["token_embeddings"].update(dtype="int3")),

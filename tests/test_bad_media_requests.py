@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from gemma3n_onnx.runtime.engine.ort import Session
 from gemma3n_onnx.runtime.errors import ArtifactError, ContextLengthError, Gemma3nError, MediaError
 from heic import heic
 from media import RATE_HZ, encoded, photo, sound, tone, video, write_wav
-from support import run_command
+from support import record, run_command
 
 GOOD_IMAGE = {"type": "image", "image": photo()}
 GOOD_CLIP = {"type": "audio", "audio": (tone(0.5), RATE_HZ)}
@@ -294,7 +293,7 @@ def test_damage_that_the_sizes_do_not_show_is_told_by_the_first_request_that_nee
     artifact: Path, name: str, damage: Callable[[Path, str], None], service: Service, capfd: pytest.CaptureFixture[str]
 ) -> None:
     damage(artifact, name)
-    record_size(artifact, name)
+    record(artifact, name)
     model = Service(OnnxGemma3n.from_pretrained(artifact), service.answers)
     bad, good = ("image", "clip") if name.startswith("vision") else ("clip", "image")
     for _ in range(2):
@@ -303,10 +302,3 @@ def test_damage_that_the_sizes_do_not_show_is_told_by_the_first_request_that_nee
         assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
         model.assert_answers_as_before("text", good)
     assert capfd.readouterr().err == "", "ONNX Runtime's own report stays silent"
-
-
-def record_size(folder: Path, name: str) -> None:
-    path = folder / "manifest.json"
-    data = json.loads(path.read_text())
-    data["files"][name]["bytes"] = (folder / name).stat().st_size
-    path.write_text(json.dumps(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -338,7 +339,7 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
             raise CheckpointError(f"{folder / INDEX} names {shard!r}, which is not in its folder; download it again.")
     shards = {}
     for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
+        if not os.path.isfile(folder / shard):  # unlike `Path.is_file`, False for a name that is too long
             raise CheckpointNotFoundError(f"{folder} lacks {shard}, which {INDEX} lists; download it again.")
         shards[shard] = SafetensorsFile(folder / shard)
     held = {shard: set(file.names) for shard, file in shards.items()}

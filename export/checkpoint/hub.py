@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def find_folder(model: str | Path, revision: str | None = None, token: str | Non
         CheckpointNotFoundError: no such folder or Hub repository, or no access to it.
         CheckpointError: the download failed, or `revision` is given without a Hub id.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):  # unlike `Path.is_dir`, False for a name that is too long
         if revision is not None:
             raise CheckpointError(f"{path} is a local folder; leave revision {revision!r} out.")
         return path
@@ -32,7 +33,7 @@ def find_folder(model: str | Path, revision: str | None = None, token: str | Non
         if revision is not None:
             raise CheckpointError(f"The checkpoint {DEMO} has no revisions; leave revision {revision!r} out.")
         return _find_demo()
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointNotFoundError(f"{path} is a file; give the checkpoint's folder.")
     if isinstance(model, Path) or not HUB_ID.fullmatch(model):
         raise CheckpointNotFoundError(

@@ -14,10 +14,9 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from gemma3n_onnx.runtime.artifact import Manifest
+from gemma3n_onnx.runtime.artifact import TOKENIZER_FILE, Manifest, verify_checksums
 from gemma3n_onnx.runtime.errors import AnswerSchemaError, OptionError
 from gemma3n_onnx.runtime.generation.logits_processors import LogitsProcessor
-from gemma3n_onnx.runtime.prompt.tokenizer import TOKENIZER_FILE
 
 from .json_schema import Prepared, prepare
 from .patterns import Pattern
@@ -141,6 +140,7 @@ class Grammars:
 
     @functools.cached_property
     def _tokenizer(self) -> LLTokenizer:
+        verify_checksums(self._folder, self._manifest, names=(TOKENIZER_FILE,))
         text = (self._folder / TOKENIZER_FILE).read_text(encoding="utf-8")
         ids = {token["content"]: token["id"] for token in json.loads(text)["added_tokens"]}
         end = ids.get(_END_OF_TURN, self._manifest.eos_token_ids[0])

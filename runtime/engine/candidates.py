@@ -8,6 +8,7 @@ import numpy as np
 
 from gemma3n_onnx.runtime.artifact import Manifest
 
+from .decoder_io import check_signature
 from .ort import Binding, Buffer, Device, Session
 
 Chosen = tuple[np.ndarray, np.ndarray]
@@ -19,6 +20,7 @@ class Candidates:
 
     def __init__(self, folder: Path, manifest: Manifest, provider: Device) -> None:
         self._folder, self._info, self._provider = folder, manifest.candidates, provider
+        self._export_id = manifest.export_id
         self._session: Session | None = None
         self._bound: tuple[Buffer, Binding, Buffer, Buffer] | None = None
 
@@ -34,7 +36,9 @@ class Candidates:
     def _bind(self, logits: Buffer, count: int) -> tuple[Buffer, Binding, Buffer, Buffer]:
         assert self._info is not None
         if self._session is None:
-            self._session = Session(self._folder / self._info.file, self._provider)
+            session = Session(self._folder / self._info.file, self._provider, export_id=self._export_id)
+            check_signature(session, self._info)
+            self._session = session
         if self._bound is None or self._bound[0] is not logits:
             binding, shape = self._session.bind(), (logits.shape[0], 1, count)
             binding.device_input(self._info.inputs[0].name, logits)

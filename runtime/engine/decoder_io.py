@@ -1,7 +1,8 @@
-"""Checks a decoder graph's inputs and outputs at load."""
+"""Checks a graph's inputs and outputs at load."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -11,9 +12,11 @@ from gemma3n_onnx.runtime.artifact import (
     LOGITS,
     PER_LAYER_INPUTS,
     POSITION_IDS,
+    GraphInfo,
     Manifest,
+    TensorInfo,
 )
-from gemma3n_onnx.runtime.errors import ArtifactError
+from gemma3n_onnx.runtime.errors import ArtifactError, shown
 
 from .ort import Session
 
@@ -27,10 +30,10 @@ def logits_of(manifest: Manifest) -> Widths:
 
 
 def check_decoder(
-    session: Session, manifest: Manifest, file: str, outputs: Widths, more_inputs: Widths = MappingProxyType({})
+    session: Session, manifest: Manifest, info: GraphInfo, outputs: Widths, more_inputs: Widths = MappingProxyType({})
 ) -> None:
-    """Raises ArtifactError if the inputs and outputs of the decoder in `file` do not match the manifest. `outputs` are
-    those beside the KV caches, `more_inputs` those beside the ones that every decoder has."""
+    """Raises ArtifactError if the inputs and outputs of a decoder do not match the manifest. `outputs` are those
+    beside the KV caches, `more_inputs` those beside the ones that every decoder has."""
     compute = manifest.compute_dtype
     inputs = {
         INPUTS_EMBEDS: (compute, manifest.token_embeddings.width),
@@ -55,9 +58,25 @@ def check_decoder(
                 complaint = f"has the {kind} {name!r} of width {tensor.shape[-1]} instead of {width}"
             else:
                 continue
-            raise ArtifactError(f"{file} {complaint}; export the artifact again.")
+            raise ArtifactError(f"{info.file} {complaint}; export the artifact again.")
         if kind == "input" and tensors:
             raise ArtifactError(
-                f"{file} has the input {min(tensors)!r}, which the manifest does not describe; "
+                f"{info.file} has the input {min(tensors)!r}, which the manifest does not describe; "
                 "export the artifact again."
             )
+    check_signature(session, info)
+
+
+def check_signature(session: Session, info: GraphInfo) -> None:
+    """Raises ArtifactError if a graph's inputs and outputs are not those that the manifest lists for it."""
+    for kind, wanted, found in (("input", info.inputs, session.inputs), ("output", info.outputs, session.outputs)):
+        for listed, own in itertools.zip_longest(wanted, found):
+            if listed is None or own is None or (listed.name, listed.dtype) != (own.name, own.dtype):
+                raise ArtifactError(
+                    f"{info.file} has the {kind} {_described(own)} where the manifest has {_described(listed)}; "
+                    "export the artifact again."
+                )
+
+
+def _described(tensor: TensorInfo | None) -> str:
+    return "none" if tensor is None else f"{shown(tensor.name)} in {tensor.dtype[:40]}"

@@ -11,6 +11,7 @@ import numpy as np
 from gemma3n_onnx.runtime.artifact import AudioInfo, Manifest, VisionInfo
 from gemma3n_onnx.runtime.errors import ArtifactError, ClosedError, OptionError
 
+from .decoder_io import check_signature
 from .ort import Session
 from .providers.base import ExecutionProvider
 
@@ -25,6 +26,7 @@ class Encoders:
     ) -> None:
         self._folder, self._provider, self._threads = folder, provider, threads
         self._infos, self._quantized = manifest.encoders, bool(manifest.quantization)
+        self._export_id = manifest.export_id
         self._width = manifest.token_embeddings.width
         self._sessions: dict[str, Session] = {}
         self._closed = False
@@ -78,21 +80,12 @@ class Encoders:
             if modality not in self._sessions:
                 self._provider.require(info.compute_dtype, f"The {modality} encoder")
                 session = Session(
-                    self._folder / info.graph.file, self._provider, self._threads, quantized=self._quantized
+                    self._folder / info.graph.file,
+                    self._provider,
+                    self._threads,
+                    export_id=self._export_id,
+                    quantized=self._quantized,
                 )
-                _check_signature(session, info)
+                check_signature(session, info.graph)
                 self._sessions[modality] = session
             return self._sessions[modality]
-
-
-def _check_signature(session: Session, info: VisionInfo | AudioInfo) -> None:
-    for kind, wanted, found in (
-        ("inputs", info.graph.inputs, session.inputs),
-        ("outputs", info.graph.outputs, session.outputs),
-    ):
-        names = [[(tensor.name, tensor.dtype) for tensor in tensors] for tensors in (wanted, found)]
-        if names[0] != names[1]:
-            raise ArtifactError(
-                f"{info.graph.file} has the {kind} {names[1]}, but the manifest says {names[0]}; "
-                "export the artifact again."
-            )

@@ -57,9 +57,14 @@ class Engine:
         self._per_layer = EmbeddingTable(folder, manifest.per_layer_embeddings, manifest.compute_dtype)
         quantized = bool(manifest.quantization)
         self._session = Session(
-            folder / manifest.decoder.file, provider, threads, quantized=quantized, captures=provider.captures_steps
+            folder / manifest.decoder.file,
+            provider,
+            threads,
+            export_id=manifest.export_id,
+            quantized=quantized,
+            captures=provider.captures_steps,
         )
-        check_decoder(self._session, manifest, manifest.decoder.file, logits_of(manifest))
+        check_decoder(self._session, manifest, manifest.decoder, logits_of(manifest))
         self.prefill_graph = PrefillGraph(folder, manifest, provider, threads, memory_budget)
         self._scorer = Scorer(folder, manifest, provider, threads, memory_budget)
         self._allocate = functools.partial(CacheMemory.allocate, manifest.caches, provider)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, TensorInfo
+from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, EXPORT_ID, MANIFEST, TensorInfo
 from gemma3n_onnx.runtime.checks import require_integer
 from gemma3n_onnx.runtime.errors import ArtifactError, ProviderError, RuntimeMissingError
 
@@ -88,10 +88,12 @@ class Session:
         provider: Device,
         threads: int | None = None,
         *,
+        export_id: str | None = None,
         quantized: bool = False,
         captures: bool = False,
     ) -> None:
-        """`quantized`: the graph has quantized weights. `captures`: bindings may capture a run and replay it."""
+        """`export_id`: of the manifest, which the graph must have, too; None for any. `quantized`: the graph has
+        quantized weights. `captures`: bindings may capture a run and replay it."""
         ort = onnxruntime_module()
         options = ort.SessionOptions()
         options.log_severity_level = SILENT
@@ -112,6 +114,12 @@ class Session:
             raise ArtifactError(
                 f"ONNX Runtime cannot load {path} ({_first_line(error)}); copy it again or export the artifact again."
             ) from error
+        own_id = self._session.get_modelmeta().custom_metadata_map.get(EXPORT_ID)
+        if export_id not in (None, own_id):
+            raise ArtifactError(
+                f"{path} is of another export than the {MANIFEST} beside it; copy the whole artifact again, or load it "
+                "again if it was replaced meanwhile."
+            )
         if (active := self._session.get_providers())[0] != provider.ort_name:
             raise ProviderError(
                 f"{provider.ort_name} did not start and ONNX Runtime fell back to {active[0]}; "

@@ -49,8 +49,14 @@ class PrefillGraph:
     def load(self) -> None:
         info = self._manifest.prefill
         assert info is not None
-        session = Session(self._folder / info.file, self._provider, self._threads, quantized=True)
-        check_decoder(session, self._manifest, info.file, outputs={})
+        session = Session(
+            self._folder / info.file,
+            self._provider,
+            self._threads,
+            export_id=self._manifest.export_id,
+            quantized=True,
+        )
+        check_decoder(session, self._manifest, info, outputs={})
         self._session = session
 
     def release(self) -> None:

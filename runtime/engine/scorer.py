@@ -88,10 +88,14 @@ class Scorer:
                 )
             self._require_memory()
             session = Session(
-                self._folder / info.file, self._provider, self._threads, quantized=bool(self._manifest.quantization)
+                self._folder / info.file,
+                self._provider,
+                self._threads,
+                export_id=self._manifest.export_id,
+                quantized=bool(self._manifest.quantization),
             )
             outputs = {TARGET_LOGPROBS: ("fp32", None), TOP_LOGPROBS: ("fp32", None), TOP_IDS: ("int64", None)}
-            check_decoder(session, self._manifest, info.file, outputs, {TARGETS: ("int64", None)})
+            check_decoder(session, self._manifest, info, outputs, {TARGETS: ("int64", None)})
             self.session = session
         return self.session
 

@@ -43,7 +43,9 @@ class ChatTemplate:
     """A checkpoint's chat template: sandboxed jinja2 with Hugging Face's extensions."""
 
     def __init__(self, source: str, name: str = "The chat template") -> None:
-        """ChatTemplateError: the template is not valid jinja2; `name` is how the message calls it."""
+        """ChatTemplateError: the template is empty or not valid jinja2; `name` is how the message calls it."""
+        if not source.strip():
+            raise ChatTemplateError(f"{name} is empty; give another one.")
         self.source = source
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]

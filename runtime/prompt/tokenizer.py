@@ -10,10 +10,10 @@ from typing import Any, Self
 import numpy as np
 import tokenizers
 
+from gemma3n_onnx.runtime.artifact import TOKENIZER_FILE
 from gemma3n_onnx.runtime.checks import is_integer
 from gemma3n_onnx.runtime.errors import ArtifactError, PromptError
 
-TOKENIZER_FILE = "tokenizer.json"
 BOS_TOKEN, EOS_TOKEN = "<bos>", "<eos>"
 
 

@@ -21,6 +21,7 @@ from gemma3n_onnx.runtime.engine.candidates import in_order
 from gemma3n_onnx.runtime.engine.providers.cpu import CPUProvider
 from gemma3n_onnx.runtime.engine.steps import DeviceSteps
 from oracle import LONG, TOLERANCE, WINDOW, assert_close, generate_greedily, random_prompt
+from support import record
 
 STEPS = 24
 WIDE = {ir.DataType.BFLOAT16: ir.DataType.FLOAT}
@@ -149,9 +150,9 @@ def widen(folder: Path) -> None:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     ir.save(graph, folder / "decoder.onnx")
-    manifest["files"]["decoder.onnx"]["bytes"] = (folder / "decoder.onnx").stat().st_size
     manifest["compute_dtype"] = "fp32"
     decoder = manifest["decoder"]
     for tensor in (*decoder["inputs"], *decoder["outputs"], *manifest["caches"]):
         tensor["dtype"] = {"bf16": "fp32"}.get(tensor["dtype"], tensor["dtype"])
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    record(folder, "decoder.onnx")

@@ -19,6 +19,7 @@ import pytest
 from llguidance import LLMatcher
 from pydantic import AnyUrl, BaseModel, ConfigDict, Field, HttpUrl, RootModel, SecretStr, StringConstraints
 
+from gemma3n_onnx.runtime.artifact import sha256_of
 from gemma3n_onnx.runtime.constraints.grammar import Constraint, Grammars
 from gemma3n_onnx.runtime.constraints.json_schema import embed, prepare
 from gemma3n_onnx.runtime.constraints.patterns import Pattern
@@ -133,7 +134,11 @@ OBJECTS = [case for case in CASES if case["schema"].get("type") != "array"]
 def grammars() -> Grammars:
     text = json.loads((DEMO / "tokenizer.json").read_text("utf-8"))
     ids = {token["content"]: token["id"] for token in text["added_tokens"]} | text["model"]["vocab"]
-    manifest = SimpleNamespace(eos_token_ids=[ids["<eos>"], ids["<end_of_turn>"]], vocab_size=max(ids.values()) + 1)
+    manifest = SimpleNamespace(
+        eos_token_ids=[ids["<eos>"], ids["<end_of_turn>"]],
+        vocab_size=max(ids.values()) + 1,
+        files={"tokenizer.json": SimpleNamespace(sha256=sha256_of(DEMO / "tokenizer.json"))},
+    )
     return Grammars(DEMO, manifest)  # type: ignore[arg-type]
 
 
