@@ -13,11 +13,14 @@ def choose_chat_template(checkpoint: Checkpoint, file: Path | None) -> str | Non
     """Jinja source of the given file, else of the checkpoint's template; None without either.
 
     Raises:
-        ChatTemplateError: the template cannot be read or compiled. CheckpointError: the checkpoint's is not text.
+        ChatTemplateError: the template cannot be read, compiled, or rendered within its limits. CheckpointError: the
+            checkpoint's is not text.
     """
     if file is not None:
-        return ChatTemplate.from_file(file).source
-    source = checkpoint.chat_template()
-    if source is not None:
-        ChatTemplate(source, f"The chat template of {checkpoint.folder}")
-    return source
+        template = ChatTemplate.from_file(file)
+    elif (source := checkpoint.chat_template()) is not None:
+        template = ChatTemplate(source, f"The chat template of {checkpoint.folder}")
+    else:
+        return None
+    template.check_limits()
+    return template.source

@@ -460,13 +460,13 @@ def _check_consistency(manifest: Manifest, path: Path) -> None:
         require(0 <= token_id < manifest.vocab_size, f"token id {token_id} is outside the vocabulary")
     for graph in manifest.graphs:
         require(graph.file in manifest.files, f"the graph {shown(graph.file)} is not among the files")
-    if (graph := manifest.candidates) is not None:
-        widths = [tensor.shape[-1:] for tensor in graph.outputs]
-        require(len(graph.inputs) == 1 and len(widths) == 2, f"{graph.file} does not have one input and two outputs")
-        require(_are_sizes(widths), f"the outputs of {graph.file} have no fixed width")
-    if (graph := manifest.scorer) is not None:
-        widths = [tensor.shape[-1:] for tensor in graph.outputs if tensor.name == TOP_IDS]
-        require(len(widths) == 1 and _are_sizes(widths), f"{graph.file} has no {TOP_IDS} of a fixed width")
+    if (top := manifest.candidates) is not None:
+        widths = [tensor.shape[-1:] for tensor in top.outputs]
+        require(len(top.inputs) == 1 and len(widths) == 2, f"{top.file} does not have one input and two outputs")
+        require(_are_sizes(widths), f"the outputs of {top.file} have no fixed width")
+    if (scorer := manifest.scorer) is not None:
+        widths = [tensor.shape[-1:] for tensor in scorer.outputs if tensor.name == TOP_IDS]
+        require(len(widths) == 1 and _are_sizes(widths), f"{scorer.file} has no {TOP_IDS} of a fixed width")
     for name, wanted in (("compute_dtype", FLOAT_DTYPES), ("storage", FLOAT_DTYPES), ("logits", ("last", "all"))):
         value = getattr(manifest, name)
         require(value in wanted, f"{name} is {shown(value)}, but must be {' or '.join(wanted)}")

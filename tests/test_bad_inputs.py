@@ -479,6 +479,16 @@ CASES = [
         ("The chat template of", "not valid Jinja"),
     ),
     Case(
+        "chat_template_endless",
+        exporting(write("chat_template.jinja", 2 * "{% for _ in range(99999) %}" + 2 * "{% endfor %}")),
+        ("The chat template of", "takes more than 1,000,000 steps"),
+    ),
+    Case(
+        "chat_template_option_huge",
+        lambda w: [*exporting()(w), "--chat-template", w.file("my.jinja", "{{ 'x' * 10**10 }}")],
+        ("my.jinja cannot be used", "more than 67,108,864 characters", "give another"),
+    ),
+    Case(
         "chat_template_option_missing_before_the_model_is_opened",
         lambda w: [*exporting_from(lambda _: "/no/such/folder")(w), "--chat-template", "no.jinja"],
         ("no.jinja", "No such file", "Jinja file"),

@@ -12,11 +12,15 @@ from typing import Any, Self
 import jinja2
 from jinja2 import meta
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gemma3n_onnx.runtime.errors import ChatTemplateError, PromptError
 
+from .template_sandbox import MAX_SOURCE, BoundedEnvironment, LimitError, render_bounded
 from .tokenizer import BOS_TOKEN, EOS_TOKEN
+
+_SAMPLE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+_LONGEST_REASON = 500
+_LONGEST_DATE = 100
 
 
 class _GenerationBlock(Extension):
@@ -34,6 +38,12 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+def _strftime_now(form: str) -> str:
+    if len(form) > _LONGEST_DATE:
+        raise jinja2.TemplateError(f"a date format has at most {_LONGEST_DATE} characters")
+    return datetime.now().strftime(form)
+
+
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
     """JSON without the HTML escaping of jinja2's own filter."""
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
@@ -46,17 +56,16 @@ class ChatTemplate:
         """ChatTemplateError: the template is empty or not valid jinja2; `name` is how the message calls it."""
         if not source.strip():
             raise ChatTemplateError(f"{name} is empty; give another one.")
-        self.source = source
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
-        )
-        environment.filters["tojson"] = _to_json
+        self.source, self.name = source, name
+        if len(source) > MAX_SOURCE:
+            raise ChatTemplateError(f"{name} has more than {MAX_SOURCE:,} characters; give another one.")
+        environment = BoundedEnvironment({"tojson": _to_json}, ["jinja2.ext.loopcontrols", _GenerationBlock])
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
             self.reads_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
-        except (jinja2.TemplateError, RecursionError) as error:
+        except Exception as error:  # Python's compiler of the template's code can raise, too
             raise ChatTemplateError(f"{name} is not valid Jinja ({error}); correct it, or give another one.") from error
 
     @classmethod
@@ -70,6 +79,16 @@ class ChatTemplate:
             raise ChatTemplateError(
                 f"The chat template {path} cannot be read ({error.strerror}); give the path of a Jinja file."
             ) from error
+
+    def check_limits(self) -> None:
+        """Raises ChatTemplateError if the template runs too long or makes too much even for a short conversation."""
+        try:
+            self.render(_SAMPLE)
+        except PromptError as error:  # a template may reject these roles or this content
+            if isinstance(error.__cause__, LimitError):
+                raise ChatTemplateError(
+                    f"{self.name} cannot be used: {error.__cause__} for a conversation of two words; give another one."
+                ) from error
 
     def render(
         self,
@@ -85,7 +104,8 @@ class ChatTemplate:
         PromptError: the template rejects them, for example because roles do not alternate.
         """
         try:
-            return self._template.render(
+            return render_bounded(
+                self._template,
                 {
                     **(variables or {}),
                     "messages": messages,
@@ -94,8 +114,8 @@ class ChatTemplate:
                     "documents": None,
                     "bos_token": BOS_TOKEN,
                     "eos_token": EOS_TOKEN,
-                }
+                },
             )
         except Exception as error:  # template expressions can raise anything
-            reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
+            reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")[:_LONGEST_REASON]
             raise PromptError(f"The chat template rejects these messages: {reason}.") from error
