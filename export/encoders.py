@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from gemma3n_onnx.graphs import audio, names, vision
-from gemma3n_onnx.graphs.config import ConfigError
+from gemma3n_onnx.graphs.config import SMALLEST, ConfigError, count, number
 from gemma3n_onnx.graphs.embedder import MultimodalEmbedder
 from gemma3n_onnx.graphs.embedding import HardRows
 
@@ -24,7 +24,6 @@ from .weights import as_torch, check_shape, cut_blocks
 Shapes = Mapping[str, tuple[int, ...]]
 # The encoder output, which is an input of the embedding graph, by modality.
 FEATURES = {"vision": names.IMAGE_FEATURES, "audio": names.AUDIO_FEATURES}
-EMBEDDER_KEYS = ("vocab_size", "vocab_offset", "hidden_size", "rms_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -128,12 +127,14 @@ def find_hard_tokens(checkpoint: Checkpoint) -> HardTokens | None:
     for modality, (_, module) in reversed(ENCODER_MODULES.items()):
         section = checkpoint.config.get(f"{modality}_config")
         section = section if isinstance(section, dict) else {}
-        vocab, offset, hidden, eps = (section.get(key, 0) for key in EMBEDDER_KEYS)
-        if not all(isinstance(value, int | float) and value > 0 for value in (vocab, offset, hidden, eps)):
-            raise CheckpointError(
-                f"{modality}_config lacks one of {', '.join(EMBEDDER_KEYS)}, or it is not a positive number; download "
-                "config.json again."
-            )
+        try:
+            vocab, offset, hidden = (count(section, key) for key in ("vocab_size", "vocab_offset", "hidden_size"))
+            eps = number(section, "rms_norm_eps", SMALLEST, 1)
+        except KeyError as error:
+            raise CheckpointError(f"{modality}_config has no {error.args[0]}; download config.json again.") from error
+        except ConfigError as error:
+            reason = str(error).rstrip(".")
+            raise CheckpointError(f"{modality}_config: {reason}; download config.json again.") from error
         if first is not None and offset != first - vocab:
             raise CheckpointError(
                 f"{modality}_config has vocab_offset {offset} instead of {first - vocab}; download config.json again."

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .config import ConfigError, count
+from .config import LARGEST, MOST, MOST_LAYERS, SMALLEST, ConfigError, count, number
 from .embedder import MultimodalEmbedder
 from .layers import Linear, RMSNorm, Weight
 from .repeated import repeated
 
+_MOST_STEPS = 1024
 _EPS = 1e-6  # of the norms that ignore `rms_norm_eps`
 _CLAMP = 1e10
 _VOCAB_OFFSET = 262_144 + 128  # text and vision
@@ -65,6 +66,10 @@ class AudioConfig:
             raise ConfigError(
                 f"The audio encoder's hidden_size is {self.hidden_size}; it must be even and a multiple of its "
                 f"{self.num_heads} heads."
+            )
+        if self.chunk_size > _MOST_STEPS:  # the mask of a chunk has its square
+            raise ConfigError(
+                f"conf_attention_chunk_size is {self.chunk_size}; only chunks of up to {_MOST_STEPS} are implemented."
             )
         if not 1 <= self.context_left <= self.chunk_size + 1:
             raise ConfigError(
@@ -112,11 +117,7 @@ class AudioConfig:
         if (right := audio.get("conf_attention_context_right", 0)) != 0:
             raise ConfigError(f"conf_attention_context_right is {right!r}; only 0 is implemented.")
         try:
-            if (clamp := float(audio.get("gradient_clipping", _CLAMP))) < _CLAMP:
-                raise ConfigError(f"gradient_clipping is {clamp:g}; only {_CLAMP:g} or more is implemented.")
-            cap = float(audio.get("conf_attention_logit_cap", cls.logit_cap))
-            if not cap > 0:
-                raise ConfigError(f"conf_attention_logit_cap is {cap:g}; it must be above 0.")
+            number(audio, "gradient_clipping", _CLAMP, LARGEST, _CLAMP)  # values below are not implemented
             vocab_size = _count(audio, "vocab_size", cls.vocab_size)
             first = _count(audio, "vocab_offset", _VOCAB_OFFSET)
             vocabulary = _count(text, "vocab_size", first + vocab_size)
@@ -130,18 +131,18 @@ class AudioConfig:
                 mel_bins=_count(audio, "input_feat_size", cls.mel_bins),
                 hidden_size=_count(audio, "hidden_size", cls.hidden_size),
                 num_heads=_count(audio, "conf_num_attention_heads", cls.num_heads),
-                num_layers=_count(audio, "conf_num_hidden_layers", cls.num_layers),
+                num_layers=_count(audio, "conf_num_hidden_layers", cls.num_layers, MOST_LAYERS),
                 chunk_size=_count(audio, "conf_attention_chunk_size", cls.chunk_size),
                 context_left=_count(audio, "conf_attention_context_left", cls.context_left),
-                logit_cap=cap,
+                logit_cap=number(audio, "conf_attention_logit_cap", SMALLEST, LARGEST, cls.logit_cap),
                 conv_kernel_size=_count(audio, "conf_conv_kernel_size", cls.conv_kernel_size),
                 reduction_factor=_count(audio, "conf_reduction_factor", cls.reduction_factor),
-                residual_weight=float(audio.get("conf_residual_weight", cls.residual_weight)),
-                rms_norm_eps=float(audio.get("rms_norm_eps", cls.rms_norm_eps)),
+                residual_weight=number(audio, "conf_residual_weight", -LARGEST, LARGEST, cls.residual_weight),
+                rms_norm_eps=number(audio, "rms_norm_eps", 0, 1, cls.rms_norm_eps),
                 subsample_channels=_counts(audio, "sscp_conv_channel_size", cls.subsample_channels),
                 subsample_kernels=_pairs(audio, "sscp_conv_kernel_size", cls.subsample_kernels),
                 subsample_strides=_pairs(audio, "sscp_conv_stride_size", cls.subsample_strides),
-                group_norm_eps=float(audio.get("sscp_conv_group_norm_eps", cls.group_norm_eps)),
+                group_norm_eps=number(audio, "sscp_conv_group_norm_eps", 0, 1, cls.group_norm_eps),
             )
         except ConfigError:
             raise
@@ -149,8 +150,8 @@ class AudioConfig:
             raise ConfigError(f"A value of the audio config has the wrong type ({error}).") from error
 
 
-def _count(values: Mapping[str, Any], key: str, default: int | None) -> int:
-    return count({key: values.get(key, default)}, key)
+def _count(values: Mapping[str, Any], key: str, default: int | None, most: int = MOST) -> int:
+    return count({key: values.get(key, default)}, key, most)
 
 
 def _counts(values: Mapping[str, Any], key: str, default: Sequence[int]) -> tuple[int, ...]:

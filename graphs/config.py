@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
+MOST = 1 << 24
+"""The largest size or count of a config; the largest of Gemma 3n is its vocabulary, 262,400."""
+MOST_LAYERS = 1024
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Bounds of a number that only has to be positive."""
+_MOST_SPARSE = 0.9999
 Logits = Literal["last", "all"]
 """The positions that a decoder returns logits of."""
 
@@ -101,7 +108,7 @@ class TextConfig:
             if (value := text.get(key, wanted)) != wanted:
                 raise ConfigError(f"{key} is {value!r}; only {wanted!r} is implemented.")
         try:
-            layers = count(text, "num_hidden_layers")
+            layers = count(text, "num_hidden_layers", MOST_LAYERS)
             width = text["intermediate_size"]
             sparsity = text.get("activation_sparsity_pattern")
             if sparsity is None:
@@ -123,37 +130,56 @@ class TextConfig:
                 head_dim=count(text, "head_dim"),
                 layer_types=_layer_types(text, layers),
                 num_kv_shared_layers=int(text["num_kv_shared_layers"]),
-                activation_sparsity=tuple(float(s) for s in sparsity),
+                activation_sparsity=tuple(
+                    number({"activation_sparsity": s}, "activation_sparsity", 0, _MOST_SPARSE) for s in sparsity
+                ),
                 sliding_window=count(text, "sliding_window"),
                 rope_theta_full=_rope_theta(text, FULL, "rope_theta", 1_000_000.0),
                 rope_theta_sliding=_rope_theta(text, SLIDING, "rope_local_base_freq", 10_000.0),
-                rms_norm_eps=float(text["rms_norm_eps"]),
+                rms_norm_eps=number(text, "rms_norm_eps", 0, 1),
                 laurel_rank=count(text, "laurel_rank"),
                 altup_num_inputs=count(text, "altup_num_inputs"),
                 altup_active_idx=text["altup_active_idx"],
                 altup_correct_scale=text.get("altup_correct_scale", True),
-                final_logit_softcapping=text.get("final_logit_softcapping", 30.0),
+                final_logit_softcapping=(
+                    None
+                    if text.get("final_logit_softcapping", 30.0) is None
+                    else number(text, "final_logit_softcapping", SMALLEST, LARGEST, 30.0)
+                ),
                 max_position_embeddings=count(text, "max_position_embeddings"),
             )
         except KeyError as error:
             raise ConfigError(f"The Gemma 3n text config has no {error.args[0]!r}.") from error
         except ConfigError:
             raise
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigError(f"A value of the Gemma 3n text config has the wrong type ({error}).") from error
 
 
-def count(values: Mapping[str, Any], key: str) -> int:
-    """`values[key]`, a positive integer.
+def count(values: Mapping[str, Any], key: str, most: int = MOST) -> int:
+    """`values[key]`, an integer from 1 to `most`.
 
     Raises:
-        ConfigError: it is not a positive integer.
+        ConfigError: it is not.
         KeyError: it is missing.
     """
     value = values[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key} is {value!r}; it must be a positive whole number.")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ConfigError(f"{key} is {reprlib.repr(value)}; it must be a positive whole number up to {most:,}.")
     return value
+
+
+def number(values: Mapping[str, Any], key: str, low: float, high: float, default: float | None = None) -> float:
+    """`values[key]`, or the default, a number from `low` to `high`.
+
+    Raises:
+        ConfigError: it is not.
+        KeyError: it is missing, and there is no default.
+    """
+    value = values[key] if default is None else values.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:  # NaN is not
+        raise ConfigError(f"{key} is {reprlib.repr(value)}; it must be a number from {low:g} to {high:g}.")
+    return float(value)
 
 
 def _layer_types(text: Mapping[str, Any], layers: int) -> tuple[str, ...]:
@@ -174,4 +200,4 @@ def _rope_theta(text: Mapping[str, Any], kind: str, flat_key: str, default: floa
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     if rope_type != "default":
         raise ConfigError(f"rope_type of the {kind} layers is {rope_type!r}; only 'default' is implemented.")
-    return float(parameters.get("rope_theta", text.get(flat_key, default)))
+    return number({flat_key: parameters.get("rope_theta", text.get(flat_key, default))}, flat_key, 1, LARGEST)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .config import ConfigError, count
+from .config import ConfigError, count, number
 from .embedder import MultimodalEmbedder
 from .layers import Linear, RMSNorm, Weight
 from .repeated import repeated
@@ -131,15 +131,15 @@ class VisionConfig:
             raise ConfigError("do_pooling of vision_config is set; only an unpooled feature map is implemented.")
         arguments = vision.get("model_args") or {}
         if not isinstance(arguments, Mapping) or arguments.keys() - {"channel_multiplier"}:
-            raise ConfigError(f"model_args of vision_config is {arguments!r}; only channel_multiplier is implemented.")
+            raise ConfigError("model_args of vision_config has other keys than channel_multiplier, or is no object.")
         try:
             return cls(
                 hidden_size=count(vision, "hidden_size"),
                 text_hidden_size=count(text, "hidden_size"),
                 vocab_size=count(vision, "vocab_size"),
-                rms_norm_eps=float(vision.get("rms_norm_eps", 1e-6)),
+                rms_norm_eps=number(vision, "rms_norm_eps", 0, 1, 1e-6),
                 soft_tokens=count(config, "vision_soft_tokens_per_image"),
-                channel_multiplier=float(arguments.get("channel_multiplier", 1.0)),
+                channel_multiplier=number(arguments, "channel_multiplier", 1 / 64, 64, 1.0),
             )
         except KeyError as error:
             raise ConfigError(f"The Gemma 3n vision config has no {error.args[0]!r}.") from error

@@ -109,7 +109,7 @@ class CacheInfo:
 
     def __post_init__(self) -> None:
         tokens = (1, _LARGEST["tokens"])
-        _require_ranges(self, layer=(0, _LARGEST["layers"]), kv_heads=(1, 1024), head_dim=(1, _LARGEST["width"]))
+        _require_ranges(self, layer=(0, _LARGEST["layers"]), kv_heads=(1, 1 << 16), head_dim=(1, _LARGEST["width"]))
         _require_ranges(self, window=tokens, attention_window=tokens)
 
 

@@ -383,6 +383,26 @@ CASES = [
         ("hidden_size is 'wide'", "positive whole number"),
     ),
     Case(
+        "config_sparsity",
+        exporting(rewrite_json("config.json", lambda c: c.update(activation_sparsity_pattern=10**12))),
+        ("activation_sparsity is 1000000000000", "from 0 to 0.9999"),
+    ),
+    Case(
+        "config_layers",
+        exporting(rewrite_json("config.json", lambda c: c.update(num_hidden_layers=10**9))),
+        ("num_hidden_layers is 1000000000", "up to 1,024"),
+    ),
+    Case(
+        "config_norm_is_nan",
+        exporting(rewrite_json("config.json", lambda c: c.update(rms_norm_eps=math.nan))),
+        ("rms_norm_eps is nan",),
+    ),
+    Case(
+        "checkpoint_link_to_the_environment",
+        exporting(lambda folder: (folder / "special_tokens_map.json").symlink_to("/proc/self/environ")),
+        ("special_tokens_map.json is a link to a file elsewhere",),
+    ),
+    Case(
         "config_text_config_no_object",
         exporting(rewrite_json("config.json", lambda c: c.update(text_config=3))),
         ("text_config is not an object",),

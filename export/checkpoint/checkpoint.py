@@ -14,6 +14,7 @@ import tokenizers
 
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
 from gemma3n_onnx.graphs.config import ConfigError, TextConfig
+from gemma3n_onnx.runtime.artifact import is_own_file
 
 from .hub import SLICE_TABLE, find_folder
 from .peft_names import ADAPTER_CONFIG, MERGE, plain_names
@@ -81,9 +82,10 @@ class Checkpoint:
         """Opens a local folder; see `open` for the errors."""
         self.folder = folder
         self.name = name or folder.resolve().name
-        if not (folder / "config.json").is_file():
+        config = _companion(folder, "config.json")
+        if config is None:
             raise _not_found(folder, "config.json; give the folder of a Hugging Face checkpoint")
-        self.config = _read_json(folder / "config.json")
+        self.config = _read_json(config)
         try:
             self.text_config = TextConfig.from_hf(self.config)
         except ConfigError as error:
@@ -173,8 +175,9 @@ class Checkpoint:
         return f"{self.naming.encoders}{name}"
 
     def tokenizer_files(self) -> list[Path]:
-        """The existing tokenizer and processor files, which an export copies."""
-        return [path for name in TOKENIZER_FILES if (path := self.folder / name).is_file()]
+        """The existing tokenizer and processor files, which an export copies. CheckpointError: one is a link to a file
+        elsewhere."""
+        return [path for name in TOKENIZER_FILES if (path := _companion(self.folder, name)) is not None]
 
     @property
     def slice_table(self) -> Path | None:
@@ -184,15 +187,16 @@ class Checkpoint:
 
     def chat_template(self) -> str | None:
         """The Jinja source of the (default) chat template, from whichever file has it."""
-        jinja = self.folder / "chat_template.jinja"
-        if jinja.is_file():
+        if (jinja := _companion(self.folder, "chat_template.jinja")) is not None:
             try:
                 return jinja.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise CheckpointError(f"{jinja} is not UTF-8 text; download it again.") from error
         for name in ("tokenizer_config.json", "chat_template.json"):
-            path = self.folder / name
-            template = _read_json(path).get("chat_template") if path.is_file() else None
+            path = _companion(self.folder, name)
+            if path is None:
+                continue
+            template = _read_json(path).get("chat_template")
             if isinstance(template, list):
                 named = [entry for entry in template if isinstance(entry, dict)]
                 template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
@@ -205,8 +209,8 @@ class Checkpoint:
 
     def generation_config(self) -> dict[str, Any]:
         """The content of generation_config.json; empty if there is none."""
-        path = self.folder / "generation_config.json"
-        return _read_json(path) if path.is_file() else {}
+        path = _companion(self.folder, "generation_config.json")
+        return {} if path is None else _read_json(path)
 
     def processor_config(self, part: str) -> dict[str, Any]:
         """Settings of `image_processor` or `feature_extractor`; empty if no file has them.
@@ -214,8 +218,8 @@ class Checkpoint:
         transformers 5 nests them in processor_config.json; earlier releases mix both in preprocessor_config.json.
         """
         for name in ("processor_config.json", "preprocessor_config.json"):
-            path = self.folder / name
-            settings = _read_json(path) if path.is_file() else {}
+            path = _companion(self.folder, name)
+            settings = {} if path is None else _read_json(path)
             settings = settings.get(part, settings)
             if not isinstance(settings, dict):
                 raise CheckpointError(f"The {part} of {path} is not an object; download it again.")
@@ -224,9 +228,10 @@ class Checkpoint:
         return {}
 
     def check_tokenizer(self) -> None:
-        """Raises CheckpointError if the runtime could not read the tokenizer or the chat template."""
-        path = self.folder / TOKENIZER
-        if not path.is_file():
+        """Raises CheckpointError if the runtime could not read the tokenizer or the chat template, or if a file to copy
+        is a link to one elsewhere."""
+        path = _companion(self.folder, TOKENIZER)
+        if path is None:
             raise CheckpointNotFoundError(f"{self.folder} has no {TOKENIZER}, which the artifact needs; download it.")
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -239,6 +244,7 @@ class Checkpoint:
                 "the tokenizer of this checkpoint, or save the model after model.resize_token_embeddings."
             )
         self.chat_template()
+        self.tokenizer_files()
 
     def _tensor(self, name: str) -> _Tensor:
         try:
@@ -347,6 +353,20 @@ def _open_files(folder: Path) -> dict[str, SafetensorsFile]:
         if name not in held[shard]:
             raise CheckpointError(f"{folder / shard} lacks {name}, which {INDEX} lists; download it again.")
     return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def _companion(folder: Path, name: str) -> Path | None:
+    """A file whose content an artifact repeats, if the checkpoint has it.
+
+    Raises:
+        CheckpointError: it is a link to a file elsewhere, which an artifact would publish.
+    """
+    path = folder / name
+    if not path.is_file():
+        return None
+    if not is_own_file(path):
+        raise CheckpointError(f"{path} is a link to a file elsewhere; copy that file into the folder.")
+    return path
 
 
 def _not_found(folder: Path, lacking: str) -> CheckpointNotFoundError:

@@ -11,6 +11,7 @@ import tokenizers
 
 from gemma3n_onnx.export.errors import CheckpointError
 from gemma3n_onnx.runtime.artifact import LogMelInfo, SoftTokens
+from gemma3n_onnx.runtime.errors import shown
 
 from .checkpoint import ENCODER_MODULES, TOKENIZER, Checkpoint
 
@@ -75,9 +76,13 @@ def image_settings(checkpoint: Checkpoint) -> ImageSettings:
     chosen = next((side for side in IMAGE_SIZES if sides == [side, side]), None)
     if chosen is None:
         raise CheckpointError(
-            f"The image processor's size is {size}; supported are squares of {', '.join(map(str, IMAGE_SIZES))} pixels."
+            f"The image processor's size is {shown(size)}; supported are squares of "
+            f"{', '.join(map(str, IMAGE_SIZES))} pixels."
         )
-    return ImageSettings(chosen, float(settings["rescale_factor"]))
+    rescale = settings["rescale_factor"]
+    if not isinstance(rescale, int | float) or not 0 < rescale <= 1:
+        raise CheckpointError(f"The image processor's rescale_factor is {shown(rescale)}; it must be from 0 to 1.")
+    return ImageSettings(chosen, float(rescale))
 
 
 def log_mel_settings(checkpoint: Checkpoint) -> LogMelInfo:
@@ -85,14 +90,18 @@ def log_mel_settings(checkpoint: Checkpoint) -> LogMelInfo:
     settings = _settings(checkpoint, "feature_extractor", _AUDIO, _FIXED_AUDIO)
     try:
         return log_mel_info(settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"A value of the feature extractor has the wrong type ({error}); download the checkpoint again."
+            f"A value of the feature extractor cannot be used ({error}); download the checkpoint again."
         ) from error
 
 
 def log_mel_info(settings: Mapping[str, Any]) -> LogMelInfo:
-    """The log-mel parameters of a feature extractor. Raises TypeError or ValueError for a value of the wrong type."""
+    """The log-mel parameters of a feature extractor.
+
+    Raises:
+        TypeError, ValueError, OverflowError: a value has the wrong type, or is out of range.
+    """
     rate = int(settings["sampling_rate"])
     frame = int(settings.get("frame_length") or round(rate * settings["frame_length_ms"] / 1000))
     hop = int(settings.get("hop_length") or round(rate * settings["hop_length_ms"] / 1000))
@@ -132,13 +141,16 @@ def soft_tokens(checkpoint: Checkpoint, modality: str) -> SoftTokens:
             )
     backend = tokenizers.Tokenizer.from_file(str(checkpoint.folder / TOKENIZER))
     soft, start, end = (_token(backend, key, token_id) for key, token_id in zip(keys, values[:3]))
-    return SoftTokens(token=soft, token_id=values[0], count=values[3], prefix=f"\n\n{start}", suffix=f"{end}\n\n")
+    try:
+        return SoftTokens(token=soft, token_id=values[0], count=values[3], prefix=f"\n\n{start}", suffix=f"{end}\n\n")
+    except ValueError as error:
+        raise CheckpointError(f"The soft tokens of {modality}: {error}; download config.json again.") from error
 
 
 def _positive(checkpoint: Checkpoint, key: str) -> int:
     value = checkpoint.config.get(key)
     if type(value) is not int or value < 1:
-        raise CheckpointError(f"config.json has {value!r} for {key}; download the checkpoint again.")
+        raise CheckpointError(f"config.json has {shown(value)} for {key}; download the checkpoint again.")
     return value
 
 
@@ -156,7 +168,7 @@ def _settings(checkpoint: Checkpoint, part: str, defaults: Mapping[str, Any], fi
     for key in fixed:
         if settings[key] != (wanted := defaults[key]):
             raise CheckpointError(
-                f"The {part.replace('_', ' ')} of the checkpoint has {key} {settings[key]!r}; only {wanted!r} is "
+                f"The {part.replace('_', ' ')} of the checkpoint has {key} {shown(settings[key])}; only {wanted!r} is "
                 "implemented."
             )
     return settings

@@ -14,6 +14,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
 from gemma3n_onnx.export.checkpoint.checkpoint import INDEX, WEIGHTS, Checkpoint
+from gemma3n_onnx.export.checkpoint.processor import log_mel_settings
 from gemma3n_onnx.export.checkpoint.safetensors_file import SafetensorsFile, TensorSpec
 from gemma3n_onnx.export.errors import CheckpointError, CheckpointNotFoundError
 from support import text_checkpoint
@@ -370,6 +371,40 @@ def test_the_chat_template_is_found_wherever_it_is(small: Path) -> None:
     assert Checkpoint.open(small).chat_template() == "from list"
     edit_json(small / "tokenizer_config.json", chat_template="from config")
     assert Checkpoint.open(small).chat_template() == "from config"
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "generation_config.json", "tokenizer.json", "config.json"])
+def test_only_files_of_the_checkpoint_are_copied(small: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (small / name).unlink(missing_ok=True)
+    (small / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=f"{name} is a link to a file elsewhere"):
+        Checkpoint.open(small).check_tokenizer()
+
+
+def test_a_snapshot_of_the_hugging_face_cache_is_a_checkpoint(small: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--maker--gemma" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    small.rename(snapshot.parent.parent / "blobs")
+    for blob in (snapshot.parent.parent / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    checkpoint = Checkpoint.open(snapshot)
+    assert len(checkpoint.tokenizer_files()) == 4 and checkpoint.chat_template()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"frame_length": 10**12}, "frame_length is|fft_length is"),
+        ({"max_frequency": 0.0}, "max_frequency_hz is 0.0"),
+        ({"hop_length": float("inf")}, "infinity"),
+        ({"feature_size": [128]}, "list"),
+    ],
+)
+def test_a_feature_extractor_out_of_range_is_refused(settings: dict[str, Any], reason: str) -> None:
+    checkpoint = SimpleNamespace(processor_config=lambda _: {"sampling_rate": 16_000} | settings)
+    with pytest.raises(CheckpointError, match=f"feature extractor cannot be used .*({reason})"):
+        log_mel_settings(checkpoint)  # type: ignore[arg-type]
 
 
 def test_tokenizer_files_are_those_present(small: Path) -> None:

@@ -148,7 +148,7 @@ def cut_rows(count: int) -> Edit:
         ({"processor": put({"height": 256, "width": 512}, "size")}, "256, 512, 768"),
         ({"processor": put(0.1, "dither")}, "dither 0.1"),
         ({"processor": put([1.0] * 128, "per_bin_mean")}, "per_bin_mean"),
-        ({"processor": put("fast", "hop_length")}, "wrong type"),
+        ({"processor": put("fast", "hop_length")}, "cannot be used"),
     ],
 )
 def test_encoders_that_do_not_fit_are_refused_with_the_reason(edited, what: dict[str, Edit], reason: str) -> None:
