@@ -365,6 +365,19 @@ def is_own_file(file: Path) -> bool:
     return any(target.is_relative_to(place) for place in places)
 
 
+def fingerprint(folder: Path, manifest: Manifest) -> tuple[tuple[int, int, int] | None, ...]:
+    """Differs once a file of the artifact has been written, replaced or removed. Reads none of them."""
+
+    def of(name: str) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(folder / name)
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    return tuple(map(of, (MANIFEST, *manifest.files)))
+
+
 def read_manifest(path: Path) -> Manifest:
     """Reads and checks a manifest, but none of the files that it names.
 

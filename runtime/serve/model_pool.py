@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, MANIFEST, CacheInfo, Manifest, load_manifest
+from gemma3n_onnx.runtime.artifact import BYTES_PER_VALUE, MANIFEST, CacheInfo, Manifest, fingerprint, load_manifest
 from gemma3n_onnx.runtime.constraints.grammar import Grammars
 from gemma3n_onnx.runtime.engine.kv_cache import cache_capacity
 from gemma3n_onnx.runtime.engine.providers.select import AUTO, provider_of, select_provider
@@ -96,22 +96,13 @@ class ModelPool:
         self.manifests: dict[str, Manifest] = {}
         for given in folders:
             name, folder = _name_of(given), find_artifact(given)
-            manifest = load_manifest(folder)
-            if manifest.logits != "last":
-                raise ArtifactError(
-                    f"{folder} returns logits of all positions; export it with --logits last to serve it."
-                )
-            if (options.context or 0) > manifest.max_context:
-                raise OptionError(
-                    f"--context is {options.context:,}, but {name} takes {manifest.max_context:,} tokens; give at most "
-                    "that."
-                )
-            select_provider(self._load.get("provider", AUTO), manifest)
+            manifest = self._read(name, folder)
             if name in self.folders:
                 raise ArtifactError(f"{self.folders[name]} and {folder} have the same name; rename one.")
             self.folders[name], self.manifests[name] = folder, manifest
         if not self.folders:
             raise ArtifactError("No artifact to serve; pass folders that gemma3n-export wrote.")
+        self._fingerprints = {name: fingerprint(folder, self.manifests[name]) for name, folder in self.folders.items()}
         self._names = _names(self.folders, aliases)
         self.started = int(time.time())
         self.loaded: dict[str, Served] = {}
@@ -162,13 +153,14 @@ class ModelPool:
     def acquire(self, name: str) -> Served:
         """Returns the model, loaded, until `release`. Unloads idle models to make room.
 
-        While one model loads, others can be acquired and released.
+        While one model loads, others can be acquired and released. A model whose artifact was replaced loads again.
 
         Raises:
-            UnknownModelError: no model of this name. BusyError: models in use fill the memory budget.
-            ArtifactError, ProviderError: the model cannot be loaded.
+            UnknownModelError: no model of this name. BusyError: models in use fill the memory budget, or the model is
+            in use and its artifact was replaced. ArtifactError, ProviderError: the model cannot be loaded.
         """
         name = self.resolve(name)
+        self._notice_change(name)
         size = self._size_of(name)
         with self._changed:
             while name in self._loading:
@@ -285,9 +277,43 @@ class ModelPool:
     def _size_of(self, name: str) -> int:
         return estimated_bytes(self.manifests[name], self._options.rows, self.context_of(name))
 
+    def _read(self, name: str, folder: Path) -> Manifest:
+        """The manifest of an artifact that can be served; raises as the pool does."""
+        manifest, context = load_manifest(folder), self._options.context or 0
+        if manifest.logits != "last":
+            raise ArtifactError(f"{folder} returns logits of all positions; export it with --logits last to serve it.")
+        if context > manifest.max_context:
+            raise OptionError(
+                f"--context is {context:,}, but {name} takes {manifest.max_context:,} tokens; give at most that."
+            )
+        select_provider(self._load.get("provider", AUTO), manifest)
+        return manifest
+
+    def _notice_change(self, name: str) -> None:
+        """Unloads a model whose artifact was replaced, and reads the new manifest."""
+        folder = self.folders[name]
+        if fingerprint(folder, self.manifests[name]) == self._fingerprints[name]:
+            return
+        manifest = self._read(name, folder)
+        found = fingerprint(folder, manifest)
+        with self._changed:
+            if name in self._loading or found == self._fingerprints[name]:
+                return
+            if (served := self.loaded.get(name)) is not None and served.users:
+                raise BusyError(
+                    f"{name} was replaced on the disk and is in use; try again when its requests have ended."
+                )
+            self.loaded.pop(name, None)
+            self.manifests[name], self._fingerprints[name] = manifest, found
+        if served is not None:
+            self._unload(served)
+
     def _load_model(self, name: str, size: int) -> Served:
-        options, context = self._options, self.context_of(name)
-        model = OnnxGemma3n.from_pretrained(self.folders[name], prefix_cache_size=0, **self._load)
+        options, context, folder = self._options, self.context_of(name), self.folders[name]
+        model = OnnxGemma3n.from_pretrained(folder, prefix_cache_size=0, **self._load)
+        if fingerprint(folder, self.manifests[name]) != self._fingerprints[name]:
+            model.close()
+            raise BusyError(f"{name} was replaced on the disk while it was loaded; try again.")
         worker = ModelWorker(model, options.rows, context, options.queue, options.prefix_cache_size)
         sampling = replace(model.sampling, **options.sampling)
         return Served(name, model, worker, model.options.constraints.grammars, options, sampling, size)

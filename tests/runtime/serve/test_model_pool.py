@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 import weakref
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import openai
 import pytest
 
-from gemma3n_onnx.runtime import ArtifactError, OptionError, ProviderError
+from gemma3n_onnx.runtime import ArtifactError, ArtifactNotFoundError, OnnxGemma3n, OptionError, ProviderError
 from gemma3n_onnx.runtime.artifact import load_manifest
 from gemma3n_onnx.runtime.serve.model_pool import ModelPool, ServeOptions, artifacts_in, estimated_bytes, scorer_bytes
 from gemma3n_onnx.runtime.serve.run import bind
 from gemma3n_onnx.runtime.serve.worker import BusyError
-from serving import DEMO, E2B, HALF, LONG_ANSWER, SUM, chat, data_url, image, message, serving
+from serving import E2B, HALF, LONG_ANSWER, SUM, chat, message, serving
+from support import record
 
 
 def test_a_request_chooses_its_slice(server):
@@ -67,6 +70,69 @@ def test_a_scorer_needs_room_too(demo_artifact):
     small.close()
 
 
+@pytest.fixture
+def folder(small_artifact, tmp_path):
+    return Path(shutil.copytree(small_artifact, tmp_path / "small"))
+
+
+def replace_template(folder):
+    (folder / "chat_template.jinja").write_text("{{ 'another one' }}")
+    record(folder, "chat_template.jinja")
+
+
+def template_of(pool):
+    served = pool.acquire("small")
+    pool.release(served)
+    return served.model.template.source
+
+
+def test_a_replaced_artifact_is_loaded_again(folder):
+    with closing(ModelPool([folder], ServeOptions(rows=1), {})) as pool:
+        assert "start_of_turn" in template_of(pool)
+        replace_template(folder)
+        assert template_of(pool) == "{{ 'another one' }}"
+        assert pool.counts()["small"] is not None and [*pool.loaded] == ["small"]
+
+
+def test_a_replaced_artifact_waits_for_the_requests_of_the_old_one(folder):
+    with closing(ModelPool([folder], ServeOptions(rows=1), {})) as pool:
+        served = pool.acquire("small")
+        replace_template(folder)
+        with pytest.raises(BusyError, match="small was replaced on the disk and is in use; try again"):
+            pool.acquire("small")
+        pool.release(served)
+        assert template_of(pool) == "{{ 'another one' }}"
+
+
+def test_an_artifact_that_is_replaced_while_it_loads_is_not_served(folder, monkeypatch):
+    load = OnnxGemma3n.from_pretrained
+
+    def slowly(*arguments, **options):
+        model = load(*arguments, **options)
+        replace_template(folder)
+        return model
+
+    monkeypatch.setattr(OnnxGemma3n, "from_pretrained", slowly)
+    with closing(ModelPool([folder], ServeOptions(rows=1), {})) as pool:
+        with pytest.raises(BusyError, match="small was replaced on the disk while it was loaded; try again"):
+            pool.acquire("small")
+        monkeypatch.undo()
+        assert template_of(pool) == "{{ 'another one' }}"
+
+
+def test_an_artifact_that_is_gone_or_damaged_is_a_sentence_until_it_is_back(folder):
+    with closing(ModelPool([folder], ServeOptions(rows=1), {})) as pool:
+        before = template_of(pool)
+        folder.rename(folder.with_name("away"))
+        with pytest.raises(ArtifactNotFoundError, match="There is no artifact folder"):
+            pool.acquire("small")
+        folder.with_name("away").rename(folder)
+        assert template_of(pool) == before
+        (folder / "tokenizer.json").write_text("{}")
+        with pytest.raises(ArtifactError, match=r"tokenizer\.json has 2 bytes"):
+            pool.acquire("small")
+
+
 def test_weights_count_twice_unless_they_are_shared(demo_artifact):
     manifest = load_manifest(demo_artifact("E2B"))
     cache = sum(2 * info.kv_heads * info.head_dim * 4 * 1024 for info in manifest.caches)
@@ -93,17 +159,13 @@ def test_what_cannot_be_served(demo_artifact, tmp_path):
 
 
 def test_a_folder_that_goes_while_it_is_served_is_told(demo_artifact, tmp_path):
-    folder = shutil.copytree(demo_artifact("E2B"), tmp_path / "demo-E2B")
-    picture = message("What is in the picture?", image(data_url(DEMO / "picture.png")))
+    """Before the model is loaded and after it: its encoders would load from another export."""
+    folder, away = shutil.copytree(demo_artifact("E2B"), tmp_path / "demo-E2B"), tmp_path / "away"
     with serving([folder], ServeOptions(rows=1, context=512)) as running:
-        folder = folder.rename(tmp_path / "away")
-        with pytest.raises(openai.InternalServerError, match="There is no artifact folder") as caught:
-            chat(running, message(SUM))
-        assert (caught.value.status_code, caught.value.code) == (503, "model_unavailable")
-        folder = folder.rename(tmp_path / "demo-E2B")
-        answer = chat(running, message(SUM))
-        folder.rename(tmp_path / "away")
-        assert chat(running, message(SUM)).choices == answer.choices, "it is loaded"
-        with pytest.raises(openai.InternalServerError, match=r"cannot load .*vision_encoder\.onnx") as caught:
-            chat(running, picture)
-        assert (caught.value.status_code, caught.value.code) == (503, "model_unavailable")
+        for _ in range(2):
+            folder.rename(away)
+            with pytest.raises(openai.InternalServerError, match="There is no artifact folder") as caught:
+                chat(running, message(SUM))
+            assert (caught.value.status_code, caught.value.code) == (503, "model_unavailable")
+            away.rename(folder)
+            assert chat(running, message(SUM)).choices[0].message.content == "3 plus 4 is 7."
