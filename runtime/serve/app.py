@@ -14,6 +14,7 @@ from fastapi.responses import PlainTextResponse, Response
 from . import page
 from .anthropic import messages
 from .errors import handle_errors
+from .json_body import JsonRoute
 from .middleware import (
     AnswerBugs,
     EndUnanswered,
@@ -79,6 +80,7 @@ def create_app(pool: ModelPool, limits: Limits, access: Access | None = None) ->
             max_age=600,
         )
     app.add_middleware(RequireHost, hosts=access.hosts)
+    app.router.route_class = JsonRoute
     handle_errors(app)
     for endpoint in ENDPOINTS:
         endpoint.add_routes(app, service)

@@ -26,6 +26,7 @@ from .not_found import NotFoundError, UnknownModelError
 from .validation import describe_validation, known_fields
 from .worker import BusyError, ShutdownError
 
+_MESSAGE = 1000  # characters; a message may quote what the client sent
 ANTHROPIC_TYPES = {"server_error": "api_error", "model_not_found": "not_found_error"}
 
 
@@ -38,6 +39,7 @@ def error_body(
         field = max_tokens if error.option == "max_new_tokens" else error.option
         field = field if field in known_fields() else None
         message = error.spelled(as_flag if field is None else lambda _, value: f'{field} "{value}"' if value else field)
+    message = message if len(message) <= _MESSAGE else f"{message[: _MESSAGE - 1]}…"
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 

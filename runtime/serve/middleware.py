@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import body_for, error_body, status_and_body
@@ -176,10 +177,6 @@ class RequireKey:
         return hmac.compare_digest(given.encode(), self._key.encode())
 
 
-class _TooLargeError(Exception):
-    """The request body exceeds the limit."""
-
-
 class LimitBody:
     """Refuses bodies over `limit` bytes, before reading them if Content-Length says so."""
 
@@ -190,31 +187,22 @@ class LimitBody:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        message = f"The body is larger than {self._limit:,} bytes; send smaller media."
         length = _header(scope, b"content-length") or "0"
-        received, started = 0, False
+        if not length.isdigit() or int(length) > self._limit:
+            await _refuse(scope, receive, send, 413, error_body(message, "invalid_request_error"))
+            return
+        received = 0
 
         async def counting() -> Message:
             nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
+            part = await receive()
+            received += len(part.get("body", b""))
             if received > self._limit:
-                raise _TooLargeError
-            return message
+                raise HTTPException(413, message)
+            return part
 
-        async def sending(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            if not length.isdigit() or int(length) > self._limit:
-                raise _TooLargeError
-            await self._app(scope, counting, sending)
-        except _TooLargeError:
-            if started:
-                raise
-            message = f"The body is larger than {self._limit:,} bytes; send smaller media."
-            await _refuse(scope, receive, send, 413, error_body(message, "invalid_request_error"))
+        await self._app(scope, counting, send)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, body: dict[str, Any]) -> None:

@@ -124,7 +124,7 @@ class ModelPool:
         if found is None and len(self.folders) == 1 and name in ANY_MODEL:
             (found,) = self.folders
         if found is None:
-            raise UnknownModelError(f"Model {name!r} is not served here; available: {', '.join(self._names)}.")
+            raise UnknownModelError(f"Model {name[:100]!r} is not served here; available: {', '.join(self._names)}.")
         return found
 
     def manifest(self, name: str) -> Manifest:

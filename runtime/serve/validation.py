@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from .openai.requests import ApiModel
 
 _TYPES = ("str", "int", "float", "bool")
 """Alternatives of a union in pydantic's places."""
+_SHOWN = 100  # characters of a name
 
 
 @functools.cache
@@ -40,7 +42,9 @@ def describe_validation(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     first, *others = reasons
     reason = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
     value = told[0].get("input")
-    given = f", not {value!r}" if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    given = (
+        f", not {reprlib.repr(value)}" if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    )
     return f"{field or 'The body'}: {reason}{given if 'should be' in reason else ''}.", field
 
 
@@ -51,5 +55,5 @@ def _field_of(place: Sequence[str | int]) -> str:
         if isinstance(part, int):
             field += f"[{part}]"
         elif part != "body" and "[" not in part and part not in _TYPES:
-            field += f".{part}" if field else part
+            field += f".{part[:_SHOWN]}" if field else part[:_SHOWN]
     return field

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -19,7 +19,14 @@ from gemma3n_onnx.runtime.serve.errors import anthropic_body, status_and_body
 from gemma3n_onnx.runtime.serve.openai.chat import ChatRequest, ParsedChat, read_chat
 from gemma3n_onnx.runtime.serve.openai.completion import usage
 from gemma3n_onnx.runtime.serve.openai.outcome import Outcome, TextHolder, outcome_of
-from gemma3n_onnx.runtime.serve.openai.requests import ApiModel, ApiRequest
+from gemma3n_onnx.runtime.serve.openai.requests import (
+    MAX_TOOLS,
+    ApiModel,
+    ApiRequest,
+    Items,
+    Messages,
+    StopStrings,
+)
 from gemma3n_onnx.runtime.serve.openai.responses import TextFormat
 from gemma3n_onnx.runtime.serve.service import NamedEvents, Service
 
@@ -34,15 +41,15 @@ class OutputConfig(ApiModel):
 
 
 class MessagesRequest(ApiRequest):
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Annotated[Messages, Field(min_length=1)]
     max_tokens: int | None = None
-    system: str | list[dict[str, Any]] | None = None
+    system: str | Messages | None = None
     stream: bool = False
-    stop_sequences: list[str] = Field(default_factory=list)
+    stop_sequences: StopStrings = Field(default_factory=list)
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tools: Annotated[Items[dict[str, Any]], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
     tool_choice: dict[str, Any] | None = None
     output_config: OutputConfig = Field(default_factory=OutputConfig)
 

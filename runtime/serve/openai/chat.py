@@ -24,7 +24,7 @@ from gemma3n_onnx.runtime.serve.service import Service
 from . import tools
 from .completion import CompletionKind, StreamChunks, complete, listed_logprobs
 from .outcome import TextHolder, outcome_of
-from .requests import generation_options
+from .requests import MAX_TOOLS, Items, Messages, generation_options
 from .response_format import ConstrainedRequest, constrained, constraint_of
 from .tools import NO_TOOLS, CallableTools, Function, Tool
 
@@ -35,15 +35,15 @@ def _any_number(value: Any) -> Any:
 
 
 class ChatRequest(ConstrainedRequest):
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[Messages, Field(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: Annotated[bool | None, BeforeValidator(_any_number)] = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    tools: list[Tool] = Field(default_factory=list)
+    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
     tool_choice: Any = None
     parallel_tool_calls: bool = False
     # The fields that preceded tools.
-    functions: list[Function] = Field(default_factory=list)
+    functions: Annotated[Items[Function], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
     function_call: Any = None
     # Chat template options, named as in vLLM.
     add_generation_prompt: bool | None = None

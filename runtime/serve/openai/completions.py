@@ -24,7 +24,7 @@ from gemma3n_onnx.runtime.serve.service import Service
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .completion import CompletionKind, StreamChunks, complete, token_text
-from .requests import generation_options
+from .requests import Items, generation_options
 from .response_format import ConstrainedRequest, constrained, constraint_of
 
 
@@ -32,9 +32,9 @@ class CompletionRequest(ConstrainedRequest):
     """`images` and `audio`: URLs, data URLs or base64, one for each soft token of the prompt in order, as `images` of
     Ollama and Fireworks; a list of lists if there are several prompts."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    images: list[str] | list[list[str]] = Field(default_factory=list)
-    audio: list[str] | list[list[str]] = Field(default_factory=list)
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
+    images: Items[str] | Items[Items[str]] = Field(default_factory=list)
+    audio: Items[str] | Items[Items[str]] = Field(default_factory=list)
     image_size: int | None = None
     long_audio: str = "error"
     max_tokens: int | None = 16

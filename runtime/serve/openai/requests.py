@@ -6,10 +6,11 @@ Null is absence. Fields that cannot change an answer of this server are ignored;
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from gemma3n_onnx.runtime.errors import OptionError
 from gemma3n_onnx.runtime.generation.defaults import SamplingDefaults
@@ -53,8 +54,39 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 SAME = {"n_predict": "max_tokens", "num_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
 
 
+MAX_MESSAGES = 4096
+MAX_TOOLS = 512
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARACTERS = 512
+MAX_TOKEN_IDS = 1024  # of stop_token_ids and logit_bias
+
+
+class _FirstFault(FailFast):
+    __hash__ = object.__hash__  # a member of a union has to have one
+
+
+_Item = TypeVar("_Item")
+Items = Annotated[list[_Item], _FirstFault()]
+"""Validation ends at the first wrong item: an error takes a hundred times the memory of the item."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _require_few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_TOKEN_IDS:
+        raise ValueError(f"the object has {len(value):,} token ids, and this server takes {MAX_TOKEN_IDS:,}")
+    return value
+
+
+Messages = Annotated[Items[dict[str, Any]], Field(max_length=MAX_MESSAGES)]
+_StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
+StopStrings = Annotated[Items[_StopString], Field(max_length=MAX_STOP_STRINGS), BeforeValidator(_as_list)]
+
+
 class ApiModel(BaseModel):
-    """Null is absence; unknown fields are refused."""
+    """Null is absence; unknown fields are refused, the first one by name."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,7 +95,10 @@ class ApiModel(BaseModel):
     def _read(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return cls._fields({name: value for name, value in data.items() if value is not None})
+        fields = cls._fields({name: value for name, value in data.items() if value is not None})
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = {*[name for name in fields if name not in known][1:]}
+        return {name: value for name, value in fields.items() if name not in unknown}
 
     @classmethod
     def _fields(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +119,7 @@ class ApiRequest(ApiModel):
                 kept.setdefault(SAME[name], value)
             elif name in NEUTRAL and value not in NEUTRAL[name]:
                 allowed = " or ".join(map(repr, NEUTRAL[name]))
-                raise ValueError(f"{name} is {value!r}, and this server supports only {allowed}")
+                raise ValueError(f"{name} is {reprlib.repr(value)}, and this server supports only {allowed}")
             elif name not in IGNORED and name not in NEUTRAL:
                 kept[name] = value
         return kept
@@ -111,13 +146,13 @@ class SamplingRequest(ApiRequest):
     top_k: int | None = None
     min_p: float | None = None
     n: Annotated[int, Field(ge=1, le=16)] = 1
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop: StopStrings = Field(default_factory=list)
+    stop_token_ids: Annotated[Items[int], Field(max_length=MAX_TOKEN_IDS)] = Field(default_factory=list)
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_require_few)] | None = None
 
     @property
     def wants_usage(self) -> bool:
@@ -141,7 +176,6 @@ def generation_options(
     for name, ids in (("logit_bias", [*(request.logit_bias or ())]), ("stop_token_ids", request.stop_token_ids)):
         if ids and max(ids) > largest:
             raise OptionError(f"{name} names the token {max(ids)}; the largest id is {largest}.")
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     given = {name: getattr(request, name) for name in SAMPLING if getattr(request, name) is not None}
     if given.get("top_k") in (0, -1):
         given["top_k"] = None
@@ -152,7 +186,7 @@ def generation_options(
         max_new_tokens=new_tokens(served, prompts, max_tokens),
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
-        stop=tuple(text for text in stop if text),
+        stop=tuple(text for text in request.stop if text),
         stop_token_ids=tuple(request.stop_token_ids),
         seed=None if request.seed == -1 else request.seed,
         logprobs=logprobs,

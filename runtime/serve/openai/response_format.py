@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -11,8 +10,9 @@ from pydantic import ConfigDict, Field
 from gemma3n_onnx.runtime.constraints.grammar import ANY_OBJECT, Constraint, Grammars
 from gemma3n_onnx.runtime.errors import OptionError
 from gemma3n_onnx.runtime.serve.answering import ParsedRequest
+from gemma3n_onnx.runtime.serve.json_body import parse_json
 
-from .requests import ApiModel, SamplingRequest
+from .requests import ApiModel, Items, SamplingRequest
 
 _Parsed = TypeVar("_Parsed", bound=ParsedRequest)
 Schema = dict[str, Any] | bool
@@ -42,7 +42,7 @@ class StructuredOutputs(ApiModel):
 
     json_: Schema | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -54,7 +54,7 @@ class ConstrainedRequest(SamplingRequest):
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
     grammar: str | None = None
     json_schema: Schema | None = None
@@ -131,9 +131,4 @@ def _given(field: str, value: Any) -> Any:
 
 
 def _json_value(schema: Schema | str | None) -> Any:
-    if not isinstance(schema, str):
-        return schema
-    try:
-        return json.loads(schema)
-    except ValueError as error:
-        raise OptionError("The JSON schema is a string that is not JSON; send the schema itself.") from error
+    return parse_json(schema.encode(), "The JSON schema") if isinstance(schema, str) else schema

@@ -24,7 +24,7 @@ from gemma3n_onnx.runtime.serve.service import NamedEvents, Service
 from .chat import ChatRequest, ParsedChat, read_chat
 from .completion import listed_logprobs, usage
 from .outcome import Outcome, TextHolder, outcome_of
-from .requests import ApiModel, ApiRequest, StreamOptions
+from .requests import MAX_TOOLS, ApiModel, ApiRequest, Items, Messages, StreamOptions
 from .response_store import ResponseStore
 
 LOGPROBS = "message.output_text.logprobs"
@@ -46,7 +46,7 @@ class TextOptions(ApiModel):
 class ResponsesRequest(ApiRequest):
     """`store` keeps the response, so that a later request can name it; other fields as of chat completions."""
 
-    input: str | list[dict[str, Any]]
+    input: str | Messages
     instructions: str | None = None
     previous_response_id: str | None = None
     stream: bool = False
@@ -55,13 +55,13 @@ class ResponsesRequest(ApiRequest):
     temperature: float | None = None
     top_p: float | None = None
     text: TextOptions = Field(default_factory=TextOptions)
-    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tools: Annotated[Items[dict[str, Any]], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
     tool_choice: Any = None
     parallel_tool_calls: bool = False
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
     stream_options: StreamOptions | None = None
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(default_factory=list)
+    include: Items[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(default_factory=list)
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     metadata: dict[str, Any] = Field(default_factory=dict)
 

@@ -12,7 +12,7 @@ from gemma3n_onnx.runtime.prompt.encoder import TemplateOptions
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
 
-from .requests import ApiModel
+from .requests import ApiModel, Items, Messages
 
 
 class TokenizeRequest(ApiModel):
@@ -23,7 +23,7 @@ class TokenizeRequest(ApiModel):
     model: str = ""
     content: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     add_special: bool | None = None
     add_special_tokens: bool | None = None
     with_pieces: bool = False
@@ -33,7 +33,7 @@ class DetokenizeRequest(ApiModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str = ""
-    tokens: list[int]
+    tokens: Items[int]
 
 
 def add_routes(app: FastAPI, service: Service) -> None:

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from gemma3n_onnx.runtime.constraints.json_schema import embed
 from gemma3n_onnx.runtime.errors import PromptError
+from gemma3n_onnx.runtime.serve.json_body import parse_json
 
 from .requests import ApiModel
 
@@ -217,17 +218,19 @@ def calls_of(message: Mapping[str, Any], index: int) -> list[tuple[str, str, Any
         calls = [{"id": "", "function": legacy}]
     try:
         return [
-            (str(call.get("id", "")), call["function"]["name"], _arguments(call["function"].get("arguments")))
+            (str(call.get("id", "")), call["function"]["name"], _arguments(call["function"].get("arguments"), index))
             for call in calls
         ]
-    except (AttributeError, TypeError, KeyError, ValueError) as error:
+    except (AttributeError, TypeError, KeyError) as error:
         raise PromptError(
             f"A tool call in message {index} needs a function with a name and arguments as JSON; add them."
         ) from error
 
 
-def _arguments(written: Any) -> Any:
-    return json.loads(written) if isinstance(written, str) and written.strip() else written or {}
+def _arguments(written: Any, index: int) -> Any:
+    if isinstance(written, str) and written.strip():
+        return parse_json(written.encode(), f"The field arguments of message {index}")
+    return written or {}
 
 
 def _result(message: Mapping[str, Any], index: int, names: Mapping[str, str]) -> str | list[dict[str, Any]]:

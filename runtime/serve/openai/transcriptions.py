@@ -25,7 +25,7 @@ from gemma3n_onnx.runtime.serve.service import Service
 from gemma3n_onnx.runtime.serve.worker import BusyError
 
 from .completion import usage
-from .requests import ApiRequest, new_tokens
+from .requests import ApiRequest, Items, new_tokens
 
 WAIT_SECONDS = 0.5  # between attempts to queue the next clip of a file
 TRANSCRIBE = "Transcribe the speech."
@@ -42,7 +42,7 @@ class TranscriptionRequest(ApiRequest):
     temperature: float = 0.0
     stream: bool = False
     chunking_strategy: Literal["auto"] | None = None
-    timestamp_granularities: list[Literal["segment"]] = Field(default_factory=list)
+    timestamp_granularities: Items[Literal["segment"]] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
