@@ -33,6 +33,7 @@ SOURCE_KEYS = {
     "video_url": ("video_url",),
 }
 MEDIA = {kind: "audio" if "audio" in kind else kind.removesuffix("_url") for kind in SOURCE_KEYS}
+MEDIA_TYPES = (*SOURCE_KEYS, *(written for written, kind in SAME_TYPES.items() if kind in SOURCE_KEYS))
 KNOWN_TYPES = ("text", *SOURCE_KEYS)
 # Types of OpenAI's chat completions and Responses API for files of other kinds.
 FILE_TYPES = ("file", "input_file")
@@ -142,6 +143,20 @@ class MessageReader:
         if medium == "video":
             return self._media.video(source, options, number=numbers[medium])
         return self._media.clips(source, options, part.get("rate"), number=numbers[medium])
+
+
+def without_media(messages: Sequence[Any]) -> list[Any]:
+    """Messages as clients send them, without the parts that are media."""
+    return [
+        {**message, "content": [part for part in message["content"] if not _is_media(part)]}
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _is_media(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in MEDIA_TYPES
 
 
 def items_of(messages: Sequence[Mapping[str, Any]]) -> list[Item]:

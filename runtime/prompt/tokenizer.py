@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,6 +47,11 @@ class Tokenizer:
             raise ArtifactError(f"{path} is not a tokenizer ({error}); export the model again.") from error
         return cls(backend, bos_token)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of n characters has at least n / longest_token tokens."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
     @property
     def vocab_size(self) -> int:
         """The number of tokens, added ones included; the model's embedding may have more rows."""
@@ -67,9 +73,11 @@ class Tokenizer:
         try:
             with self._one_mode:
                 self._backend.encode_special_tokens = not special
-                ids = self._backend.encode(text, add_special_tokens=False).ids
+                # A batch, because a single text is encoded without releasing the interpreter lock.
+                (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
             raise PromptError("The prompt contains a lone surrogate; give valid Unicode.") from error
+        ids = encoding.ids
         return [self.bos_id, *ids] if add_bos and ids[:1] != [self.bos_id] else ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:

@@ -73,16 +73,20 @@ class ModelWorker:
         """
         for request in requests:
             check_context(self.context, len(request.prompt), request.most_tokens)
-        if len(requests) > (most := self._rows + self._queue_limit):
-            raise OptionError(
-                f"The request asks for {len(requests)} answers, but this server takes at most {most} at once; split it."
-            )
+        self.require_capacity(len(requests))
         with self._changed:
             free = self._rows - self.running
             if self._closed or self.waiting + len(requests) > free + self._queue_limit:
                 raise BusyError("The queue of this model is full; try again later.")
             self._submitted.extend(requests)
             self._changed.notify()
+
+    def require_capacity(self, count: int) -> None:
+        """Raises OptionError if the queue never takes so many requests at once."""
+        if count > (most := self._rows + self._queue_limit):
+            raise OptionError(
+                f"The request asks for {count} answers, but this server takes at most {most} at once; split it."
+            )
 
     def close(self, end: Gemma3nError) -> None:
         """Stops the thread; running and waiting requests fail with `end`."""

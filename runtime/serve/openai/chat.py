@@ -16,6 +16,7 @@ from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
 from gemma3n_onnx.runtime.generation.scheduler import FinishEvent
 from gemma3n_onnx.runtime.media.reader import MediaOptions
 from gemma3n_onnx.runtime.prompt.encoder import TemplateOptions
+from gemma3n_onnx.runtime.prompt.messages import without_media
 from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice, ParsedRequest
 from gemma3n_onnx.runtime.serve.errors import name_max_tokens
 from gemma3n_onnx.runtime.serve.model_pool import Served
@@ -24,7 +25,7 @@ from gemma3n_onnx.runtime.serve.service import Service
 from . import tools
 from .completion import CompletionKind, StreamChunks, complete, listed_logprobs
 from .outcome import TextHolder, outcome_of
-from .requests import MAX_TOOLS, Items, Messages, generation_options
+from .requests import MAX_TOOLS, Items, Messages, generation_options, require_room
 from .response_format import ConstrainedRequest, constrained, constraint_of
 from .tools import NO_TOOLS, CallableTools, Function, Tool
 
@@ -82,6 +83,8 @@ def read_chat(request: ChatRequest, served: Served) -> ParsedChat:
     given = [Tool(function=function) for function in request.functions] if legacy else request.tools
     choice = request.function_call if legacy else request.tool_choice
     callable_tools = tools.select_tools(given, choice, request.parallel_tool_calls)
+    described = [tool.model_dump() for tool in callable_tools.tools]
+    require_room(served, without_media(request.messages), described, request.chat_template_kwargs)
     media = MediaOptions(
         image_size=request.image_size,
         long_audio=request.long_audio,  # type: ignore[arg-type]
@@ -96,7 +99,7 @@ def read_chat(request: ChatRequest, served: Served) -> ParsedChat:
     template = TemplateOptions(
         add_generation_prompt=request.add_generation_prompt is not False,
         continue_final_message=_continues(request),
-        tools=[tool.model_dump() | {"type": "function"} for tool in callable_tools.tools] if native else None,
+        tools=[tool | {"type": "function"} for tool in described] if native else None,
         variables=request.chat_template_kwargs,
         control_tokens=served.options.control_tokens,
     )

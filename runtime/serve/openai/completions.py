@@ -24,7 +24,7 @@ from gemma3n_onnx.runtime.serve.service import Service
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .completion import CompletionKind, StreamChunks, complete, token_text
-from .requests import Items, generation_options
+from .requests import Items, generation_options, require_room
 from .response_format import ConstrainedRequest, constrained, constraint_of
 
 
@@ -81,6 +81,9 @@ def read_completion(request: CompletionRequest, served: Served) -> ParsedComplet
         long_audio=request.long_audio,  # type: ignore[arg-type]
     )
     images, audio = request.images or None, request.audio or None
+    served.worker.require_capacity((len(given) if several else 1) * request.n)
+    for prompt in given if several else [given]:
+        require_room(served, prompt)
     if several:
         prompts = served.model.encode_batch(given, media, images=images, audio=audio)  # type: ignore[arg-type]
     else:

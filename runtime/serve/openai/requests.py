@@ -12,9 +12,10 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
-from gemma3n_onnx.runtime.errors import OptionError
+from gemma3n_onnx.runtime.errors import ContextLengthError, OptionError
 from gemma3n_onnx.runtime.generation.defaults import SamplingDefaults
 from gemma3n_onnx.runtime.generation.options import GenerationOptions
+from gemma3n_onnx.runtime.serve.json_body import strings_in
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.tokens import PromptTokens
 
@@ -192,6 +193,21 @@ def generation_options(
         logprobs=logprobs,
         logit_bias=request.logit_bias,
     )
+
+
+def require_room(served: Served, *texts: Any) -> None:
+    """`texts`: JSON values whose strings become part of one prompt.
+
+    Raises:
+        ContextLengthError: they have more characters than any tokens that fit into the context. Tokenizing them would
+        take 200 bytes of memory for each character.
+    """
+    most = served.worker.context * served.model.tokenizer.longest_token
+    if (length := sum(map(len, strings_in([*texts])))) > most:
+        raise ContextLengthError(
+            f"The texts have {length:,} characters, and the context of {served.worker.context:,} tokens never takes "
+            f"more than {most:,}; shorten them."
+        )
 
 
 def new_tokens(served: Served, prompts: Sequence[PromptTokens], max_tokens: int | None) -> int:

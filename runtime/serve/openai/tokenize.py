@@ -9,10 +9,11 @@ from pydantic import ConfigDict
 
 from gemma3n_onnx.runtime.errors import OptionError, PromptError
 from gemma3n_onnx.runtime.prompt.encoder import TemplateOptions
+from gemma3n_onnx.runtime.prompt.messages import without_media
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
 
-from .requests import ApiModel, Items, Messages
+from .requests import ApiModel, Items, Messages, require_room
 
 
 class TokenizeRequest(ApiModel):
@@ -66,6 +67,7 @@ def _text(request: DetokenizeRequest, served: Served) -> str:
 
 
 def _ids(request: TokenizeRequest, served: Served) -> list[int]:
+    require_room(served, request.content, request.prompt, without_media(request.messages or []))
     if request.messages is not None:
         options = TemplateOptions(control_tokens=served.options.control_tokens)
         return served.model.encode(request.messages, template=options).ids

@@ -25,7 +25,7 @@ from gemma3n_onnx.runtime.serve.service import Service
 from gemma3n_onnx.runtime.serve.worker import BusyError
 
 from .completion import usage
-from .requests import ApiRequest, Items, new_tokens
+from .requests import ApiRequest, Items, new_tokens, require_room
 
 WAIT_SECONDS = 0.5  # between attempts to queue the next clip of a file
 TRANSCRIBE = "Transcribe the speech."
@@ -98,6 +98,7 @@ async def _answer(
 
 def _parse(request: TranscriptionRequest, data: bytes, instruction: str, served: Served) -> ParsedFile:
     """Cuts a file into clips. Raises Gemma3nError: what is wrong with it."""
+    require_room(served, request.prompt or instruction)
     ask = {"type": "text", "text": request.prompt or instruction}
     file = [{"role": "user", "content": [{"type": "audio", "audio": data}]}]
     items: list[Item] = [

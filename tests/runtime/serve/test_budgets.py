@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
+from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
 from gemma3n_onnx.runtime.serve.json_body import MAX_DEPTH, MAX_VALUES, JsonError, parse_json
 from gemma3n_onnx.runtime.serve.openai.requests import ApiModel
-from serving import E2B, SUM, message
+from serving import E2B, SUM, image, message
 
 CHAT = {"model": E2B, "messages": message(SUM), "max_tokens": 4, "temperature": 0}
 NESTED = "[" * 990 + "]" * 990
@@ -155,3 +156,52 @@ def test_long_bodies_are_parsed_beside_the_event_loop(server: Any) -> None:
     assert "is not served here" in refusal(httpx.post(f"{server.url}/v1/chat/completions", content=body), 404)
     assert time.monotonic() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 250_000, "KiB, the client's included"
+
+
+LONG = "word " * 400_000
+TEXTS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"messages": message(LONG)}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": LONG}]}]}),
+    ("/v1/chat/completions", {"messages": message("word " * 1000) * 400}),
+    ("/v1/chat/completions", CHAT | {"tools": [{"function": {"name": "f", "parameters": {"description": LONG}}}]}),
+    ("/v1/chat/completions", CHAT | {"chat_template_kwargs": {"x": [LONG]}}),
+    ("/v1/completions", {"prompt": LONG}),
+    ("/v1/completions", {"prompt": [SUM, LONG]}),
+    ("/v1/responses", {"input": LONG}),
+    ("/v1/messages", {"messages": message(SUM), "system": LONG}),
+    ("/v1/messages/count_tokens", {"messages": message(LONG)}),
+    ("/tokenize", {"content": LONG}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), TEXTS)
+def test_text_beyond_the_context_is_not_tokenized(
+    server: Any, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    lengths: list[int] = []
+    encode = Tokenizer.encode
+
+    def record(self: Tokenizer, text: str, *args: Any, **options: Any) -> list[int]:
+        lengths.append(len(text))
+        return encode(self, text, *args, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", record)
+    told = refusal(post(server, path, **{"model": E2B} | body))
+    assert "the context of 1,024 tokens never takes more than" in told and sum(lengths) < 10_000
+
+
+def test_more_prompts_than_the_queue_takes_are_not_tokenized(server: Any) -> None:
+    response = post(server, "/v1/completions", model=E2B, prompt=["word " * 1000] * 5000)
+    assert "5000 answers, but this server takes at most 68" in refusal(response)
+
+
+def test_media_are_no_text(server: Any) -> None:
+    picture = image("data:image/png;base64," + "A" * 3_000_000)
+    assert "characters" not in refusal(post(server, **CHAT | {"messages": message(SUM, picture)}))
+
+
+def test_tokens_are_never_longer_than_the_longest(server: Any) -> None:
+    tokenizer = server.pool.loaded[E2B].model.tokenizer
+    assert tokenizer.longest_token == 31
+    for text in ("\n" * 31 * 50, " " * 31 * 50, "hello  world\t" * 100, "<start_of_turn>" * 50, "\U0001f600" * 100):
+        assert len(tokenizer.encode(text, add_bos=False)) >= len(text) / tokenizer.longest_token
