@@ -18,6 +18,7 @@ from gemma3n_onnx.runtime.artifact import TOKENIZER_FILE, Manifest, verify_check
 from gemma3n_onnx.runtime.errors import AnswerSchemaError, OptionError
 from gemma3n_onnx.runtime.generation.logits_processors import LogitsProcessor
 
+from .deep_stack import with_deep_stack
 from .json_schema import Prepared, prepare
 from .patterns import Pattern
 
@@ -119,11 +120,15 @@ class Grammars:
 
     def _processor(self, grammar: str, what: str) -> Callable[[], LogitsProcessor]:
         """Raises OptionError if the grammar is invalid, too complex, or matches nothing."""
+        matcher = with_deep_stack(functools.partial(self._compile, grammar, what))
+        return lambda: _Grammar(matcher.deep_copy(), self._tokenizer.eos_token)
+
+    def _compile(self, grammar: str, what: str) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise _not_supported(what, matcher.get_error())
         self._try(matcher.deep_copy(), what)
-        return lambda: _Grammar(matcher.deep_copy(), self._tokenizer.eos_token)
+        return matcher
 
     def _try(self, matcher: LLMatcher, what: str) -> None:
         """Takes a few steps; raises OptionError if they fail."""

@@ -6,7 +6,7 @@ forbids what the client's schema allows in one case: properties that an object d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +19,10 @@ from .json_dialects import IN_PLACE, TYPES, Reader, Schema, everything, name_of,
 from .json_enforced import Enforcing
 
 _MAX_DEPTH = 100  # of JSON; llguidance stops at 128
-_MAX_VALUES = 20_000
+_MAX_VALUES = 10_000
+# Compilation takes time in the square of these; names include items that are listed one by one.
+_MAX_NAMES = 2_000
+_MAX_PATTERNS = 100  # of patternProperties
 _MAX_CHARACTERS = 200_000  # of names and values
 _MAX_TEXT = 8_192  # characters of one of them
 
@@ -73,24 +76,38 @@ def prepare(schema: Any, *, counts_properties: bool = True) -> Prepared:
     return Prepared(grammar, whole, reader.defs, frozenset(enforcing.unenforced))
 
 
+_NAMES: Mapping[str, type[Sized]] = {"properties": dict, "required": list, "prefixItems": list, "items": list}
+
+
 def _require_size(schema: Any) -> None:
-    waiting, count, characters = [(schema, 0)], 0, 0
+    waiting, count, characters, names, patterns = [(schema, 0)], 0, 0, 0, 0
     while waiting:
         value, depth = waiting.pop()
         count += 1
         if depth > _MAX_DEPTH:
             raise OptionError(f"This JSON schema nests deeper than {_MAX_DEPTH} levels; move parts of it to $defs.")
         if count > _MAX_VALUES:
-            raise OptionError(f"This JSON schema has more than {_MAX_VALUES} values; send a smaller one.")
+            raise OptionError(f"This JSON schema has more than {_MAX_VALUES:,} values; send a smaller one.")
         texts = [value] if isinstance(value, str) else [*value] if isinstance(value, dict) else []
         characters += sum(map(len, texts))
         if max(map(len, texts), default=0) > _MAX_TEXT:
             raise OptionError(f"This JSON schema has a text of more than {_MAX_TEXT:,} characters; send a shorter one.")
         if characters > _MAX_CHARACTERS:
             raise OptionError(f"This JSON schema has more than {_MAX_CHARACTERS:,} characters; send a smaller one.")
+        if isinstance(value, dict):
+            names += sum(_length(value.get(keyword), kind) for keyword, kind in _NAMES.items())
+            patterns += _length(value.get("patternProperties"), dict)
+        if patterns > _MAX_PATTERNS:
+            raise OptionError(f"This JSON schema has more than {_MAX_PATTERNS} patternProperties; send a smaller one.")
+        if names > _MAX_NAMES:
+            raise OptionError(f"This JSON schema has more than {_MAX_NAMES:,} names; send a smaller one.")
         if isinstance(value, (dict, list)):
             parts = value.values() if isinstance(value, dict) else value
             waiting += [(part, depth + 1) for part in parts]
+
+
+def _length(value: Any, kind: type[Sized]) -> int:
+    return len(value) if isinstance(value, kind) else 0
 
 
 def _evaluate_statically(schema: dict[str, Any], defs: Mapping[str, Schema]) -> None:

@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Self
 
+from gemma3n_onnx.runtime.constraints.grammar import Constraint
 from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
 from gemma3n_onnx.runtime.generation.options import GenerationOptions
 from gemma3n_onnx.runtime.generation.scheduler import (
@@ -30,7 +32,8 @@ AnswerEvent = PromptEvent | TokenEvent | FinishEvent
 class ParsedRequest:
     """Each of its prompts is answered `n` times. `prompt_logprobs` and `generates` as in `Request`.
 
-    `check` raises a Gemma3nError for a whole answer that it does not accept, see `FinishEvent.is_whole`.
+    `constrain` makes the constraint of the answers, which may take a second. `check` raises a Gemma3nError for a whole
+    answer that it does not accept, see `FinishEvent.is_whole`.
     """
 
     prompts: list[PromptTokens]
@@ -38,7 +41,16 @@ class ParsedRequest:
     n: int = 1
     prompt_logprobs: int | None = None
     generates: bool = True
+    constrain: Callable[[], Constraint | None] | None = None
     check: Callable[[str], None] | None = None
+
+    def constrained(self) -> Self:
+        """The request with its answers held to the constraint. Raises OptionError for one that cannot be followed."""
+        constraint = None if self.constrain is None else self.constrain()
+        if constraint is None:
+            return self
+        options = replace(self.options, logits_processor=constraint.processor)
+        return replace(self, options=options, constrain=None, check=constraint.check)
 
     @property
     def warnings(self) -> dict[str, list[str]]:

@@ -87,10 +87,13 @@ class Service:
         # Requests for a model that is loading wait here, not in a thread each.
         self._acquiring = {name: asyncio.Lock() for name in pool.folders}
         self._readers = ThreadPoolExecutor(limits.reading, thread_name_prefix="reader")
+        # Grammars are compiled one at a time, and other requests are read meanwhile.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compiler")
 
     async def close(self) -> None:
         await asyncio.to_thread(self.pool.close)
         self._readers.shutdown(wait=False, cancel_futures=True)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
     async def held(self, name: str) -> AsyncIterator[Served]:
@@ -112,7 +115,11 @@ class Service:
         await asyncio.to_thread(self.pool.reserve_scorer, served)
 
     async def read(self, reader: Callable[[_Request, Served], _Parsed], request: _Request, served: Served) -> _Parsed:
-        return await asyncio.get_running_loop().run_in_executor(self._readers, reader, request, served)
+        loop = asyncio.get_running_loop()
+        parsed = await loop.run_in_executor(self._readers, reader, request, served)
+        if isinstance(parsed, ParsedRequest) and parsed.constrain is not None:
+            return await loop.run_in_executor(self._compiler, parsed.constrained)
+        return parsed
 
     def deadline(self) -> float:
         """When a request that arrives now has to be answered; a time of `time.monotonic`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import FastAPI
@@ -26,7 +27,7 @@ from . import tools
 from .completion import CompletionKind, StreamChunks, complete, listed_logprobs
 from .outcome import TextHolder, outcome_of
 from .requests import MAX_TOOLS, Items, Messages, generation_options, require_room
-from .response_format import ConstrainedRequest, constrained, constraint_of
+from .response_format import ConstrainedRequest, constraint_of
 from .tools import NO_TOOLS, CallableTools, Function, Tool
 
 
@@ -112,11 +113,11 @@ def read_chat(request: ChatRequest, served: Served) -> ParsedChat:
     parsed = ParsedChat([prompt], options, request.n, tools=callable_tools, legacy=legacy)
     if callable_tools.forced:
         schema = tools.schema_of(callable_tools.tools, parallel=callable_tools.parallel)
-        return constrained(parsed, served.grammars.json_of(schema))
-    constraint = constraint_of(request, served.grammars)
-    if constraint is not None:
-        parsed = replace(parsed, tools=NO_TOOLS)  # a constrained answer is not a tool call
-    return constrained(parsed, constraint)
+        return replace(parsed, constrain=partial(served.grammars.json_of, schema))
+    constrain = constraint_of(request, served.grammars)
+    if constrain is not None:
+        return replace(parsed, constrain=constrain, tools=NO_TOOLS)  # a constrained answer is not a tool call
+    return parsed
 
 
 def _continues(request: ChatRequest) -> bool:

@@ -25,7 +25,7 @@ from gemma3n_onnx.runtime.tokens import PromptTokens
 
 from .completion import CompletionKind, StreamChunks, complete, token_text
 from .requests import Items, generation_options, require_room
-from .response_format import ConstrainedRequest, constrained, constraint_of
+from .response_format import ConstrainedRequest, constraint_of
 
 
 class CompletionRequest(ConstrainedRequest):
@@ -95,15 +95,15 @@ def read_completion(request: CompletionRequest, served: Served) -> ParsedComplet
         raise OptionError(
             f"{served.name} has no graph that scores given text; leave echo or logprobs out, or export it again."
         )
-    parsed = ParsedCompletion(
+    return ParsedCompletion(
         prompts,
         generation_options(request, served, prompts, request.max_tokens or None, request.logprobs),
         request.n,
         prompt_logprobs=request.logprobs if scores else None,
         generates=request.max_tokens != 0,
+        constrain=constraint_of(request, served.grammars),
         echoes=[_echo(*each, served) for each in zip(given if several else [given], prompts)] if request.echo else (),
     )
-    return constrained(parsed, constraint_of(request, served.grammars))
 
 
 def _echo(given: object, prompt: PromptTokens, served: Served) -> Echo:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from gemma3n_onnx.runtime.constraints.grammar import ANY_OBJECT, Constraint, Grammars
 from gemma3n_onnx.runtime.errors import OptionError
-from gemma3n_onnx.runtime.serve.answering import ParsedRequest
 from gemma3n_onnx.runtime.serve.json_body import parse_json
 
 from .requests import ApiModel, Items, SamplingRequest
 
-_Parsed = TypeVar("_Parsed", bound=ParsedRequest)
 Schema = dict[str, Any] | bool
 
 
@@ -60,8 +59,8 @@ class ConstrainedRequest(SamplingRequest):
     json_schema: Schema | None = None
 
 
-def constraint_of(request: ConstrainedRequest, grammars: Grammars) -> Constraint | None:
-    """Raises OptionError for a constraint that cannot be followed, and for two in one request."""
+def constraint_of(request: ConstrainedRequest, grammars: Grammars) -> Callable[[], Constraint] | None:
+    """Makes the constraint of a request; None if it has none. Raises OptionError for two in one request."""
     wanted = _wanted(request)
     if len(wanted) > 1:
         raise OptionError("The request constrains its answer twice; leave one of the constraints out.")
@@ -70,21 +69,13 @@ def constraint_of(request: ConstrainedRequest, grammars: Grammars) -> Constraint
     ((kind, value),) = wanted
     match kind:
         case "json":
-            return grammars.json_of(value)
+            return partial(grammars.json_of, value)
         case "regex":
-            return grammars.regex_of(value)
+            return partial(grammars.regex_of, value)
         case "choice":
-            return grammars.choice_of(value)
+            return partial(grammars.choice_of, value)
         case _:
-            return grammars.lark_of(value)
-
-
-def constrained(parsed: _Parsed, constraint: Constraint | None) -> _Parsed:
-    """The request with its answers held to a constraint."""
-    if constraint is None:
-        return parsed
-    options = replace(parsed.options, logits_processor=constraint.processor)
-    return replace(parsed, options=options, check=constraint.check)
+            return partial(grammars.lark_of, value)
 
 
 def _wanted(request: ConstrainedRequest) -> list[tuple[str, Any]]:

@@ -370,7 +370,10 @@ CYCLIC["items"] = CYCLIC
         (nested(200), "nests deeper than 100 levels"),
         (CYCLIC, "nests deeper than 100 levels"),
         (chain(600), "refers to more than 500 schemas"),
-        ({"properties": {f"p{i}": {} for i in range(25_000)}}, "more than 20000 values"),
+        ({"enum": [*range(25_000)]}, "more than 10,000 values"),
+        ({"type": "object", "required": [f"p{i}" for i in range(2001)]}, "more than 2,000 names"),
+        ({"properties": {f"p{i}": {} for i in range(25_000)}}, "more than 2,000 names"),
+        ({"patternProperties": {f"^p{i}$": {} for i in range(101)}}, "more than 100 patternProperties"),
         ({"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(1500)}}, "send a smaller one"),
     ],
 )
