@@ -18,8 +18,7 @@ from gemma3n_onnx.runtime.errors import Gemma3nError
 
 MAX_VALUES = 100_000
 MAX_DEPTH = 128
-_MARKS = b",[]{}"
-_NO_MARKS = bytes({*range(256)} - {*_MARKS})
+_NO_BRACKETS = bytes({*range(256)} - {*b"[]{}"})
 _SHORT = 256 * 1024  # bytes that are parsed within milliseconds
 _PARSER = ThreadPoolExecutor(1, thread_name_prefix="json")  # one at a time: parsing holds the interpreter lock
 
@@ -54,10 +53,10 @@ def _require_size(data: bytes, what: str) -> None:
     too_many = JsonError(f"{what} has more than {MAX_VALUES:,} values; send fewer.")
     if unescaped.count(b'"') > 4 * MAX_VALUES:  # a name and a text for each value
         raise too_many
-    marks = b"".join(unescaped.split(b'"')[::2]).translate(None, _NO_MARKS)
-    if sum(map(marks.count, (b",", b"[", b"{"))) > MAX_VALUES:
+    outside = b"".join(unescaped.split(b'"')[::2])
+    if sum(map(outside.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise too_many
-    brackets = marks.translate(None, b",")[: 2 * MAX_VALUES]
+    brackets = outside.translate(None, _NO_BRACKETS)[: 2 * MAX_VALUES]
     if max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0) > MAX_DEPTH:
         raise JsonError(f"{what} nests deeper than {MAX_DEPTH} levels; send a flatter one.")
 
