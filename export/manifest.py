@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -81,13 +78,6 @@ def manifest_of(plan: ExportPlan, graphs: Mapping[str, artifact.GraphInfo], enco
         audio=_audio_info(plan, graphs),
         files={},
     )
-
-
-def export_id(manifest: Manifest, weight_files: Mapping[str, artifact.FileInfo]) -> str:
-    """Identifies what an artifact computes: a hash of its graphs' inputs and outputs, its constants and its weights,
-    not of where they come from."""
-    nameless = replace(manifest, producer="", source="", slice="", mmlu=None, files=weight_files)
-    return hashlib.sha256(json.dumps(asdict(nameless), sort_keys=True).encode()).hexdigest()
 
 
 def _quantization_info(stored: StoredWeight) -> artifact.QuantizationInfo | None:

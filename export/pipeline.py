@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .build_graphs import BuiltGraph, build_graphs, weights_of_encoders
 from .checkpoint.checkpoint import ENCODER_MODULES, Checkpoint
 from .encoders import hard_row_values
 from .layouts.select import artifact_kind
-from .manifest import export_id, graph_info, manifest_of
+from .manifest import graph_info, manifest_of
 from .options import ExportOptions
 from .plan import ExportPlan, plan_export
 from .progress import ExportProgress
@@ -47,20 +47,21 @@ def export(checkpoint: Checkpoint, output: Path, options: ExportOptions, progres
     plan = plan_export(checkpoint, options)
     with staged(output, force=options.force, needed_bytes=plan.needed_bytes, kind=artifact_kind()) as folder:
         graphs = build_graphs(plan, progress)
-        files = plan.layout.graph_files(plan.precision_name)
-        graph_infos = {name: graph_info(files.get(name, ""), graph.model) for name, graph in graphs.items()}
+        graph_files = plan.layout.graph_files(plan.precision_name)
+        graph_infos = {name: graph_info(graph_files.get(name, ""), graph.model) for name, graph in graphs.items()}
         (folder / plan.layout.folder).mkdir(exist_ok=True)
         progress.stage("Writing weights")
         encoder_weights = weights_of_encoders(graphs)
         weight_files = _write_weights(plan, checkpoint, encoder_weights, folder, progress)
         _copy_companions(checkpoint, plan.chat_template, folder)
-        manifest = manifest_of(plan, graph_infos, encoder_weights)
-        manifest = replace(manifest, export_id=(own_id := export_id(manifest, weight_files)))
+        manifest = replace(manifest_of(plan, graph_infos, encoder_weights), files=weight_files)
+        own_id = artifact.export_id_of(asdict(manifest), manifest.weight_files)
         _save_graphs(plan, graphs, own_id, folder)
         model_config = plan.slice.hf_config(checkpoint.config)
         for name, content in plan.layout.config_files(model_config, manifest, plan.slice.config).items():
             write_json(folder / name, content)
-        manifest = replace(manifest, files={**_small_files(folder, weight_files), **weight_files})
+        files = {**_small_files(folder, weight_files), **weight_files}
+        manifest = replace(manifest, files=files, export_id=own_id)
         if plan.layout.writes_manifest:
             artifact.save_manifest(folder, manifest)
     return ExportSummary(output, manifest, time.monotonic() - started)

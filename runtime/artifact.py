@@ -28,6 +28,7 @@ EXPORT_ID = "gemma3n_onnx.export_id"
 """The metadata property of a graph that repeats the manifest's `export_id`."""
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_NOT_COMPUTED = {"producer", "source", "slice", "mmlu", "files", "export_id"}
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_NAME_BYTES = 255  # of a file, in every common file system
 
@@ -255,9 +256,9 @@ class Manifest:
     `quantization` lists the quantized matrices; all others are stored as `storage`. `prefill`: a decoder without
     logits and with int8 matrices, faster on prompts. `candidates`: the graph that selects the top logits on the
     device. `scorer`: a decoder that returns log-probabilities of given tokens; artifacts before format 5.1 have none.
-    `export_id` is in the metadata of each graph, too, since files of two exports do not belong together; before format
-    5.2 there is none. `step_bytes`: bytes in memory of the weights that a decode step reads. `mmlu`: the slice's
-    published MMLU, in percent.
+    `export_id`: see `export_id_of`; in the metadata of each graph, too, since files of two exports do not belong
+    together; before format 5.2 there is none. `step_bytes`: bytes in memory of the weights that a decode step reads.
+    `mmlu`: the slice's published MMLU, in percent.
     """
 
     format: str
@@ -412,7 +413,20 @@ def read_manifest(path: Path) -> Manifest:
                 f"{path} names the file {shown(name)}, which is not in its folder; export the artifact again."
             )
     _check_consistency(manifest, path)
+    if manifest.export_id not in (None, export_id_of(data, manifest.weight_files)):
+        raise ArtifactError(
+            f"{path} was changed after the export: its export_id does not fit what it says; copy it again or export "
+            "the artifact again."
+        )
     return manifest
+
+
+def export_id_of(data: Mapping[str, Any], weight_files: Iterable[str]) -> str:
+    """Identifies what the artifact of a manifest computes: a hash of the graphs' inputs and outputs, the constants and
+    the checksums of the weights, but not of where they come from. `data`: the manifest as JSON has it."""
+    content = {key: value for key, value in data.items() if key not in _NOT_COMPUTED}
+    content["files"] = {name: data["files"][name] for name in weight_files if name in data["files"]}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:

@@ -49,9 +49,12 @@ def save_as_transformers(model: "PreTrainedModel", checkpoint: Path, folder: Pat
 
 
 def record(folder: Path, name: str) -> None:
-    """Gives the manifest of an artifact the size and the checksum that a file now has."""
+    """Gives the manifest of an artifact the size and the checksum that a file now has; without the id of the export,
+    which covers the checksums of weights."""
     path, content = folder / MANIFEST, (folder / name).read_bytes()
     manifest = json.loads(path.read_text())
+    if name.endswith((".bin", ".data")):
+        manifest.pop("export_id", None)
     manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     path.write_text(json.dumps(manifest))
 

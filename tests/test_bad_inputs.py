@@ -198,7 +198,13 @@ def running(edit: Callable[[Path], Any] | None = None, *options: str) -> Callabl
 
 
 def manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[World], list[str]]:
-    return running(rewrite_json("manifest.json", change))
+    """Without the id of the export, which would give the change away."""
+
+    def edit(data: dict[str, Any]) -> None:
+        del data["export_id"]
+        change(data)
+
+    return running(rewrite_json("manifest.json", edit))
 
 
 def without_template(folder: Path) -> None:
@@ -665,6 +671,11 @@ CASES = [
     Case("manifest_not_json", running(write("manifest.json", "{")), ("manifest.json", "not valid JSON")),
     Case("manifest_other_format", manifest(lambda m: m.update(format="gguf")), ("does not describe",)),
     Case("manifest_other_version", manifest(lambda m: m.update(format_version="9.0")), ("version 9.0",)),
+    Case(
+        "manifest_edited",
+        running(rewrite_json("manifest.json", lambda m: m["token_embeddings"].update(scale=9.0))),
+        ("manifest.json was changed after the export",),
+    ),
     Case("manifest_key_missing", manifest(lambda m: m.pop("max_context")), ("'max_context'",)),
     Case("manifest_wrong_type", manifest(lambda m: m.update(vocab_size="many")), ("vocab_size is 'many'", "int")),
     Case(

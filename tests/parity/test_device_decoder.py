@@ -150,6 +150,7 @@ def widen(folder: Path) -> None:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     ir.save(graph, folder / "decoder.onnx")
+    del manifest["export_id"]
     manifest["compute_dtype"] = "fp32"
     decoder = manifest["decoder"]
     for tensor in (*decoder["inputs"], *decoder["outputs"], *manifest["caches"]):

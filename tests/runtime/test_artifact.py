@@ -103,6 +103,23 @@ def test_a_constant_out_of_range_is_refused(folder: Path, keys: str, value: Any)
         load_manifest(folder)
 
 
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        ("audio log_mel max_frequency_hz", 7000.0),
+        ("audio log_mel mel_floor", 1e-4),
+        ("vision rescale", 0.5),
+        ("token_embeddings scale", 9.0),
+        ("eos_token_ids", [7]),
+        ("max_context", 64),
+    ],
+)
+def test_a_constant_that_was_changed_is_refused(folder: Path, keys: str, value: Any) -> None:
+    change_manifest(folder, *keys.split(), value=value)
+    with pytest.raises(ArtifactError, match=r"manifest\.json was changed after the export"):
+        load_manifest(folder)
+
+
 @pytest.mark.parametrize("graph", ["vision", "audio"])
 @pytest.mark.parametrize("part", ["inputs", "outputs"])
 def test_an_encoder_without_its_inputs_or_outputs_is_refused(folder: Path, graph: str, part: str) -> None:
