@@ -14,6 +14,7 @@ from gemma3n_onnx.graphs.passes.quantize_blocks import BlockWeights, QuantizeBlo
 from gemma3n_onnx.graphs.passes.quantize_dynamic import ChannelWeights, QuantizeDynamic
 from gemma3n_onnx.graphs.passes.store_narrow import StoreNarrow
 from gemma3n_onnx.runtime.artifact import FileInfo
+from gemma3n_onnx.runtime.errors import shown
 
 from . import slicing
 from .checkpoint.checkpoint import Checkpoint
@@ -116,7 +117,7 @@ def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> N
     """Raises CheckpointError if a tensor does not have the shape that follows from the config."""
     if found != wanted:
         raise CheckpointError(
-            f"Tensor {name} has shape {list(found)} instead of the {list(wanted)} that config.json requires; "
+            f"Tensor {name} has shape {shown([*found])} instead of the {[*wanted]} that config.json requires; "
             "give the config.json that was saved with it, or download the checkpoint again."
         )
 
