@@ -94,6 +94,10 @@ class ClosedError(Gemma3nError, ValueError):
         super().__init__("The model is closed; load it again with OnnxGemma3n.from_pretrained.")
 
 
+class DeadlineError(Gemma3nError, TimeoutError):
+    """A request exceeded its deadline."""
+
+
 class AnswerSchemaError(Gemma3nError, ValueError):
     """The finished answer breaks a part of its constraint that no grammar enforces."""
 

@@ -54,6 +54,31 @@ if TYPE_CHECKING:
     help="Maximum request body in MB.",
 )
 @click.option(
+    "--max-media", default=32, show_default=True, help="Images, clips and videos of a request.", type=click.IntRange(0)
+)
+@click.option("--max-urls", default=16, show_default=True, help="Media URLs of a request.", type=click.IntRange(0))
+@click.option(
+    "--max-media-size",
+    default=128.0,
+    show_default=True,
+    type=FiniteRange(min=0, min_open=True),
+    help="Maximum size of a request's media files in MB.",
+)
+@click.option(
+    "--max-pixels",
+    default=400.0,
+    show_default=True,
+    type=FiniteRange(min=0, min_open=True),
+    help="Millions of pixels of a request's images and video frames.",
+)
+@click.option(
+    "--max-seconds",
+    default=3600.0,
+    show_default=True,
+    type=FiniteRange(min=0, min_open=True),
+    help="Seconds of a request's sound and videos.",
+)
+@click.option(
     "--served-model-name",
     "aliases",
     multiple=True,
@@ -116,6 +141,11 @@ def serve(
     media_folder: Path | None,
     allow_private_urls: bool,
     max_body: float,
+    max_media: int,
+    max_urls: int,
+    max_media_size: float,
+    max_pixels: float,
+    max_seconds: float,
     timeout: float,
     aliases: tuple[str, ...],
     allow_origins: tuple[str, ...],
@@ -132,6 +162,7 @@ def serve(
     name. Models are loaded at their first request. Sampling options are for requests that give none of their own; by
     default they are those of the checkpoint's generation_config.json.
     """
+    from gemma3n_onnx.runtime.media.budget import MediaLimits
     from gemma3n_onnx.runtime.serve.app import Access, create_app
     from gemma3n_onnx.runtime.serve.listener import connection_limit
     from gemma3n_onnx.runtime.serve.middleware import LOOPBACK, host_of
@@ -165,7 +196,11 @@ def serve(
     if preload:
         pool.preload()
     click.echo(_announcement(pool, url_of(listening), api_key is not None, preload), err=True)
-    run_app(create_app(pool, Limits(int(max_body * 1e6), timeout), access), listening, Times(read_timeout, grace))
+    media = MediaLimits(
+        max_media, max_urls, size_bytes=max_media_size * 1e6, pixels=max_pixels * 1e6, seconds=max_seconds
+    )
+    limits = Limits(int(max_body * 1e6), timeout, media)
+    run_app(create_app(pool, limits, access), listening, Times(read_timeout, grace))
 
 
 def _announcement(pool: ModelPool, url: str, guarded: bool, loaded: bool) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from gemma3n_onnx.runtime.engine.engine import Engine
 from gemma3n_onnx.runtime.engine.kv_cache import KVCache
 from gemma3n_onnx.runtime.engine.prefix_cache import WORTH_SHARING, PrefixCache
-from gemma3n_onnx.runtime.errors import ContextLengthError, Gemma3nError
+from gemma3n_onnx.runtime.errors import ContextLengthError, DeadlineError
 from gemma3n_onnx.runtime.tokens import PromptTokens, shared_prefix
 
 from .detokenizer import TokenDecoder
@@ -30,10 +30,6 @@ from .sampler import SamplerState
 from .text import TextAssembler
 
 log = logging.getLogger(__name__)
-
-
-class DeadlineError(Gemma3nError, TimeoutError):
-    """A request exceeded its deadline."""
 
 
 @dataclass(frozen=True)

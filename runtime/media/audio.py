@@ -11,6 +11,7 @@ import numpy as np
 from gemma3n_onnx.runtime.artifact import LogMelInfo
 from gemma3n_onnx.runtime.errors import AudioTooLongError, MediaError, OptionError, PackageMissingError
 
+from .budget import current_budget
 from .fetch import FetchPolicy, Source, open_media
 from .wav import WavData
 
@@ -278,9 +279,10 @@ def _decode(file: BinaryIO, sample_rate_hz: int, max_seconds: float, warn: Calla
 
 
 def _sound_blocks(sound: Any, rate: int, declared: int, max_seconds: float) -> Iterator[np.ndarray]:
-    count = 0
+    count, budget = 0, current_budget()
     while len(block := sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
         count += len(block)
+        budget.spend("seconds", len(block) / rate)
         _check_seconds(count / rate, max_seconds)
         _check_floats(block)
         yield _mono(block)
@@ -315,11 +317,13 @@ def _av_blocks(container: Any, stream: Any, rate: int, max_seconds: float) -> It
 
     # Packed: on planar frames of more than 8 channels, PyAV reads past the plane pointers.
     to_float = av.AudioResampler(format="flt", rate=rate)
-    count = 0
+    count, budget = 0, current_budget()
     for frame in container.decode(stream):
+        budget.check()
         for part in to_float.resample(frame):
             block = part.to_ndarray().reshape(part.samples, -1)
             count += len(block)
+            budget.spend("seconds", len(block) / rate)
             _check_seconds(count / rate, max_seconds)
             _check_floats(block)
             yield _mono(block)

@@ -19,12 +19,16 @@ import ssl
 import stat
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
 from gemma3n_onnx.runtime.errors import MediaError, MediaNotFoundError, UrlRefusedError
+
+from .budget import MediaBudget, current_budget
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 
@@ -35,6 +39,7 @@ PORTS = {"http": 80, "https": 443}
 SHORTEST_BASE64 = 64
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 BLOCK_BYTES = 1 << 16
+POLL_SECONDS = 0.1
 PDF = b"%PDF-"
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
@@ -69,17 +74,25 @@ def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:
     """Opens `source` as a seekable binary file, which the caller closes.
 
     A str is an http(s) URL, a data URL, a path, or base64 of the file itself; a file URL is read inside `files_under`.
+    The file counts towards the active `MediaBudget`, whose errors are raised too.
 
     Raises:
         MediaNotFoundError: no such file, or nothing at the URL.
         UrlRefusedError: a scheme, an address or a local file that the policy does not allow.
         MediaError: too large, too slow, unreadable, not decodable, or a PDF.
     """
+    budget = current_budget()
+    budget.check()
     file = _open(source, policy)
-    if file.read(len(PDF)) == PDF:
+    try:
+        budget.spend("size_bytes", file.seek(0, os.SEEK_END))
+        file.seek(0)
+        if file.read(len(PDF)) == PDF:
+            raise MediaError("This is a PDF, which the model does not take; give its text, or each page as an image.")
+        file.seek(0)
+    except BaseException:
         file.close()
-        raise MediaError("This is a PDF, which the model does not take; give its text, or each page as an image.")
-    file.seek(0)
+        raise
     return file
 
 
@@ -167,13 +180,15 @@ def fetch_url(url: str, policy: FetchPolicy) -> bytes:
         UrlRefusedError: the URL or a redirect has another scheme, credentials, or an address that is not public.
         MediaNotFoundError: 404 or 410.
         MediaError: any other failure, more than `max_bytes`, or more than `timeout_seconds`.
+        DeadlineError, MediaCancelledError: as of the active budget.
     """
-    deadline = time.monotonic() + policy.timeout_seconds
+    budget = current_budget()
+    deadline = min(time.monotonic() + policy.timeout_seconds, budget.deadline)
     first = shorten(url)
     try:
         for _ in range(MAX_REDIRECTS + 1):
             parts = _check_url(url)
-            body, location = _get(parts, policy, deadline)
+            body, location = _get(parts, policy, budget, deadline)
             if location is None:
                 return body
             url = urljoin(url, location)
@@ -184,10 +199,12 @@ def fetch_url(url: str, policy: FetchPolicy) -> bytes:
             f"The certificate of {shorten(url)!r} is not valid ({error.verify_message}); use another server."
         ) from error
     except TimeoutError as error:
+        budget.check()
         raise MediaError(
             f"{first!r} took longer than {policy.timeout_seconds:g} s; try again, or raise timeout_seconds."
         ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
+        budget.check()
         reason = getattr(error, "strerror", None) or shorten(" ".join(str(error).split())) or type(error).__name__
         raise MediaError(f"{shorten(url)!r} cannot be fetched ({reason}); check the URL and the network.") from error
     raise MediaError(f"{first!r} redirects more than {MAX_REDIRECTS} times; give the final URL.")
@@ -280,22 +297,26 @@ def _check_url(url: str) -> SplitResult:
     return parts
 
 
-def _get(parts: SplitResult, policy: FetchPolicy, deadline: float) -> tuple[bytes, str | None]:
+def _get(parts: SplitResult, policy: FetchPolicy, budget: MediaBudget, deadline: float) -> tuple[bytes, str | None]:
     """One request: the body, or the location of a redirect."""
     host = (parts.hostname or "").encode("idna").decode("ascii")
     port = parts.port or PORTS[parts.scheme]
     connection = http.client.HTTPConnection(host, port)
-    raw = _connect(host, port, policy, deadline)
+    raw = _connect(host, port, policy, budget, deadline)
     try:
         if parts.scheme == "https":
-            raw.settimeout(_left(deadline))
-            raw = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
-        connection.sock = _TimedSocket(raw, deadline)  # type: ignore[assignment]
-        connection.request("GET", _target(parts), headers=_headers(parts, host))
-        response = connection.getresponse()
-        if response.status in REDIRECTS and (location := response.getheader("Location")):
-            return b"", location
-        return _body(response, parts, policy), None
+            context = ssl.create_default_context()
+            raw = context.wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False)
+        with budget.interruptible(partial(_shut_down, raw)):
+            if isinstance(raw, ssl.SSLSocket):
+                raw.settimeout(_left(deadline))
+                raw.do_handshake()
+            connection.sock = _TimedSocket(raw, deadline)  # type: ignore[assignment]
+            connection.request("GET", _target(parts), headers=_headers(parts, host))
+            response = connection.getresponse()
+            if response.status in REDIRECTS and (location := response.getheader("Location")):
+                return b"", location
+            return _body(response, parts, policy), None
     finally:
         raw.close()
 
@@ -341,9 +362,9 @@ def _body(response: http.client.HTTPResponse, parts: SplitResult, policy: FetchP
     return b"".join(blocks)
 
 
-def _connect(host: str, port: int, policy: FetchPolicy, deadline: float) -> socket.socket:
+def _connect(host: str, port: int, policy: FetchPolicy, budget: MediaBudget, deadline: float) -> socket.socket:
     """Checks all addresses of the host, then connects to the first that answers."""
-    found = _resolve(host, port, deadline)
+    found = _resolve(host, port, budget, deadline)
     if not policy.allow_private:
         for *_, address in found:
             if not is_public(ipaddress.ip_address(address[0])):
@@ -356,15 +377,25 @@ def _connect(host: str, port: int, policy: FetchPolicy, deadline: float) -> sock
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(_left(deadline) / (len(found) - place))
-            connection.connect(address)
+            with budget.interruptible(partial(_shut_down, connection)):
+                connection.connect(address)
             return connection
         except OSError as error:
             connection.close()
             failure = error
+        except BaseException:
+            connection.close()
+            raise
     raise failure
 
 
-def _resolve(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
+def _shut_down(connection: socket.socket) -> None:
+    """Wakes a thread that waits for this socket."""
+    with suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def _resolve(host: str, port: int, budget: MediaBudget, deadline: float) -> list[tuple[Any, ...]]:
     """Runs `getaddrinfo`, which has no timeout, in a thread that is abandoned at the deadline."""
     answer: list[Any] = []
 
@@ -376,9 +407,9 @@ def _resolve(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(_left(deadline))
-    if not answer:
-        raise TimeoutError
+    while not answer:
+        budget.check()
+        thread.join(min(_left(deadline), POLL_SECONDS))
     if isinstance(answer[0], Exception):
         raise MediaNotFoundError(f"The host {shorten(host)!r} could not be resolved; check the URL.") from answer[0]
     return answer[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import threading
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 
 from gemma3n_onnx.runtime.errors import Gemma3nError, MediaError
 
+from .budget import current_budget
 from .fetch import FetchPolicy, Source, open_media
 from .heif import is_heic, read_heic
 from .limits import check_size, too_large
@@ -72,6 +74,7 @@ def _decode(file: BinaryIO, warn: Callable[[str], None]) -> Image:
             return read_heic(file)
         image = _open(file)
         check_size(*image.size)
+        current_budget().spend("pixels", math.prod(image.size))
         try:
             image.load()
         except OSError:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gemma3n_onnx.runtime.errors import MediaError, OptionError, PackageMissingError
 
+from .budget import current_budget
 from .fetch import FetchPolicy, Source, open_media
 from .image import resize
 from .limits import MAX_PIXELS
@@ -57,6 +58,10 @@ def sample_frames(
         count = max(1, math.ceil(timeline.seconds * fps - TOLERANCE_SECONDS))
         distance = 1 / fps if count <= max_frames else timeline.seconds / max_frames
         times = [i * distance for i in range(min(count, max_frames))]
+        budget = current_budget()
+        budget.spend("seconds", timeline.seconds)
+        budget.spend("frames", len(times))
+        budget.spend("pixels", len(times) * timeline.pixels)
         images = (_to_image(frame, size) for frame in _shown_at(file, timeline, times))
         return [Frame(image, time) for image, time in zip(images, times)]
 
@@ -100,7 +105,7 @@ def check_codec(stream: Any) -> None:
 
 @dataclass(frozen=True)
 class _Timeline:
-    """Start, end and key frames of a video stream, in seconds of its own timestamps.
+    """Start, end and key frames of a video stream, in seconds of its own timestamps; the pixels of a frame.
 
     `frame_seconds` is set for raw streams, which have no timestamps: their frames are counted.
     """
@@ -108,6 +113,7 @@ class _Timeline:
     start: float
     end: float
     key_frames: list[float]
+    pixels: int
     frame_seconds: float | None
 
     @property
@@ -118,9 +124,12 @@ class _Timeline:
 def _scan(file: BinaryIO) -> _Timeline:
     """Demuxes all packets without decoding: the header's duration and index may be missing or wrong."""
     begins, ends, key_frames, count = [], [], [], 0
+    budget = current_budget()
     with _open_stream(file) as (container, stream):
         usual = 1 / float(stream.average_rate or USUAL_FPS)
+        pixels = stream.codec_context.width * stream.codec_context.height
         for packet in container.demux(stream):
+            budget.check()
             count += bool(packet.size)
             if packet.pts is None or packet.is_discard:
                 continue
@@ -131,8 +140,8 @@ def _scan(file: BinaryIO) -> _Timeline:
     if not count:
         raise MediaError("The video has no frames; give another file.")
     if not begins:
-        return _Timeline(0.0, count * usual, [], usual)
-    return _Timeline(min(begins), max(ends), sorted(key_frames), None)
+        return _Timeline(0.0, count * usual, [], pixels, usual)
+    return _Timeline(min(begins), max(ends), sorted(key_frames), pixels, None)
 
 
 def _shown_at(file: BinaryIO, timeline: _Timeline, times: list[float]) -> Iterator[Any]:
@@ -163,6 +172,7 @@ def _decoded(
     file: BinaryIO, timeline: _Timeline, key_frame: float | None = None
 ) -> Generator[tuple[float, Any], None, None]:
     """(time, frame) in display order, from the start or from the key frame at `key_frame` seconds."""
+    budget = current_budget()
     with _open_stream(file) as (container, stream):
         if key_frame is not None:
             container.seek(round(key_frame / stream.time_base), stream=stream)
@@ -170,6 +180,7 @@ def _decoded(
         if key_frame is not None:
             frames = itertools.dropwhile(lambda frame: not frame.key_frame, frames)
         for index, frame in enumerate(frames):
+            budget.check()
             if timeline.frame_seconds is not None:
                 yield index * timeline.frame_seconds, frame
             elif frame.pts is not None:

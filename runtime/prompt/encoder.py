@@ -11,6 +11,7 @@ import numpy as np
 
 from gemma3n_onnx.runtime.artifact import Manifest
 from gemma3n_onnx.runtime.errors import PromptError, no_template
+from gemma3n_onnx.runtime.media.budget import current_budget
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.media.reader import Item, MediaOptions, MediaReader
 from gemma3n_onnx.runtime.tokens import PromptTokens
@@ -105,6 +106,7 @@ class PromptEncoder:
         pictures, clips = _sources("images", images), _sources("audio", audio)
         if isinstance(prompt, str):
             self._placeholders.require(prompt, {"vision": len(pictures), "audio": len(clips)})
+        current_budget().count([*pictures, *clips])
         return {
             "vision": [self._media.image(source, options, number=i) for i, source in enumerate(pictures, start=1)],
             "audio": [self._media.clips(source, options, number=i) for i, source in enumerate(clips, start=1)],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gemma3n_onnx.runtime.errors import PromptError, no_document
+from gemma3n_onnx.runtime.media.budget import current_budget
 from gemma3n_onnx.runtime.media.reader import DETAILS, Item, MediaOptions, MediaReader
 
 # Accepted roles, and their names in chat templates.
@@ -74,6 +75,7 @@ class MessageReader:
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
             raise PromptError(f"Messages must be a list, not {type(messages).__name__}.")
         numbers = Counter[str]()
+        current_budget().count(sources_of(messages))
         read = [self._message(message, index, options, hide, numbers) for index, message in enumerate(messages)]
         if not any(message["role"] == "user" for message in read):
             raise PromptError("The messages must include at least one user message.")
@@ -159,6 +161,16 @@ def _is_media(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") in MEDIA_TYPES
 
 
+def sources_of(messages: Sequence[Any]) -> list[Any]:
+    """What the media parts of messages are read from, before anything is validated; None for a part without."""
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+    typed = [(part, part.get("type")) for part in parts if isinstance(part, Mapping)]
+    kinds = [(part, SAME_TYPES.get(kind, kind)) for part, kind in typed if isinstance(kind, str)]
+    sources = [_given(part, kind) for part, kind in kinds if kind in SOURCE_KEYS]
+    return [source for source in sources if not isinstance(source, Item)]
+
+
 def items_of(messages: Sequence[Mapping[str, Any]]) -> list[Item]:
     """The media of messages from `MessageReader.read`, in order."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
@@ -190,15 +202,20 @@ def _type_of(part: Any, index: int) -> str:
 
 
 def _source(part: Mapping[str, Any], kind: str, index: int) -> Any:
-    """The source of a part: {"image": source}, {"image_url": {"url": source}}, {"input_audio": {"data": source}}."""
-    given = [part[key] for key in SOURCE_KEYS[kind] if part.get(key) is not None]
-    source = given[0] if given else None
-    if isinstance(source, Mapping):
-        source = source.get("data" if kind == "input_audio" else "url")
+    source = _given(part, kind)
     if source is None:
         raise PromptError(
             f"A part of message {index} is of type {kind!r} but has no {' or '.join(SOURCE_KEYS[kind])} to read from."
         )
+    return source
+
+
+def _given(part: Mapping[str, Any], kind: str) -> Any:
+    """The source of a part: {"image": source}, {"image_url": {"url": source}}, {"input_audio": {"data": source}}."""
+    given = [part[key] for key in SOURCE_KEYS[kind] if part.get(key) is not None]
+    source = given[0] if given else None
+    if isinstance(source, Mapping):
+        return source.get("data" if kind == "input_audio" else "url")
     return source
 
 

@@ -15,12 +15,12 @@ from gemma3n_onnx.runtime.errors import (
     AnswerSchemaError,
     ArtifactError,
     ContextLengthError,
+    DeadlineError,
     Gemma3nError,
     PackageMissingError,
     ProviderError,
     as_flag,
 )
-from gemma3n_onnx.runtime.generation.scheduler import DeadlineError
 
 from .not_found import NotFoundError, UnknownModelError
 from .validation import describe_validation, known_fields

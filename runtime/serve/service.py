@@ -6,38 +6,39 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
-from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from gemma3n_onnx.runtime.errors import Gemma3nError
+from gemma3n_onnx.runtime.media.budget import MediaLimits
 
 from .answering import AnswerEvent, Answering, Choice, ParsedRequest, collect
 from .errors import status_and_body
 from .metrics import Metrics
 from .model_pool import ModelPool, Served
+from .reading import Readable, Readers, ReadingLimits, while_connected
 
-_POLL_SECONDS = 0.25
 # A comment that keeps proxies from closing a stream that is silent while a long prompt runs.
 KEEP_ALIVE = ": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 15.0
-_Request = TypeVar("_Request")
+_Request = TypeVar("_Request", bound=Readable)
 _Parsed = TypeVar("_Parsed")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`body_bytes` of one request, `seconds` that it may take, and how many may be `reading` media at once."""
+    """`body_bytes` and `media` of one request, `seconds` that it may take, and how many are `reading` at once."""
 
     body_bytes: int = 64 << 20
     seconds: float = 600.0
-    reading: int = 8
+    media: MediaLimits = field(default_factory=MediaLimits)
+    reading: ReadingLimits = field(default_factory=ReadingLimits)
 
 
 class ServerSentEvents:
@@ -86,14 +87,11 @@ class Service:
         self._limits = limits
         # Requests for a model that is loading wait here, not in a thread each.
         self._acquiring = {name: asyncio.Lock() for name in pool.folders}
-        self._readers = ThreadPoolExecutor(limits.reading, thread_name_prefix="reader")
-        # Grammars are compiled one at a time, and other requests are read meanwhile.
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compiler")
+        self._readers = Readers(limits.reading, limits.media)
 
     async def close(self) -> None:
         await asyncio.to_thread(self.pool.close)
-        self._readers.shutdown(wait=False, cancel_futures=True)
-        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._readers.close()
 
     @asynccontextmanager
     async def held(self, name: str) -> AsyncIterator[Served]:
@@ -114,29 +112,28 @@ class Service:
         """Makes room for a model's scorer. Errors as of `ModelPool.reserve_scorer`."""
         await asyncio.to_thread(self.pool.reserve_scorer, served)
 
-    async def read(self, reader: Callable[[_Request, Served], _Parsed], request: _Request, served: Served) -> _Parsed:
-        loop = asyncio.get_running_loop()
-        parsed = await loop.run_in_executor(self._readers, reader, request, served)
+    async def read(
+        self, reader: Callable[[_Request, Served], _Parsed], request: _Request, served: Served, http: Request
+    ) -> _Parsed:
+        """What `reader` makes of a request, with its constraint compiled. Errors as of `Readers.read`."""
+        deadline = self.deadline(http)
+        parsed = await self._readers.read(partial(reader, request, served), request, http, deadline)
         if isinstance(parsed, ParsedRequest) and parsed.constrain is not None:
-            return await loop.run_in_executor(self._compiler, parsed.constrained)
+            return await self._readers.compile(parsed.constrained, http, deadline)
         return parsed
 
-    def deadline(self) -> float:
-        """When a request that arrives now has to be answered; a time of `time.monotonic`."""
-        return time.monotonic() + self._limits.seconds
+    def deadline(self, http: Request) -> float:
+        """When the request has to be answered, from the first time this is asked; a time of `time.monotonic`."""
+        if not hasattr(http.state, "deadline"):
+            http.state.deadline = time.monotonic() + self._limits.seconds
+        return http.state.deadline
 
-    async def answer(
-        self, parsed: ParsedRequest, served: Served, http: Request, deadline: float | None = None
-    ) -> list[Choice]:
+    async def answer(self, parsed: ParsedRequest, served: Served, http: Request) -> list[Choice]:
         """The complete answer; cancelled when the client disconnects."""
-        answering = self._begin(parsed, served, deadline)
+        answering = self._begin(parsed, served, http)
         collecting = asyncio.ensure_future(collect(answering))
         try:
-            while not collecting.done():
-                await asyncio.wait([collecting], timeout=_POLL_SECONDS)
-                if not collecting.done() and await http.is_disconnected():
-                    raise HTTPException(499, "The client disconnected.")
-            return collecting.result()
+            return await while_connected(collecting, http)
         except Gemma3nError as error:
             self.metrics.failed(error)
             raise
@@ -144,9 +141,9 @@ class Service:
             collecting.cancel()
             answering.cancel()
 
-    def stream(self, parsed: ParsedRequest, served: Served, chunks: StreamFormat) -> StreamingResponse:
+    def stream(self, parsed: ParsedRequest, served: Served, chunks: StreamFormat, http: Request) -> StreamingResponse:
         """The answer as server-sent events in the form of `chunks`."""
-        answering = self._begin(parsed, served)
+        answering = self._begin(parsed, served, http)
 
         async def events() -> AsyncIterator[Any]:
             for chunk in chunks.first():
@@ -186,8 +183,8 @@ class Service:
 
         return _Stream(lines(), done)
 
-    def _begin(self, parsed: ParsedRequest, served: Served, deadline: float | None = None) -> Answering:
-        return Answering(parsed, served, self.deadline() if deadline is None else deadline, self.metrics.first_token)
+    def _begin(self, parsed: ParsedRequest, served: Served, http: Request) -> Answering:
+        return Answering(parsed, served, self.deadline(http), self.metrics.first_token)
 
 
 class _Stream(StreamingResponse):

@@ -58,18 +58,18 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/messages")
     async def messages(request: MessagesRequest, http: HttpRequest) -> Response:
         async with service.held(request.model) as served:
-            parsed = await service.read(read_chat, _chat_request(request), served)
+            parsed = await service.read(read_chat, _chat_request(request), served, http)
             if request.stream:
-                return service.stream(parsed, served, MessageEvents(parsed, served.name))
+                return service.stream(parsed, served, MessageEvents(parsed, served.name), http)
             (choice,) = await service.answer(parsed, served, http)
         outcome = outcome_of(choice, parsed.tools)
         message = _message(served.name, _blocks(outcome), _stop(choice, outcome), _usage(choice, parsed))
         return JSONResponse(message | parsed.warnings)
 
     @app.post("/v1/messages/count_tokens")
-    async def count_tokens(request: MessagesRequest) -> dict[str, int]:
+    async def count_tokens(request: MessagesRequest, http: HttpRequest) -> dict[str, int]:
         async with service.held(request.model) as served:
-            parsed = await service.read(read_chat, _chat_request(request), served)
+            parsed = await service.read(read_chat, _chat_request(request), served, http)
         return {"input_tokens": len(parsed.prompts[0])}
 
 

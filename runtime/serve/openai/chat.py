@@ -17,7 +17,7 @@ from gemma3n_onnx.runtime.generation.logprobs import TokenLogprob
 from gemma3n_onnx.runtime.generation.scheduler import FinishEvent
 from gemma3n_onnx.runtime.media.reader import MediaOptions
 from gemma3n_onnx.runtime.prompt.encoder import TemplateOptions
-from gemma3n_onnx.runtime.prompt.messages import without_media
+from gemma3n_onnx.runtime.prompt.messages import sources_of, without_media
 from gemma3n_onnx.runtime.serve.answering import AnswerEvent, Choice, ParsedRequest
 from gemma3n_onnx.runtime.serve.errors import name_max_tokens
 from gemma3n_onnx.runtime.serve.model_pool import Served
@@ -56,6 +56,10 @@ class ChatRequest(ConstrainedRequest):
     long_audio: str = "error"
     video_fps: float = 1.0
     max_frames: int = 16
+
+    @property
+    def has_media(self) -> bool:
+        return bool(sources_of(self.messages))
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,12 @@ class CompletionKind(Generic[Parsed]):
 async def complete(kind: CompletionKind[Parsed], request: SamplingRequest, service: Service, http: Request) -> Response:
     """The whole answer as JSON, or a stream of chunks."""
     async with service.held(request.model) as served:
-        parsed = await service.read(kind.read, request, served)
+        parsed = await service.read(kind.read, request, served, http)
         if parsed.prompt_logprobs is not None:
             await service.reserve_scorer(served)
         if request.stream:
-            return service.stream(parsed, served, kind.chunks(parsed, served, with_usage=request.wants_usage))
+            chunks = kind.chunks(parsed, served, with_usage=request.wants_usage)
+            return service.stream(parsed, served, chunks, http)
         choices = await service.answer(parsed, served, http)
     listed = [kind.choice(i, choice, parsed, served) for i, choice in enumerate(choices)]
     body = {**envelope(kind.object, kind.prefix, served.name), "choices": listed}

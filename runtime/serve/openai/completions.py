@@ -41,6 +41,10 @@ class CompletionRequest(ConstrainedRequest):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
 
+    @property
+    def has_media(self) -> bool:
+        return bool(self.images or self.audio)
+
 
 @dataclass(frozen=True)
 class Echo:

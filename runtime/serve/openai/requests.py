@@ -106,6 +106,11 @@ class ApiModel(BaseModel):
         """The fields to validate of those `given`. Raises ValueError for one that is not supported."""
         return given
 
+    @property
+    def has_media(self) -> bool:
+        """Whether it holds images, sound or videos."""
+        return False
+
 
 class ApiRequest(ApiModel):
     model: str = ""

@@ -82,10 +82,10 @@ def add_routes(app: FastAPI, service: Service) -> None:
         name_max_tokens(http, "max_output_tokens")
         conversation = _conversation(request, store)
         async with service.held(request.model) as served:
-            parsed = await service.read(read_chat, _chat_request(request, conversation), served)
+            parsed = await service.read(read_chat, _chat_request(request, conversation), served, http)
             answer = ResponseBuilder(request, served, parsed)
             if request.stream:
-                return service.stream(parsed, served, ResponseEvents(answer, conversation, store))
+                return service.stream(parsed, served, ResponseEvents(answer, conversation, store), http)
             (choice,) = await service.answer(parsed, served, http)
         whole = answer.finished(choice)
         answer.keep(store, conversation, whole)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi import Request as HttpRequest
 from pydantic import ConfigDict
 
 from gemma3n_onnx.runtime.errors import OptionError, PromptError
 from gemma3n_onnx.runtime.prompt.encoder import TemplateOptions
-from gemma3n_onnx.runtime.prompt.messages import without_media
+from gemma3n_onnx.runtime.prompt.messages import sources_of, without_media
 from gemma3n_onnx.runtime.serve.model_pool import Served
 from gemma3n_onnx.runtime.serve.service import Service
 
@@ -29,6 +30,10 @@ class TokenizeRequest(ApiModel):
     add_special_tokens: bool | None = None
     with_pieces: bool = False
 
+    @property
+    def has_media(self) -> bool:
+        return bool(sources_of(self.messages or []))
+
 
 class DetokenizeRequest(ApiModel):
     model_config = ConfigDict(extra="ignore")
@@ -39,16 +44,16 @@ class DetokenizeRequest(ApiModel):
 
 def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(request: TokenizeRequest, http: HttpRequest) -> dict[str, Any]:
         async with service.held(request.model) as served:
-            tokens = await service.read(_tokens, request, served)
+            tokens = await service.read(_tokens, request, served, http)
             limit = served.worker.context
         return {"tokens": tokens, "count": len(tokens), "max_model_len": limit}
 
     @app.post("/detokenize")
-    async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(request: DetokenizeRequest, http: HttpRequest) -> dict[str, str]:
         async with service.held(request.model) as served:
-            text = await service.read(_text, request, served)
+            text = await service.read(_text, request, served, http)
         return {"content": text, "prompt": text}
 
 

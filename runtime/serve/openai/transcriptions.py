@@ -44,6 +44,10 @@ class TranscriptionRequest(ApiRequest):
     chunking_strategy: Literal["auto"] | None = None
     timestamp_granularities: Items[Literal["segment"]] = Field(default_factory=list)
 
+    @property
+    def has_media(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -89,7 +93,7 @@ async def _answer(
     task: str, instruction: str, request: TranscriptionRequest, data: bytes, service: Service, http: HttpRequest
 ) -> Response:
     async with service.held(request.model) as served:
-        parsed = await service.read(lambda _, model: _parse(request, data, instruction, model), request, served)
+        parsed = await service.read(lambda _, model: _parse(request, data, instruction, model), request, served, http)
         if request.stream:
             return service.stream_events(_events(parsed, served, service, http), served)
         segments = [each async for each in _segments(parsed, served, service, http, served.options.rows)]
@@ -119,12 +123,12 @@ async def _segments(
     parsed: ParsedFile, served: Served, service: Service, http: HttpRequest, at_once: int
 ) -> AsyncIterator[Segment]:
     """Answers a few clips at a time, so that a long file leaves room in the queue; one deadline holds for all."""
-    deadline = service.deadline()
+    deadline = service.deadline(http)
     for start in range(0, len(parsed.prompts), at_once):
         part = replace(parsed, prompts=parsed.prompts[start : start + at_once])
         while True:
             try:
-                choices = await service.answer(part, served, http, deadline)
+                choices = await service.answer(part, served, http)
                 break
             except BusyError:
                 if start == 0 or time.monotonic() > deadline:

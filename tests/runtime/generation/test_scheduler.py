@@ -15,10 +15,9 @@ import pytest
 
 from fake_engine import END, VOCABULARY, FakeEngine, FakeTokenizer, ids_of
 from gemma3n_onnx.runtime.engine.prefix_cache import PrefixCache
-from gemma3n_onnx.runtime.errors import AnswerSchemaError, ContextLengthError, ProviderError
+from gemma3n_onnx.runtime.errors import AnswerSchemaError, ContextLengthError, DeadlineError, ProviderError
 from gemma3n_onnx.runtime.generation.options import GenerationOptions
 from gemma3n_onnx.runtime.generation.scheduler import (
-    DeadlineError,
     FailureEvent,
     FinishEvent,
     PromptEvent,
