@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma3n_onnx.runtime.errors import OptionError
+from gemma3n_onnx.runtime.media.decoding import DecodingMemory
 from gemma3n_onnx.runtime.media.fetch import FetchPolicy
 from gemma3n_onnx.runtime.prompt.chat_template import ChatTemplate
 
@@ -79,6 +80,13 @@ if TYPE_CHECKING:
     help="Seconds of a request's sound and videos.",
 )
 @click.option(
+    "--media-memory",
+    default=1.0,
+    show_default=True,
+    type=FiniteRange(min=0, min_open=True),
+    help="Memory for decoding media in GB, for all requests together.",
+)
+@click.option(
     "--served-model-name",
     "aliases",
     multiple=True,
@@ -146,6 +154,7 @@ def serve(
     max_media_size: float,
     max_pixels: float,
     max_seconds: float,
+    media_memory: float,
     timeout: float,
     aliases: tuple[str, ...],
     allow_origins: tuple[str, ...],
@@ -185,7 +194,10 @@ def serve(
         ChatTemplate.from_file(chat_template)  # reject a bad one before the first request
     load["chat_template"] = chat_template
     load["fetch"] = FetchPolicy(
-        allow_private=allow_private_urls, allow_files=media_folder is not None, files_under=media_folder
+        allow_private=allow_private_urls,
+        allow_files=media_folder is not None,
+        files_under=media_folder,
+        decoding=DecodingMemory(int(media_memory * 1e9)),
     )
     pool = ModelPool(folders, ServeOptions(memory_budget=gigabytes_to_bytes(models_memory), **options), load, aliases)
     # Only a browser on this machine reaches a loopback address, and a page's name may resolve to it (DNS rebinding).

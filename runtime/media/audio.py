@@ -12,6 +12,7 @@ from gemma3n_onnx.runtime.artifact import LogMelInfo
 from gemma3n_onnx.runtime.errors import AudioTooLongError, MediaError, OptionError, PackageMissingError
 
 from .budget import current_budget
+from .decoding import DecodingMemory
 from .fetch import FetchPolicy, Source, open_media
 from .wav import WavData
 
@@ -29,6 +30,8 @@ LARGEST_FLOAT = 8.0
 # A peak-to-peak range up to this is silence: three 16-bit steps, the residue of dithering.
 SILENT_SPAN = 1e-4
 BLOCK_FRAMES = 1 << 16
+BLOCK_BYTES = BLOCK_FRAMES * MAX_CHANNELS * 4
+ADVICE = "split the audio into shorter files"
 # A file that decodes to less than this fraction of its declared length is truncated.
 COMPLETE = 0.95
 BY_SOUNDFILE = "WAV, FLAC, MP3 or Ogg"
@@ -77,7 +80,7 @@ def load_audio(
         raise MediaError("rate is for arrays only, because a file declares its own; leave it out.")
     else:
         with open_media(source, policy) as file:
-            samples = _decode(file, sample_rate_hz, max_seconds, warn)
+            samples = _decode(file, policy.decoding, sample_rate_hz, max_seconds, warn)
     if not samples.size:
         raise MediaError("The audio has no samples; check the recording.")
     if np.ptp(samples) <= SILENT_SPAN:
@@ -248,7 +251,9 @@ class _Resampler:
         return np.pad(samples[:length], (0, max(0, length - len(samples))))
 
 
-def _decode(file: BinaryIO, sample_rate_hz: int, max_seconds: float, warn: Callable[[str], None]) -> np.ndarray:
+def _decode(
+    file: BinaryIO, memory: DecodingMemory, sample_rate_hz: int, max_seconds: float, warn: Callable[[str], None]
+) -> np.ndarray:
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: libsndfile is missing
@@ -264,18 +269,28 @@ def _decode(file: BinaryIO, sample_rate_hz: int, max_seconds: float, warn: Calla
         sound = soundfile.SoundFile(file)
     except soundfile.SoundFileError:
         file.seek(0)
-        return _decode_with_av(file, sample_rate_hz, max_seconds)
+        with memory.reserved(_decoded_bytes(max_seconds, sample_rate_hz), ADVICE):
+            return _decode_with_av(file, sample_rate_hz, max_seconds)
     with sound:
         rate = _check_rate(sound.samplerate)
+        if sound.channels > MAX_CHANNELS:
+            raise MediaError(f"The audio has {sound.channels} channels; give at most {MAX_CHANNELS}.")
         declared = sound.frames if sound.frames < UNKNOWN_LENGTH else 0
         _check_seconds(declared / rate, max_seconds)
         if wav is not None and not wav.is_streamed and 0 < wav.present < wav.declared:
             warn(f"The WAV is cut off: it declares {wav.declared:,} bytes of sound but has {wav.present:,}.")
+        seconds = declared / rate if declared else max_seconds
         try:
-            return _Resampler(rate, sample_rate_hz).all_of(_sound_blocks(sound, rate, declared, max_seconds))
+            with memory.reserved(_decoded_bytes(seconds, sample_rate_hz), ADVICE):
+                return _Resampler(rate, sample_rate_hz).all_of(_sound_blocks(sound, rate, declared, max_seconds))
         except soundfile.SoundFileError as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise MediaError(f"The audio file is damaged ({reason}); save or download it again.") from error
+
+
+def _decoded_bytes(seconds: float, sample_rate_hz: int) -> int:
+    """Of the samples, in blocks and joined, and of one block of all channels."""
+    return math.ceil(min(seconds, current_budget().left("seconds")) * sample_rate_hz) * 8 + BLOCK_BYTES
 
 
 def _sound_blocks(sound: Any, rate: int, declared: int, max_seconds: float) -> Iterator[np.ndarray]:

@@ -20,7 +20,7 @@ import stat
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +29,7 @@ from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urljoin,
 from gemma3n_onnx.runtime.errors import MediaError, MediaNotFoundError, UrlRefusedError
 
 from .budget import MediaBudget, current_budget
+from .decoding import DecodingMemory
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 
@@ -60,7 +61,8 @@ class FetchPolicy:
 
     `max_bytes` limits sources that are held in memory (URLs, data URLs, base64), not local files, which are read in
     place. `timeout_seconds` covers a whole fetch: DNS, connection, redirects and body. `files_under`: the folder that
-    must contain local files, and the base of relative paths; None allows any file.
+    must contain local files, and the base of relative paths; None allows any file. `decoding` limits the memory of
+    decoders.
     """
 
     max_bytes: int = 64 << 20
@@ -68,6 +70,7 @@ class FetchPolicy:
     allow_private: bool = False
     allow_files: bool = True
     files_under: Path | None = None
+    decoding: DecodingMemory = field(default_factory=DecodingMemory, compare=False, repr=False)
 
 
 def open_media(source: Source, policy: FetchPolicy) -> BinaryIO:

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from gemma3n_onnx.runtime.errors import PackageMissingError
 
-from .limits import check_size
-
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from pillow_heif import HeifFile
 
 # Brands of files with pictures in HEVC; "mif1" alone may also be AVIF, which Pillow reads.
 BRANDS = (b"heic", b"heix", b"heim", b"heis")
@@ -23,12 +21,12 @@ def is_heic(file: BinaryIO) -> bool:
     return head[4:8] == b"ftyp" and any(head[at : at + 4] in BRANDS for at in range(8, size, 4))
 
 
-def read_heic(file: BinaryIO) -> Image:
-    """The primary picture, upright, in mode RGB, or RGBA if it has an alpha plane. Colour profiles are ignored.
+def open_heic(file: BinaryIO) -> HeifFile:
+    """The file of a picture; `to_pillow` decodes the primary one, upright, in mode RGB, or RGBA if it has an alpha
+    plane. Colour profiles are ignored.
 
     Raises:
-        MediaError: the picture is too large. PackageMissingError: pillow-heif is not installed.
-        Other exceptions: the file is damaged.
+        PackageMissingError: pillow-heif is not installed. Other exceptions: the file is damaged.
     """
     try:
         import pillow_heif
@@ -38,9 +36,7 @@ def read_heic(file: BinaryIO) -> Image:
         ) from error
     _check_whole(file)
     file.seek(0)
-    picture = pillow_heif.open_heif(file)
-    check_size(*picture.size)
-    return picture.to_pillow()
+    return pillow_heif.open_heif(file)
 
 
 def _check_whole(file: BinaryIO) -> None:

@@ -7,7 +7,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -15,8 +15,10 @@ from gemma3n_onnx.runtime.errors import Gemma3nError, MediaError
 
 from .budget import current_budget
 from .fetch import FetchPolicy, Source, open_media
-from .heif import is_heic, read_heic
+from .heif import is_heic, open_heic
+from .image_memory import JPEGS, coefficient_bytes, first_scan, pixel_bytes
 from .limits import check_size, too_large
+from .orientation import turn_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,15 +26,20 @@ if TYPE_CHECKING:
     ImageSource = Source | Image | np.ndarray
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-ORIENTATION = 0x0112  # EXIF tag
-JPEGS = ("JPEG", "MPO")  # MPO: several JPEGs, of which the first is read
-START_OF_SCAN, END_OF_JPEG = 0xDA, b"\xff\xd9"
+END_OF_JPEG = b"\xff\xd9"
+# A JPEG of which decoding would take more is decoded at 1/2, 1/4 or 1/8, but at least `DRAFT` times the size wanted.
+WHOLE_BYTES = 256_000_000
+DRAFT = 2
+STRIP_PIXELS = 1 << 20
+STRIP_COPIES = 6  # cropped, turned, RGBA, white, composed, RGB
 
 # Pillow warns of decompression bombs through process-wide warning filters, which are not thread-safe.
 _filters = threading.Lock()
 
 
-def load_image(source: ImageSource, policy: FetchPolicy, warn: Callable[[str], None] = lambda _: None) -> Image:
+def load_image(
+    source: ImageSource, policy: FetchPolicy, warn: Callable[[str], None] = lambda _: None, size: int | None = None
+) -> Image:
     """Loads an image in mode RGB, EXIF orientation applied; of an animation, the first frame.
 
     Source: any `open_media` source, a PIL image, or an array [height, width] or [height, width, 1, 3 or 4] of
@@ -40,19 +47,22 @@ def load_image(source: ImageSource, policy: FetchPolicy, warn: Callable[[str], N
     and float values are scaled to 8 bits. A JPEG without its end is decoded as far as it goes, as browsers do it, and
     `warn` is told.
 
+    With `size`, the image is resized to that square, as by `resize`, in less memory. A JPEG of which decoding would
+    take more than `WHOLE_BYTES` is then decoded at a fraction of its size, which moves its pixels slightly.
+
     Raises:
-        MediaError: not an image, damaged, in an unsupported format, or larger than `limits` allow.
+        MediaError: not an image, damaged, in an unsupported format, or larger than `limits` or `policy` allow.
         MediaNotFoundError, UrlRefusedError: as `open_media` raises them.
         PackageMissingError: a HEIC picture, and pillow-heif is not installed.
     """
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        return _to_rgb(source, size)
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _to_rgb(_from_array(source), size)
     with open_media(source, policy) as file:
-        return _to_rgb(_decode(file, warn))
+        return _decode(file, policy, size, warn)
 
 
 def resize(image: Image, size: int) -> Image:
@@ -68,46 +78,56 @@ def to_pixels(square: Image, rescale: float) -> np.ndarray:
     return values[np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))]
 
 
-def _decode(file: BinaryIO, warn: Callable[[str], None]) -> Image:
+def _decode(file: BinaryIO, policy: FetchPolicy, size: int | None, warn: Callable[[str], None]) -> Image:
     try:
-        if is_heic(file):
-            return read_heic(file)
-        image = _open(file)
+        heic = is_heic(file)
+        image: Any = open_heic(file) if heic else _open(file)
         check_size(*image.size)
         current_budget().spend("pixels", math.prod(image.size))
-        try:
-            image.load()
-        except OSError:
-            if image.format not in JPEGS:
-                raise
-            image = _ended_jpeg(file)
-            lack = "lack detail" if image.info.get("progressive") else "be blank at the bottom"
-            warn(f"The end of the JPEG is missing, so the picture may {lack}.")
-        return image
+        kept = 0 if heic else coefficient_bytes(image, file)
+        draft = None
+        if size is not None and not heic and kept + pixel_bytes(image) > WHOLE_BYTES:
+            draft = DRAFT * size, DRAFT * size
+            image.draft(None, draft)  # has no effect on formats other than JPEG
+        needed = kept + pixel_bytes(image) + _conversion_bytes(image.size, size)
+        with policy.decoding.reserved(needed, "scale the image down, or save it as a JPEG that is not progressive"):
+            if heic:
+                return _to_rgb(image.to_pillow(), size)
+            if not _load(image):
+                del image
+                image = _ended_jpeg(file, draft)
+                lack = "lack detail" if image.info.get("progressive") else "be blank at the bottom"
+                warn(f"The end of the JPEG is missing, so the picture may {lack}.")
+            return _to_rgb(image, size)
     except Gemma3nError:
         raise
     except Exception as error:  # decoders raise anything on damaged data
         raise _damaged(error) from error
 
 
-def _ended_jpeg(file: BinaryIO) -> Image:
+def _load(image: Image) -> bool:
+    """Decodes an image; False for a JPEG without its end."""
+    try:
+        image.load()
+    except OSError:
+        if image.format not in JPEGS:
+            raise
+        return False
+    return True
+
+
+def _ended_jpeg(file: BinaryIO, draft: tuple[int, int] | None) -> Image:
     """A JPEG that ends too early, with an end marker added, at which libjpeg fills what is missing."""
+    scan = first_scan(file)
     file.seek(0)
     data = file.read()
-    if not _has_scan(data):
+    if scan is None or scan[1] >= len(data):
         raise OSError("the file ends before its picture begins")
     image = _open(io.BytesIO(data + END_OF_JPEG))
+    if draft is not None:
+        image.draft(None, draft)
     image.load()
     return image
-
-
-def _has_scan(jpeg: bytes) -> bool:
-    """Whether any data follow the segment that starts a scan."""
-    at, marker = 2, 0
-    while marker != START_OF_SCAN and jpeg[at : at + 1] == b"\xff":
-        marker = int.from_bytes(jpeg[at + 1 : at + 2], "big")
-        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    return marker == START_OF_SCAN and at < len(jpeg)
 
 
 def _open(file: BinaryIO) -> Image:
@@ -134,24 +154,47 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _to_rgb(image: Image) -> Image:
-    from PIL import Image, ImageOps
+def _to_rgb(image: Image, size: int | None) -> Image:
+    """Strip by strip, so that no second copy of the whole image is made. Resizing each strip to the new width, then all
+    of them to the new height, is what Pillow does with a whole image."""
+    from PIL import Image
 
     check_size(*image.size)
+    budget = current_budget()
     try:
         image.load()
-        if image.getexif().get(ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            return _from_array(_unsigned(image))
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except MediaError:
+        turn = turn_of(image)
+        width, height = turn.size(image)
+        result = Image.new("RGB", (size or width, height))
+        rows = max(1, STRIP_PIXELS // max(width, result.width))
+        for top in range(0, height, rows):
+            budget.check()
+            strip = _strip_to_rgb(turn.rows(image, top, min(top + rows, height)))
+            if size is not None:
+                strip = strip.resize((size, strip.height), Image.Resampling.BILINEAR)
+            result.paste(strip, (0, top))
+        return result if size is None else resize(result, size)
+    except Gemma3nError:
         raise
     except Exception as error:  # decoders raise anything on damaged data
         raise _damaged(error) from error
+
+
+def _conversion_bytes(sides: tuple[int, int], size: int | None) -> int:
+    """What `_to_rgb` takes beside the decoded image, either side of which may be its height."""
+    resized = math.prod(sides) if size is None else max(sides) * size
+    return 4 * resized + STRIP_COPIES * 4 * max(STRIP_PIXELS, *sides)
+
+
+def _strip_to_rgb(strip: Image) -> Image:
+    from PIL import Image
+
+    if strip.mode.startswith(("I", "F")):
+        strip = _from_array(_unsigned(strip))
+    if "A" in strip.getbands() or strip.info.get("transparency") is not None:
+        strip = strip.convert("RGBA")
+        strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+    return strip.convert("RGB")
 
 
 def _unsigned(image: Image) -> np.ndarray:
@@ -165,6 +208,7 @@ def _unsigned(image: Image) -> np.ndarray:
 
 
 def _from_array(values: np.ndarray) -> Image:
+    """In mode L, RGB or RGBA."""
     from PIL import Image
 
     shape = " x ".join(map(str, values.shape))
@@ -190,7 +234,7 @@ def _from_array(values: np.ndarray) -> Image:
     elif values.dtype != np.uint8:
         raise MediaError(f"An image array must be uint8, uint16 or float, not {values.dtype}; convert it.")
     grey = values.ndim == 3 and values.shape[2] == 1
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(values[..., 0] if grey else values)))
+    return Image.fromarray(np.ascontiguousarray(values[..., 0] if grey else values))
 
 
 def _damaged(error: Exception) -> MediaError:

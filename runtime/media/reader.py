@@ -16,7 +16,7 @@ from gemma3n_onnx.runtime.errors import MediaError, OptionError
 
 from .audio import LONG_AUDIO, LogMel, LongAudio, fit, load_audio
 from .fetch import FetchPolicy, name_of, shorten
-from .image import load_image, resize, to_pixels
+from .image import load_image, to_pixels
 from .video import sample_frames
 
 # OpenAI's image `detail`: picks the smallest or the largest of the artifact's image sizes.
@@ -79,8 +79,8 @@ class MediaReader:
         vision = self._need_vision("an image")
         size = _image_size(vision, options, detail)
         with self._naming(source, f"image {number}") as warnings:
-            image = load_image(source, self._policy, warnings.append)
-        return [self._image_item(vision, image, size, warnings)]
+            image = load_image(source, self._policy, warnings.append, size)
+        return [self._image_item(vision, image, warnings)]
 
     def video(self, source: Any, options: MediaOptions, *, number: int = 1) -> list[Item]:
         """One item for each sampled frame. Raises as `image`."""
@@ -88,7 +88,7 @@ class MediaReader:
         size = _image_size(vision, options, None)
         with self._naming(source, f"video {number}"):
             frames = sample_frames(source, self._policy, options.video_fps, options.max_frames, size)
-        return [self._image_item(vision, frame.image, size) for frame in frames]
+        return [self._image_item(vision, frame.image) for frame in frames]
 
     def clips(self, source: Any, options: MediaOptions, rate: int | None = None, *, number: int = 1) -> list[Item]:
         """One item, or several if long audio is split; the first has the warnings.
@@ -122,14 +122,13 @@ class MediaReader:
             raise type(error)(f"{name}: {error}", option=error.option) from error
         warnings[:] = [f"{name}: {warning}" for warning in warnings]
 
-    def _image_item(self, vision: VisionInfo, image: Any, size: int, warnings: Sequence[str] = ()) -> Item:
-        resized = resize(image, size)
+    def _image_item(self, vision: VisionInfo, square: Any, warnings: Sequence[str] = ()) -> Item:
         name = vision.graph.inputs[0].name
 
         def inputs() -> Mapping[str, np.ndarray]:
-            return {name: to_pixels(resized, vision.rescale)[None]}
+            return {name: to_pixels(square, vision.rescale)[None]}
 
-        key = hashlib.sha256(resized.tobytes()).digest() + size.to_bytes(4, "little")
+        key = hashlib.sha256(square.tobytes()).digest() + square.width.to_bytes(4, "little")
         return Item("vision", key, inputs, warnings=tuple(warnings))
 
     def _clip_item(

@@ -24,6 +24,9 @@ MAX_FRAMES = 32
 # Self-contained formats. Others (playlists, concatenations) make FFmpeg open further files and URLs.
 DEMUXERS = "aac,asf,avi,flac,flv,gif,h264,hevc,ivf,matroska,mov,mp3,mpeg,mpegts,ogg,wav"
 USUAL_FPS = 25
+THREADS = 2
+# Bytes a pixel of a frame: up to 16 reference frames, one for each thread, and an RGB image.
+DECODER_BYTES = 40
 TOLERANCE_SECONDS = 1e-6
 
 
@@ -62,8 +65,10 @@ def sample_frames(
         budget.spend("seconds", timeline.seconds)
         budget.spend("frames", len(times))
         budget.spend("pixels", len(times) * timeline.pixels)
-        images = (_to_image(frame, size) for frame in _shown_at(file, timeline, times))
-        return [Frame(image, time) for image, time in zip(images, times)]
+        kept = 4 * len(times) * (timeline.pixels if size is None else size * size)
+        with policy.decoding.reserved(timeline.pixels * DECODER_BYTES + kept, "scale the video down"):
+            images = (_to_image(frame, size) for frame in _shown_at(file, timeline, times))
+            return [Frame(image, time) for image, time in zip(images, times)]
 
 
 @contextmanager
@@ -203,6 +208,7 @@ def _open_stream(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
             raise MediaError(f"The video's frames are too large ({width:,} x {height:,} pixels); scale them down.")
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # if the size changes mid-stream
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = THREADS
         yield container, stream
 
 
