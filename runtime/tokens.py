@@ -13,21 +13,25 @@ import numpy as np
 class SoftTokenSpan:
     """`count` soft tokens from position `start` on: one image or clip.
 
-    `features()` runs the encoder and returns embeddings [count, H] fp32. Spans with equal `key` have equal features.
+    `features()` returns embeddings [count, H] fp32, and runs the encoder unless it `is_encoded`. Spans with equal `key`
+    have equal features.
     """
 
     start: int
     count: int
     key: Hashable
     features: Callable[[], np.ndarray]
+    is_encoded: bool = False
 
     @property
     def stop(self) -> int:
         return self.start + self.count
 
     def encoded(self) -> SoftTokenSpan:
+        if self.is_encoded:
+            return self
         features = self.features()
-        return replace(self, features=lambda: features)
+        return replace(self, features=lambda: features, is_encoded=True)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class PromptTokens:
     def encoded(self) -> PromptTokens:
         """A copy whose encoders have run."""
         return replace(self, spans=tuple(span.encoded() for span in self.spans))
+
+    @property
+    def is_encoded(self) -> bool:
+        return all(span.is_encoded for span in self.spans)
 
     def after(self, count: int) -> PromptTokens:
         """The prompt without its first `count` tokens; a span that is cut starts at a negative position."""

@@ -51,6 +51,10 @@ class PrefixCache:
         self.limit = limit
         self._kept: list[PrefixEntry] = []
 
+    def usable(self, keys: Sequence[Hashable]) -> int:
+        """How many tokens of a prompt `begin` would copy."""
+        return max((kept.usable(keys[:-1]) for kept in self._kept), default=0)
+
     def begin(self, keys: list[Hashable], cache: KVCache) -> PrefixEntry:
         """Copies the longest cached prefix of a prompt into `cache`, of one row, and returns the prompt's entry. At
         least one token is left to prefill."""

@@ -10,8 +10,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from concurrent.futures import Executor, Future, wait
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from .sampler import SamplerState
 from .text import TextAssembler
 
 log = logging.getLogger(__name__)
+
+# How often requests that arrive are looked for while there is nothing to do but to encode an image or a clip.
+POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -144,10 +147,11 @@ class Scheduler:
     A prompt reuses the prefix that it shares with a `prefix_cache` entry. Without that cache, if prompts are prefilled
     in place, it reuses the prefix that it shares with the row that it joins.
 
-    With `interleave`, the other rows run a decode step between two chunks of a prompt, and while `executor` runs an
-    image or audio encoder. A decode step also computes the idle rows below the last running one, which moves their
-    windowed caches. In host memory, the prompt is therefore prefilled into a separate cache; in device memory, the
-    other rows wait if there are windowed caches.
+    With `interleave`, the other rows run a decode step between two chunks of a prompt, and while `executor` runs the
+    image or audio encoder for the first prompt that needs it; prompts without media do not wait for that. A decode step
+    also computes the idle rows below the last running one, which moves their windowed caches. In host memory, the
+    prompt is therefore prefilled into a separate cache; in device memory, the other rows wait if there are windowed
+    caches.
     """
 
     def __init__(
@@ -176,6 +180,8 @@ class Scheduler:
         self._running: dict[int, _Row] = {}
         self._prefilling: int | None = None
         self._waiting: deque[Request] = deque()
+        self._encoding: tuple[Request, Future[PromptTokens]] | None = None
+        """A waiting request, and its prompt with the images and clips that are not cached encoded."""
         self.counts = Counts()
 
     @property
@@ -192,11 +198,18 @@ class Scheduler:
         self._waiting.append(request)
 
     def advance(self) -> bool:
-        """Prefills the first waiting request if a row is free, else runs a decode step; False when nothing is left."""
-        if self._waiting and len(self._running) < self._cache.rows:
-            self._admit(self._waiting.popleft())
+        """Prefills the first waiting request that is ready if a row is free, else runs a decode step; False when
+        nothing is left."""
+        if self._executor is not None and self._overlaps:
+            self._encode_first(self._executor)
+        ready = self._first_ready() if len(self._running) < self._cache.rows else None
+        if ready is not None:
+            self._waiting.remove(ready)
+            self._admit(ready)
         elif self._running:
             self._step()
+        elif self._encoding is not None:
+            wait([self._encoding[1]], POLL_SECONDS)
         return bool(self._waiting or self._running)
 
     def abort(self, error: Exception) -> None:
@@ -204,11 +217,55 @@ class Scheduler:
         requests = [*(row.request for row in self._running.values()), *self._waiting]
         self._running.clear()
         self._waiting.clear()
+        if self._encoding is not None:
+            self._encoding[1].cancel()
+            self._encoding = None
         for request in requests:
             self._fail(request, error)
 
+    def _encode_first(self, executor: Executor) -> None:
+        """Encodes the first waiting prompt with media; drops it when it is no longer wanted."""
+        if self._encoding is not None:
+            request, encoding = self._encoding
+            try:
+                self._require_wanted(request)
+                return
+            except _CancelledError:
+                pass
+            except DeadlineError as error:
+                self._fail(request, error)
+            encoding.cancel()
+            self._encoding = None
+            self._waiting.remove(request)
+        first = next((each for each in self._waiting if not each.prompt.is_encoded), None)
+        if first is not None:
+            self._encoding = first, executor.submit(_encoded, first, self._cached(first))
+
+    def _first_ready(self) -> Request | None:
+        """The first waiting request that need not wait for an encoder."""
+        if self._executor is None or not self._overlaps:
+            return self._waiting[0] if self._waiting else None
+        encoded = self._encoding[0] if self._encoding is not None and self._encoding[1].done() else None
+        return next((each for each in self._waiting if each is encoded or each.prompt.is_encoded), None)
+
+    def _take_encoded(self, request: Request) -> None:
+        """Raises what its encoder raised."""
+        if self._encoding is not None and self._encoding[0] is request:
+            encoding, self._encoding = self._encoding[1], None
+            request.prompt = encoding.result()
+
+    def _cached(self, request: Request) -> int:
+        """How many tokens of a prompt need not be prefilled."""
+        keys = request.prompt.keys()
+        if request.prompt_logprobs is not None:
+            return 0
+        if self._prefix_cache is not None:
+            return self._prefix_cache.usable(keys)
+        return max(shared_prefix(held, keys[:-1]) for held in self._held) if self._reuses_rows else 0
+
     def _admit(self, request: Request) -> None:
         try:
+            self._take_encoded(request)
             self._require_wanted(request)
             sampler = SamplerState(request.options, request.prompt.ids, request.sample)
             if request.prompt_logprobs is not None and self._score(request, request.prompt_logprobs, sampler):
@@ -254,7 +311,8 @@ class Scheduler:
         one_more = request.most_tokens == 1 and sampler.takes_argmax
         scores = self._engine.score(prompt, 1, and_next=one_more, after_chunk=after_chunk)
         timings = request.timings
-        timings.prefill_tokens, timings.encoder_seconds = len(prompt), encoded - started
+        timings.prefill_tokens = len(prompt)
+        timings.encoder_seconds += encoded - started
         timings.prefill_seconds = time.perf_counter() - encoded
         _emit(request, PromptEvent(token_logprobs(prompt.ids[1:], scores, top)))
         if one_more:
@@ -312,7 +370,7 @@ class Scheduler:
             self._cache.fill_row(row, cache)
         timings = request.timings
         timings.cached_tokens, timings.prefill_tokens = cached, len(rest)
-        timings.encoder_seconds = encoded - copied
+        timings.encoder_seconds += encoded - copied
         timings.prefill_seconds = time.perf_counter() - encoded + copied - started
         self.counts.prompt_tokens += len(rest)
         self.counts.cached_tokens += cached
@@ -330,8 +388,9 @@ class Scheduler:
         return self._cache
 
     def _encode(self, prompt: PromptTokens, request: Request) -> PromptTokens:
-        """Runs the encoders of a prompt's images and clips, while the other rows continue."""
-        if self._executor is None or not self._overlaps or not prompt.spans:
+        """Runs the encoders of images and clips that are neither encoded nor cached any more, while the other rows
+        continue."""
+        if self._executor is None or not self._overlaps or prompt.is_encoded:
             return prompt.encoded()
         encoding = self._executor.submit(prompt.encoded)
         try:
@@ -446,6 +505,17 @@ class Scheduler:
         self._running.pop(row, None)
         self._held[row] = []
         self._cache.truncate(row, 0)
+
+
+def _encoded(request: Request, cached: int) -> PromptTokens:
+    """The prompt with every span encoded that is not within its first `cached` tokens."""
+    started, spans = time.perf_counter(), []
+    for span in request.prompt.spans:
+        if request.cancelled:
+            raise _CancelledError
+        spans.append(span.encoded() if span.stop > cached else span)
+    request.timings.encoder_seconds = time.perf_counter() - started
+    return replace(request.prompt, spans=tuple(spans))
 
 
 def _emit(request: Request, event: Event) -> None:

@@ -484,6 +484,40 @@ def test_the_others_go_on_while_an_encoder_runs():
     assert second.text == "klmn" and second.request.timings.encoder_seconds > 0
 
 
+def test_a_text_that_comes_after_an_image_does_not_wait_for_its_encoder():
+    text_ended, overtaken = threading.Event(), []
+
+    def features():
+        overtaken.append(text_ended.wait(2))
+        return np.zeros((1, 4), np.float32)
+
+    def ended(_):
+        if text.text == "bcde":
+            text_ended.set()
+
+    text = Told("a", on_event=ended)
+    with ThreadPoolExecutor(1) as executor:
+        scheduler = schedule(FakeEngine(alphabet), interleave=True, executor=executor)
+        picture = Told("hij", spans=(SoftTokenSpan(0, 1, "an image", features),))
+        run(scheduler, picture, text)
+    assert overtaken == [True] and picture.text == "klmn"
+
+
+def test_an_image_is_encoded_once_for_requests_that_share_it():
+    encoded = []
+
+    def features():
+        encoded.append(1)
+        return np.zeros((1, 4), np.float32)
+
+    with ThreadPoolExecutor(1) as executor:
+        options = {"prefix_cache": PrefixCache(2), "interleave": True, "executor": executor}
+        scheduler = schedule(FakeEngine(alphabet), capacity=256, **options)
+        prompt = "hij" + "k" * 100
+        run(scheduler, *(Told(prompt, spans=(SoftTokenSpan(0, 1, "an image", features),)) for _ in range(2)))
+    assert len(encoded) == 1
+
+
 def test_the_images_of_cancelled_requests_are_not_encoded():
     encoded = []
 
