@@ -26,8 +26,10 @@ def slow():
 @pytest.fixture(scope="module")
 def limited(demo_artifact):
     media = MediaLimits(sources=4, urls=1, seconds=2)
-    with serving([demo_artifact("E2B")], seconds=3, media=media, reading=ReadingLimits(media=8, queue=8)) as running:
-        chat(running, message("What is it?", PICTURE))
+    with serving([demo_artifact("E2B")], seconds=4, media=media, reading=ReadingLimits(media=8, queue=8)) as running:
+        served = running.pool.acquire(E2B)
+        served.model.generate(message("What is it?", PICTURE))  # loads the encoder, which may take longer
+        running.pool.release(served)
         yield running
 
 
