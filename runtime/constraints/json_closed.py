@@ -60,4 +60,4 @@ def _lists_all(schema: dict[str, Any]) -> bool:
     if not isinstance(properties, dict) or not properties or _OPEN & schema.keys():
         return False
     required = schema.get("required", [])
-    return isinstance(required, list) and all(name in properties for name in required)
+    return isinstance(required, list) and all(isinstance(name, str) and name in properties for name in required)

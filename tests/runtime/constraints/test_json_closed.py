@@ -37,6 +37,7 @@ def test_objects_that_list_their_properties_are_closed(given: Any, closed: Any) 
         {**OPEN, "additionalProperties": {"type": "string"}},
         {**OPEN, "patternProperties": {"^x": True}},
         {**OPEN, "required": ["a", "b"]},
+        {**OPEN, "required": [["a"]]},
         {**OPEN, "if": {"properties": {"a": {"const": True}}}, "then": {"required": ["b"]}},
         {"allOf": [OPEN, {"properties": {"b": True}}]},
         {"$defs": {"x": OPEN}, "$ref": "#/$defs/x", "properties": {"b": True}},
