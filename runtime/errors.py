@@ -4,15 +4,26 @@ import re
 import reprlib
 from collections.abc import Callable
 
+LONGEST_MESSAGE = 1000
+_END_CHARACTERS = 250
+
+
+def _shortened(message: str) -> str:
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    return f"{message[: LONGEST_MESSAGE - _END_CHARACTERS - 3]} … {message[-_END_CHARACTERS:]}"
+
 
 class Gemma3nError(Exception):
     """Base class of this project's errors; each message is one sentence that says what to do.
+
+    A longer message than `LONGEST_MESSAGE`, which repeats what a stranger sent, loses its middle.
 
     `option`: the name of a Python option in the message, as `name` or `name=value`.
     """
 
     def __init__(self, *arguments: object, option: str | None = None) -> None:
-        super().__init__(*arguments)
+        super().__init__(*(_shortened(each) if isinstance(each, str) else each for each in arguments))
         self.option = option
 
     def spelled(self, spell: Callable[[str, str], str]) -> str:

@@ -44,7 +44,8 @@ def mutated_json(draw: random.Random, value: Any) -> Any:
     """One to three changes at random places."""
     whole = [copy.deepcopy(value)]
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
-        parents = [*_containers(whole)]
+        if not (parents := _containers(whole)):
+            break
         parent = draw.choice(parents)
         if isinstance(parent, dict):
             _change(draw, parent, draw.choice([*parent]), parents)
@@ -75,7 +76,7 @@ def _change(draw: random.Random, parent: Any, key: Any, parents: list[Any]) -> N
         case 1:
             parent[str(draw.choice(VALUES))[:300]] = old
         case 2 if isinstance(old, int | float) and not isinstance(old, bool):
-            parent[key] = draw.choice((old + 1, old - 1, old * 2, -old, old * 1000, old / 3, str(old), [old]))
+            parent[key] = draw.choice((old + 1, old - 1, old * 2, -old, old * 1000, old // 3, str(old), [old]))
         case 2 if isinstance(old, str):
             parent[key] = mutated_bytes(draw, old.encode(errors="replace")).decode("latin-1")
         case 3:

@@ -15,11 +15,10 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from gemma3n_onnx.runtime.errors import Gemma3nError
+from gemma3n_onnx.runtime.errors import LONGEST_MESSAGE, Gemma3nError
 from mutations import dumped, mutated_bytes, mutated_json
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
-LONGEST_MESSAGE = 2000
 UNRECORDED = "unrecorded"
 """The file of a mutant whose change the manifest gives away."""
 

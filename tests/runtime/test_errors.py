@@ -37,3 +37,9 @@ def test_every_error_takes_an_option() -> None:
     for kind in kinds:
         error = kind() if kind is errors.ClosedError else kind("x is 1.", option="x")
         assert error.spelled(as_flag) in ("--x is 1.", str(error))
+
+
+def test_a_long_message_loses_its_middle() -> None:
+    told = str(OptionError(f"stop is {'x' * 100_000}; give a shorter one."))
+    assert len(told) == errors.LONGEST_MESSAGE
+    assert told.startswith("stop is xxx") and told.endswith("x; give a shorter one.") and " … " in told
