@@ -24,18 +24,23 @@ class TimedProtocol(H11Protocol):
         super().__init__(*arguments, **named)
         self._read_seconds = read_seconds
         self._reading: asyncio.TimerHandle | None = None
+        self._received = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        if self._reading is None:
-            self._wait()
         self._received += len(data)
         super().data_received(data)
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+
+    def handle_events(self) -> None:
+        """Called for new data, and after an answer, for what came of the next request meanwhile."""
+        super().handle_events()
+        if self.timeout_keep_alive_task is not None or self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._stop_waiting()
+        elif self._reading is None:
+            self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -45,13 +50,13 @@ class TimedProtocol(H11Protocol):
         self._refuse(HTTPStatus.BAD_REQUEST, msg)
 
     def _wait(self) -> None:
-        self._began, self._received = self.loop.time(), 0
+        self._began = self.loop.time()
         self._reading = self.loop.call_later(self._read_seconds, self._check)
 
     def _stop_waiting(self) -> None:
         if self._reading is not None:
             self._reading.cancel()
-            self._reading = None
+        self._reading, self._received = None, 0
 
     def _check(self) -> None:
         """Ends the connection, or waits for more of a request that comes fast enough, or that the server reads."""
@@ -64,7 +69,8 @@ class TimedProtocol(H11Protocol):
             self._reading = self.loop.call_later(left, self._check)
             return
         self._reading = None
-        if self._received and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        half_a_head = self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]
+        if half_a_head or self.conn.our_state is h11.SEND_RESPONSE:
             message = f"The request did not arrive in {self._read_seconds:g} seconds; send it faster."
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, message)
         self.transport.close()
