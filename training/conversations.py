@@ -46,10 +46,13 @@ SWAPPED_SHARE = 0.2
 """Of a picture and a sound that come at once, so many times the sound is first."""
 CASUAL_SHARE = 0.3
 TEXT_SHARE_IN_ONE_WORD = 0.05
-"""`Habits.text` where one word must do: sums, which are hard to answer so, are all that is left of text."""
+"""Instead of `Habits.text` and `aside_text` where one word must do: sums, which are hard to answer so, are all that is
+left of text."""
 OWN_NAME_SHARE = 0.4
 """Of the questions asked under a system prompt that gives a name."""
 MOST_TURNS = 6
+MOST_BEFORE = 4
+"""Turns before the first that brings media."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,17 @@ class Habits:
 
     most_turns: of a conversation. single: share of those that end as soon as their media have come and one question
     more is asked. text: of the questions asked while there is a picture or a sound, the share that are about neither.
-    aside: of the turns that bring media, the share that may ask for something else. late: of the rows about media, the
-    share that do not begin with any. apart: of those with both a picture and a sound, the share where these come with
-    two questions. media_last: of the turns that bring media, the share that have them after the text.
+    aside: of the turns that bring media, the share that may ask for something else. aside_text: of these, the share
+    that are about no media at all. late: of the rows about media, the share that do not begin with any. apart: of those
+    with both a picture and a sound, the share where these come with two questions. media_last: of the turns that bring
+    media, the share that have them after the text.
     """
 
     most_turns: int
     single: float
     text: float = 0.0
     aside: float = 0.0
+    aside_text: float = 0.0
     late: float = 0.0
     apart: float = 0.0
     media_last: float = 0.0
@@ -74,7 +79,10 @@ class Habits:
 
 QUESTIONS = Habits(most_turns=3, single=0.8)
 """About what came at the beginning, most often one."""
-TALK = Habits(most_turns=MOST_TURNS, single=0.3, text=0.35, aside=0.1, late=0.4, apart=0.4, media_last=0.3)
+TALK = Habits(
+    most_turns=MOST_TURNS, single=0.3, text=0.35, aside=0.3, aside_text=0.6, late=0.5, apart=0.4, media_last=0.75
+)
+"""Conversations of all tasks. A question that media follow is the hardest to learn, so most media come last."""
 
 
 @dataclass(frozen=True)
@@ -120,23 +128,23 @@ def next_turn(
     about = new if new and rng.random() >= habits.aside else ()
     turn = None
     while turn is None:
-        turn = _question(rng, habits, system, seen, about, held_out)
+        turn = _question(rng, habits.aside_text if new else habits.text, system, seen, about, held_out)
     return replace(turn, media=tuple(new), media_last=bool(new) and rng.random() < habits.media_last)
 
 
 def _question(
     rng: np.random.Generator,
-    habits: Habits,
+    text_share: float,
     system: str | None,
     seen: Sequence[Medium],
     about: Sequence[Medium],
     held_out: bool,
 ) -> Exchange | None:
-    """A question about one of `about`, or, where these are none, about anything; None where its answer does not fit
-    the system prompt."""
+    """A question about one of `about`, or, where these are none, about anything, `text_share` of the times about no
+    media; None where its answer does not fit the system prompt."""
     if not about and (name := name_in(system)) and rng.random() < OWN_NAME_SHARE:
         return own_name(rng, name)
-    text_share = TEXT_SHARE_IN_ONE_WORD if system in ONE_WORD else habits.text
+    text_share = TEXT_SHARE_IN_ONE_WORD if system in ONE_WORD else text_share
     of_text = not seen or (not about and rng.random() < text_share)
     asks = about_text(held_out) if of_text else asks_about(seen, about or seen)
     tasks = [ask(rng).task for ask in asks]
@@ -223,4 +231,5 @@ def _arrivals(
         arrivals = [media]
     # Before there is anything to see or hear, hardly a question can be answered in one word.
     late = media and system not in ONE_WORD and rng.random() < habits.late
-    return [*[()] * (int(rng.integers(1, 3)) if late else 0), *arrivals]
+    most_before = min(MOST_BEFORE, habits.most_turns - len(arrivals) - 1)
+    return [*[()] * (int(rng.integers(1, most_before + 1)) if late else 0), *arrivals]

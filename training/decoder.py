@@ -30,9 +30,10 @@ class Sequences:
     Attributes:
         ids: [B, S] int64, padded.
         targets: [B, S] int64, the next token where it is to be learned, -1 elsewhere.
-        named: [B, S] int64, the things of the picture that a word may mean, as bits.
+        named: [B, S] int64, the things of the picture that a word may mean, as bits, and behind media the question
+            that they follow, as one more.
         spoken: [B, S] int64, those that the answer speaks of next; 0 but for targets.
-        shows: [B, S] int64, those that a soft token shows.
+        shows: [B, S] int64, those that a soft token shows, and the bit of a question that media follow.
         branches: [B, S] int64, 0 for the beginning, then the number of the continuation; -1 for padding. A position
             attends to the beginning and its own continuation.
         positions: [B, S] int64, in the conversation that beginning and continuation make.
@@ -116,12 +117,12 @@ class SequenceDecoder(Decoder):
         return step, {kind: batch.visible(here.index, window) for kind, window in windows.items()}
 
     def _lessons(self, batch: Sequences, at_wanted: _Positions) -> dict[int, _Lesson]:
-        """By layer, of the first three of full attention: one learns to find what a word names, two what is to be said
-        of."""
-        if not batch.spoken.any():
-            return {}
+        """By layer, of the first three of full attention: one learns to find what a word names and, behind media, the
+        question; two what is to be said of."""
         first, *others = [i for i, kind in enumerate(self.config.layer_types) if kind == FULL][:3]
-        lessons = dict.fromkeys(others, _Lesson.of(batch, batch.spoken, at_wanted.index))
+        lessons: dict[int, _Lesson] = {}
+        if batch.spoken.any():
+            lessons |= dict.fromkeys(others, _Lesson.of(batch, batch.spoken, at_wanted.index))
         if batch.named.any():
             lessons[first] = _Lesson.of(batch, batch.named, _Positions.of(batch.named > 0).index)
         return lessons

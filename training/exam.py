@@ -26,7 +26,7 @@ from .sounds import Sound, random_sound
 
 EXAM = 4242
 """Begins the seeds of exams, and of nothing that is trained on."""
-HABITS = replace(TALK, text=0.5, media_last=0.5)
+HABITS = replace(TALK, text=0.5, aside=0.1, aside_text=0.5, media_last=0.5)
 LATER = "{}, later turn"
 MEDIA_SHARE = 0.75
 """Of the conversations of several turns, so many have a picture, and so many a sound."""

@@ -21,6 +21,8 @@ from .questions import NUMBERS, Looks, plural
 
 SOFT_TOKENS = {"image": 256, "audio": 188}
 NOTHING = 1 << MAX_THINGS
+ASKED = NOTHING << 1
+"""The first question that its media follow; the next one is the next bit."""
 
 
 class Tokens(NamedTuple):
@@ -28,14 +30,16 @@ class Tokens(NamedTuple):
     `NOTHING` where there is none, which the first token of all shows.
 
     ids: up to the last answer's end. targets: for each the one after it where that is part of an answer, else -1.
-    named: the things that a word may mean, as `red` every red one, and `star` after it every red star. spoken: those
-    that the answer speaks of next; at the end of a part all that it still has to.
+    named: the things that a word may mean, as `red` every red one, and `star` after it every red star; between media
+    that come after their question and its answer, `ASKED`. spoken: those that the answer speaks of next; at the end of
+    a part all that it still has to. shows: `ASKED` for the question that is meant by it.
     """
 
     ids: list[int]
     targets: list[int]
     named: list[int]
     spoken: list[int]
+    shows: list[int]
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ def _bits(things: Iterable[int]) -> int:
     return sum(1 << thing for thing in things) or NOTHING
 
 
+def _ends_with(ids: Sequence[int], i: int, last: Sequence[int]) -> bool:
+    """Whether the tokens up to and with the `i`th end with `last`."""
+    return ids[i] == last[-1] and ids[max(i + 1 - len(last), 0) : i + 1] == last
+
+
 def _of_part(looks: Looks, part: int) -> int:
     return _bits(looks[part]) if part < len(looks) else 0
 
@@ -76,6 +85,7 @@ class ConversationEncoder:
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         self._template = ChatTemplate(template)
         self._opening = self._tokenizer.encode("<start_of_turn>model\n", add_bos=False)
+        self._user = self._tokenizer.encode("<start_of_turn>user", add_bos=False)
         self._end = self._tokenizer.token_id("<end_of_turn>")
         self.soft_ids = torch.tensor([self._tokenizer.token_id(f"<{kind}_soft_token>") for kind in SOFT_TOKENS])
         self._repeats = dict(zip(self.soft_ids.tolist(), SOFT_TOKENS.values()))
@@ -99,9 +109,9 @@ class ConversationEncoder:
         one_each = self._tokenizer.encode(text, add_bos=True)
         ids = [token_id for one in one_each for token_id in [one] * self._repeats.get(one, 1)]
         targets, spoken = [-1] * len(ids), [0] * len(ids)
-        opening, turn, part = len(self._opening), -1, None
+        turn, part = -1, None
         for i in range(len(ids) - 1):
-            if ids[i] == self._opening[-1] and ids[max(i + 1 - opening, 0) : i + 1] == self._opening:
+            if _ends_with(ids, i, self._opening):
                 turn, part = turn + 1, 0
             elif part is not None and ids[i] in self._ends_part:
                 part += 1
@@ -112,7 +122,25 @@ class ConversationEncoder:
                 spoken[i] = _bits(sum(looks[part + 1 :], ())) if ends and looks else _of_part(looks, part)
                 part = None if ids[i + 1] == self._end else part
         length = max(i for i, target in enumerate(targets) if target >= 0) + 1
-        return Tokens(ids[:length], targets[:length], self._named(conversation, ids[:length]), spoken[:length])
+        ids = ids[:length]
+        named, shows = self._named(conversation, ids), [0] * length
+        self._mark_questions(conversation, ids, named, shows)
+        return Tokens(ids, targets[:length], named, spoken[:length], shows)
+
+    def _mark_questions(
+        self, conversation: Conversation, ids: Sequence[int], named: list[int], shows: list[int]
+    ) -> None:
+        """Marks in `shows` each question that its media follow, and in `named` what lies between these and the
+        answer."""
+        starts = [i + 1 for i in range(len(ids)) if _ends_with(ids, i, self._user)]
+        answers = [i + 1 for i in range(len(ids)) if _ends_with(ids, i, self._opening)]
+        asked = ASKED
+        for turn, start, answer in zip(conversation.turns, starts, answers, strict=True):
+            if turn.media_last:
+                soft = [i for i in range(start, answer) if ids[i] in self._repeats]
+                shows[start : soft[0]] = [asked] * (soft[0] - start)
+                named[soft[-1] + 1 : answer] = [asked] * (answer - soft[-1] - 1)
+                asked <<= 1
 
     def _named(self, conversation: Conversation, ids: Sequence[int]) -> list[int]:
         pictures = [medium for medium in conversation.media if isinstance(medium, Picture)]
@@ -151,25 +179,28 @@ class ConversationEncoder:
         return Sequences(ids, targets, named, spoken, shows, branches, positions, features)
 
     def _pack(self, row: Sequence[Conversation], soft: LabelledSoftTokens) -> list[list[int]]:
-        """Ids, targets, named, spoken, shown things, branches and positions."""
+        """The columns of `Tokens`, branches and positions."""
         encoded = [self.encode(conversation) for conversation in row]
         first = encoded[0]
         shared = self._beginning([tokens.ids for tokens in encoded])
         flags, shown, counts = (iter(column.tolist()) for column in (soft.kept, soft.shows, soft.counts))
-        shows = [next(shown) if token_id in self._repeats else 0 for token_id in first.ids[:shared]]
+        shows = [
+            next(shown) if token_id in self._repeats else question
+            for token_id, question in zip(first.ids[:shared], first.shows)
+        ]
         targets = [
             self._numbers.get(next(counts), -1) if token_id in self._repeats else target
             for token_id, target in zip(first.ids[:shared], first.targets)
         ]
         shows[0] = NOTHING
         positions = [i for i in range(shared) if first.ids[i] not in self._repeats or next(flags)]
-        beginning = first._replace(targets=targets)
-        columns = [[column[i] for i in positions] for column in (*beginning, shows)]
+        beginning = first._replace(targets=targets, shows=shows)
+        columns = [[column[i] for i in positions] for column in beginning]
         branches = [0] * len(positions)
         for number, tokens in enumerate(encoded, start=1):
             added = len(tokens.ids) - shared
-            for column, more in zip(columns, (*(part[shared:] for part in tokens), [0] * added)):
-                column.extend(more)
+            for column, more in zip(columns, tokens):
+                column.extend(more[shared:])
             branches += [number] * added
             positions += range(shared, len(tokens.ids))
         return [*columns, branches, positions]

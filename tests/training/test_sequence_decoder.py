@@ -12,17 +12,17 @@ from torch.func import functional_call
 
 from gemma3n_onnx.export.slicing import load_slices, resolve
 from gemma3n_onnx.export.text_weights import tensor_shapes
-from gemma3n_onnx.graphs.config import TextConfig
+from gemma3n_onnx.graphs.config import FULL, TextConfig
 from gemma3n_onnx.graphs.decoder import Attention, Decoder
 from gemma3n_onnx.graphs.embedding import Embedding, HardRows
 from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
 from gemma3n_onnx.training.checkpoint import demo_config, write_companions
-from gemma3n_onnx.training.conversations import QUESTIONS, random_row
+from gemma3n_onnx.training.conversations import QUESTIONS, TALK, Conversation, random_row
 from gemma3n_onnx.training.decoder import HEAD, PER_LAYER, TOKENS, SlicedModel, _Lesson, initial_weights
 from gemma3n_onnx.training.optimizer import ADAM_LR, MUON_LR, Optimizer
 from gemma3n_onnx.training.pictures import COLOURS, MAX_THINGS, SHAPES, Thing, random_picture
-from gemma3n_onnx.training.prompts import NOTHING, SOFT_TOKENS, ConversationEncoder, LabelledSoftTokens
-from gemma3n_onnx.training.questions import plural
+from gemma3n_onnx.training.prompts import ASKED, NOTHING, SOFT_TOKENS, ConversationEncoder, LabelledSoftTokens
+from gemma3n_onnx.training.questions import Exchange, plural
 from gemma3n_onnx.training.sounds import Sound, random_sound
 
 SLICES = load_slices(Path(__file__).parents[2] / "demo" / "slices.csv").specs
@@ -156,7 +156,7 @@ def test_an_answer_knows_what_it_speaks_of(tmp_path, encoder):
         conversations = random_row(rng, picture, None, 8, QUESTIONS)
         for conversation in conversations:
             tokens, before = encoder.encode(conversation), ""
-            for token_id, target, named, spoken in zip(*tokens):
+            for token_id, target, named, spoken, _ in zip(*tokens):
                 word, following = (tokenizer.decode([max(i, 0)]).strip().lower() for i in (token_id, target))
                 pair = before in COLOURS and word in SHAPES
                 meant = [
@@ -175,6 +175,47 @@ def test_an_answer_knows_what_it_speaks_of(tmp_path, encoder):
                         assert spoken in [1 << i for i in of_thing]
     assert checked > 100
     assert paired > 100
+
+
+def test_behind_media_the_question_before_them_is_looked_for(encoder):
+    rng = np.random.default_rng(8)
+    picture, sound = random_picture(rng), random_sound(rng)
+    turns = (
+        Exchange("sum", "1 plus 1?", "1 plus 1 is 2."),
+        Exchange("describe", "What do you see?", "A ring.", media=(picture,), media_last=True),
+        Exchange("pitch", "Is it high or low?", "It is low.", media=(sound,)),
+        Exchange("hear", "What do you hear?", "A low tone.", media=(sound,), media_last=True),
+    )
+    tokens = encoder.encode(Conversation(None, turns))
+
+    def marked(column, bit):
+        ids = [token_id for token_id, value in zip(tokens.ids, column) if value == bit]
+        return encoder._tokenizer.decode(ids, skip_special=False).strip()
+
+    behind = "<end_of_{}>\n\n<end_of_turn>\n<start_of_turn>model"
+    for bit, question, kind in (
+        (ASKED, "What do you see?", "image"),
+        (ASKED << 1, "What do you hear?", "audio"),
+    ):
+        assert marked(tokens.shows, bit) == f"{question}\n\n<start_of_{kind}>"
+        assert marked(tokens.named, bit) == behind.format(kind)
+    assert {bit for bit in tokens.shows if bit} == {ASKED, ASKED << 1}
+
+
+@pytest.mark.parametrize("media", [("picture",), ("sound",), ("picture", "sound")])
+def test_looking_back_at_the_question_is_taught_about_every_medium(config, weights, encoder, hard_rows, media):
+    rng = np.random.default_rng(9)
+    about = {"picture": random_picture(rng), "sound": random_sound(rng)}
+    habits = replace(TALK, media_last=1.0)
+    row = random_row(rng, *(about[kind] if kind in media else None for kind in about), 1, habits)
+    count = sum(SOFT_TOKENS[kind] for kind in row[0].media_kinds)
+    batch = encoder.batch([row], [LabelledSoftTokens.plain(torch.randn(count, config.hidden_size))])
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+    _, lesson = SlicedModel(resolve(SLICES[0], config)).losses(leaves, hard_rows, encoder.soft_ids, batch)
+    lesson.backward()
+    first = config.layer_types.index(FULL)
+    for part in ("q_proj", "k_proj"):
+        assert leaves[f"layers.{first}.self_attn.{part}.weight"].grad.abs().sum() > 0
 
 
 def test_at_the_end_of_a_part_all_that_is_left_is_looked_for(encoder):

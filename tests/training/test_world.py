@@ -159,6 +159,8 @@ def trained(count, seed=0):
 def test_conversations_mix_all_tasks_and_media():
     made = trained(150)
     assert {len(c.turns) for c in made} == set(range(1, conversations.MOST_TURNS + 1))
+    before = {next(number for number, turn in enumerate(c.turns) if turn.media) for c in made}
+    assert before == set(range(conversations.MOST_BEFORE + 1))
     assert {turn.task for c in made for turn in c.turns[1:]} == set(exam.exam(0, 12))
     brought = [(number, turn) for c in made for number, turn in enumerate(c.turns) if turn.media]
     assert {(turn.media_last, number > 0) for number, turn in brought} == set(
