@@ -21,8 +21,8 @@ class Optimizer:
     """Steps of parameters under a learning rate that warms up, stays, and falls to 0 at `steps`.
 
     `matrices` take orthogonalized momentum, `others` Adam's steps. A convolution's weight is a matrix by its first axis
-    and all the rest. Gradients are clipped to a norm of `max_norm`. `weight_decay` is a share of the learning rate, as
-    in AdamW, for both.
+    and all the rest. `rate` is a factor of both learning rates. Gradients are clipped to a norm of `max_norm`.
+    `weight_decay` is a share of the learning rate, as in AdamW, for both.
     """
 
     def __init__(
@@ -32,25 +32,33 @@ class Optimizer:
         steps: int,
         *,
         muon_lr: float = MUON_LR,
+        rate: float = 1.0,
         max_norm: float = 1.0,
         weight_decay: float = 0.01,
     ) -> None:
         self._matrices, self._others = list(matrices), list(others)
         self._momenta = [torch.zeros_like(matrix) for matrix in self._matrices]
         self._adam = torch.optim.AdamW(self._others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=weight_decay)
-        self._steps, self._done = steps, 0
+        self._steps, self._done, self._rate = steps, 0, rate
         self._muon_lr, self._max_norm, self._weight_decay = muon_lr, max_norm, weight_decay
 
     def step(self, losses: Iterable[Tensor]) -> float:
         """One step down the gradient of the losses' sum, which is returned; each is worked off as it comes."""
+        self.clear()
+        total = backward(losses)
+        self.update()
+        return total
+
+    def clear(self) -> None:
+        """Forgets all gradients."""
         for parameter in [*self._matrices, *self._others]:
             parameter.grad = None
-        total = 0.0
-        for loss in losses:
-            loss.backward()
-            total += loss.item()
+
+    def update(self) -> None:
+        """One step down the gradients that the parameters have."""
         torch.nn.utils.clip_grad_norm_([*self._matrices, *self._others], self._max_norm)
-        rate = min(1.0, (self._done + 1) / _WARM_UP_STEPS, (self._steps - self._done) / (_DECAY_SHARE * self._steps))
+        falling = (self._steps - self._done) / (_DECAY_SHARE * self._steps)
+        rate = self._rate * min(1.0, (self._done + 1) / _WARM_UP_STEPS, falling)
         self._done += 1
         for group in self._adam.param_groups:
             group["lr"] = ADAM_LR * rate
@@ -62,7 +70,15 @@ class Optimizer:
                     update = _orthogonalized(matrix.grad.lerp(momentum, _MOMENTUM).flatten(1))
                     matrix.mul_(1 - self._muon_lr * rate * self._weight_decay)
                     matrix.add_(update.view_as(matrix), alpha=-self._muon_lr * rate)
-        return total
+
+
+def backward(losses: Iterable[Tensor]) -> float:
+    """Adds the gradients of the losses, each as it comes, and returns the sum of these."""
+    total = 0.0
+    for loss in losses:
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def split(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,20 +15,52 @@ from gemma3n_onnx.export.slicing import Slice, SliceSpec, resolve
 from gemma3n_onnx.graphs.config import TextConfig
 from gemma3n_onnx.graphs.embedder import MultimodalEmbedder
 
-from .conversations import QUESTIONS, random_row
+from .conversations import QUESTIONS, TALK, Habits, random_row
 from .decoder import Sequences, SlicedModel
-from .optimizer import Optimizer
+from .gradient_worker import GradientWorker
+from .optimizer import Optimizer, backward
 from .pictures import Picture
 from .progress import Progress
 from .prompts import ConversationEncoder, LabelledSoftTokens
 from .sounds import MAX_BEEPS, Sound
 
-STEPS = 480
-GLIMPSES = {"text": (22, 4), "picture": (20, 4), "sound": (6, 4), "both": (14, 4)}
-BATCHES = {"text": (20, 4), "picture": (7, 8), "sound": (3, 6), "both": (4, 8)}
-"""Rows of each kind in a step, and conversations in each row."""
-GLIMPSE_SHARE = 0.7
-"""Of the steps, the first so many are taken with a few of the soft tokens, which is faster: there is time for more."""
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps under one schedule of learning rates.
+
+    glimpsing: of the steps, so many at the beginning are taken with a few of the soft tokens, which is faster: there is
+    time for more. rate: a factor of the learning rates. glimpses, batches: rows of each kind in a step of these and in
+    one of the others, and conversations in each row; every process has half of the rows.
+    """
+
+    habits: Habits
+    steps: int
+    glimpsing: int
+    rate: float
+    glimpses: Mapping[str, tuple[int, int]]
+    batches: Mapping[str, tuple[int, int]]
+
+
+PHASES = (
+    Phase(
+        QUESTIONS,
+        steps=300,
+        glimpsing=210,
+        rate=1.0,
+        glimpses={"text": (22, 4), "picture": (20, 4), "sound": (6, 4), "both": (14, 4)},
+        batches={"text": (20, 4), "picture": (6, 8), "sound": (4, 6), "both": (4, 8)},
+    ),
+    Phase(
+        TALK,
+        steps=1200,
+        glimpsing=960,
+        rate=0.7,
+        glimpses={"text": (12, 1), "picture": (10, 1), "sound": (6, 1), "both": (18, 1)},
+        batches={"text": (12, 1), "picture": (6, 2), "sound": (2, 3), "both": (6, 2)},
+    ),
+)
+PROCESSES = 2
 PICTURE_SHARES, SOUND_SHARES = (0.4, 0.04), (1.0, 0.04)
 """Kept of the soft tokens that show or sound something, and of the others."""
 LESSON_WEIGHT = 0.3
@@ -68,39 +101,79 @@ def train_decoder(
     table: Sequence[SliceSpec],
     media: Media,
     embedders: tuple[MultimodalEmbedder, MultimodalEmbedder],
-    encoder: ConversationEncoder,
+    folder: Path,
     seed: int,
     progress: Progress,
 ) -> None:
     """Trains `weights`, the decoder's by their names in a checkpoint, tables included.
 
-    `table`: the slices that must work; `embedders`: of vision and audio, whose hard tokens the decoder reads.
+    `table`: the slices that must work; `embedders`: of vision and audio, whose hard tokens the decoder reads; `folder`
+    has the tokenizer and the chat template.
     """
     progress.stage("Training the decoder")
-    rng = np.random.default_rng([seed, 1])
+    course = partial(Course, config, table, media, hard_rows_of(embedders), folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // PROCESSES))
+    with GradientWorker(weights, partial(course, (seed, 1, 1))) as other:
+        losses_of = course((seed, 1, 0), weights)
+        done = 0
+        for number, phase in enumerate(PHASES):
+            optimizer = _optimizer(weights, phase)
+            for step in range(phase.steps):
+                optimizer.clear()
+                other.begin(number, step)
+                loss = backward(losses_of(number, step)) + other.finish()
+                optimizer.update()
+                done += 1
+                progress.step(done, sum(phase.steps for phase in PHASES), loss)
+    torch.set_num_threads(threads)
+
+
+def _optimizer(weights: Mapping[str, Tensor], phase: Phase) -> Optimizer:
     matrices = [tensor for name, tensor in weights.items() if _is_matrix(name, tensor)]
     others = [tensor for name, tensor in weights.items() if not _is_matrix(name, tensor)]
-    optimizer = Optimizer(matrices, others, STEPS, weight_decay=WEIGHT_DECAY)
-    hard_rows = hard_rows_of(embedders)
-    named = [resolve(spec, config) for spec in table]
-    models = [SlicedModel(chosen) for chosen in named]
+    return Optimizer(matrices, others, phase.steps, rate=phase.rate, weight_decay=WEIGHT_DECAY)
 
-    def losses() -> Iterator[Tensor]:
-        glimpses = step < GLIMPSE_SHARE * STEPS
-        for kind, size in (GLIMPSES if glimpses else BATCHES).items():
-            chance = rng.random()
-            if chance < WHOLE_SHARE:
-                model = models[0]
-            elif chance < WHOLE_SHARE + NAMED_SHARE:
-                model = models[int(rng.integers(1, len(models)))]
-            else:
-                model = SlicedModel(_random_slice(rng, config, named))
-            batch = random_batch(rng, kind, size, media, encoder, glimpses=glimpses)
-            entropy, lesson = model.losses(weights, hard_rows, encoder.soft_ids, batch)
-            yield entropy + LESSON_WEIGHT * lesson
 
-    for step in range(STEPS):
-        progress.step(step + 1, STEPS, optimizer.step(losses()))
+class Course:
+    """What one of the processes is taught: called with the numbers of a phase and of a step in it, the losses of
+    conversations that it draws, one for each kind. The losses of all processes add up to means."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        table: Sequence[SliceSpec],
+        media: Media,
+        hard_rows: Tensor,
+        folder: Path,
+        seed: tuple[int, ...],
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        self._config, self._media, self._hard_rows, self._weights = config, media, hard_rows, weights
+        self._named = [resolve(spec, config) for spec in table]
+        self._models = [SlicedModel(chosen) for chosen in self._named]
+        self._encoder = ConversationEncoder(folder)
+        self._rng = np.random.default_rng(seed)
+
+    def __call__(self, *step: int) -> Iterator[Tensor]:
+        number, of_phase = step
+        phase = PHASES[number]
+        glimpses = of_phase < phase.glimpsing
+        for kind, (rows, each) in (phase.glimpses if glimpses else phase.batches).items():
+            model, size = self._model(), (rows // PROCESSES, each)
+            batch = random_batch(
+                self._rng, kind, size, self._media, self._encoder, habits=phase.habits, glimpses=glimpses
+            )
+            entropy, lesson = model.losses(self._weights, self._hard_rows, self._encoder.soft_ids, batch)
+            yield (entropy + LESSON_WEIGHT * lesson) / PROCESSES
+
+    def _model(self) -> SlicedModel:
+        chance = self._rng.random()
+        if chance < WHOLE_SHARE:
+            return self._models[0]
+        if chance < WHOLE_SHARE + NAMED_SHARE:
+            return self._models[int(self._rng.integers(1, len(self._models)))]
+        return SlicedModel(_random_slice(self._rng, self._config, self._named))
 
 
 def _is_matrix(name: str, tensor: Tensor) -> bool:
@@ -121,6 +194,7 @@ def random_batch(
     media: Media,
     encoder: ConversationEncoder,
     *,
+    habits: Habits,
     glimpses: bool,
 ) -> Sequences:
     """`size`: rows, and conversations in each. `glimpses`: with only some of the soft tokens."""
@@ -131,7 +205,7 @@ def random_batch(
             sound = int(rng.choice(media.by_beeps[len(media.pictures[picture].things)]))
         seen = media.pictures[picture] if kind in ("picture", "both") else None
         heard = media.sounds[sound] if kind in ("sound", "both") else None
-        row = random_row(rng, seen, heard, size[1], QUESTIONS)
+        row = random_row(rng, seen, heard, size[1], habits)
         rows.append(row)
         none = LabelledSoftTokens.plain(media.picture_features[0, :0].float())
         parts = (

@@ -76,7 +76,7 @@ def train(output: Path, seed: int) -> None:
             _padded([clip.count for clip in clips], sound_features.shape[1]),
         )
         embedders = vision.embed_vision, audio.embed_audio
-        train_decoder(weights, text_config, table, media, embedders, encoder, seed, progress)
+        train_decoder(weights, text_config, table, media, embedders, folder, seed, progress)
         progress.stage("Writing the checkpoint")
         write_weights(folder, config, weights, {**vision.state_dict(), **audio.state_dict()})
         for path in sorted(folder.iterdir()):

@@ -19,11 +19,13 @@ from gemma3n_onnx.runtime.prompt.tokenizer import Tokenizer
 from gemma3n_onnx.training.checkpoint import demo_config, write_companions
 from gemma3n_onnx.training.conversations import QUESTIONS, TALK, Conversation, random_row
 from gemma3n_onnx.training.decoder import HEAD, PER_LAYER, TOKENS, SlicedModel, _Lesson, initial_weights
+from gemma3n_onnx.training.gradient_worker import GradientWorker
 from gemma3n_onnx.training.optimizer import ADAM_LR, MUON_LR, Optimizer
 from gemma3n_onnx.training.pictures import COLOURS, MAX_THINGS, SHAPES, Thing, random_picture
 from gemma3n_onnx.training.prompts import ASKED, NOTHING, SOFT_TOKENS, ConversationEncoder, LabelledSoftTokens
 from gemma3n_onnx.training.questions import Exchange, plural
 from gemma3n_onnx.training.sounds import Sound, random_sound
+from gemma3n_onnx.training.text import PHASES, Course, Media, random_batch
 
 SLICES = load_slices(Path(__file__).parents[2] / "demo" / "slices.csv").specs
 KINDS_OF_THINGS = [Thing(s, c, 0.5, 0.5, 0.2, 0.0, (0, 0, 0)) for s, c in itertools.product(SHAPES, COLOURS)]
@@ -292,6 +294,91 @@ def test_a_lesson_is_learned_by_looking_at_the_things_meant(config, encoder):
     wrong = lesson.loss(attention, -query.flatten(2), key.flatten(2))
     assert abs(right.item()) < 2e-3
     assert wrong.item() > 6
+
+
+def squares(weights):
+    """Losses whose gradients are the weights, times the step's number."""
+
+    def losses(*step):
+        yield sum(step) * weights["a"].square().sum() / 2
+        yield sum(step) * weights["b"].square().sum() / 2
+
+    return losses
+
+
+def fails(weights):
+    def losses(*step):
+        raise ValueError("no losses")
+
+    return losses
+
+
+def test_another_process_adds_its_gradients():
+    weights = {"a": torch.randn(3, 4, requires_grad=True), "b": torch.randn(5, requires_grad=True)}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    with GradientWorker(weights, squares) as worker:
+        for step in (1, 2):
+            weights["a"].grad, weights["b"].grad = torch.ones(3, 4), None
+            worker.begin(0, step)
+            assert worker.finish() == pytest.approx(
+                step * sum(weight.square().sum() / 2 for weight in before.values()).item(), rel=1e-5
+            )
+            torch.testing.assert_close(weights["a"].grad, 1 + step * before["a"])
+            torch.testing.assert_close(weights["b"].grad, step * before["b"])
+            # What is learned here is what the next gradients are of.
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    before[name] = weight.mul_(0.5).clone()
+
+
+def test_a_process_that_fails_ends_the_training():
+    with GradientWorker({"a": torch.ones(2, requires_grad=True)}, fails) as worker:
+        worker.begin(0)
+        with pytest.raises(EOFError):
+            worker.finish()
+
+
+@pytest.mark.parametrize("step", [0, PHASES[1].glimpsing], ids=["glimpse", "whole"])
+def test_the_processes_share_a_step(config, weights, hard_rows, tmp_path, monkeypatch, step):
+    """Half of the rows each, of other conversations, and half of a mean as a loss."""
+    write_companions(tmp_path, demo_config())
+    media, batches, losses = some_media(config), [], []
+
+    def batch(rng, kind, size, *others, **options):
+        batches.append((kind, size, random_batch(rng, kind, size, *others, **options)))
+        return batches[-1][2]
+
+    monkeypatch.setattr("gemma3n_onnx.training.text.random_batch", batch)
+    with torch.no_grad():
+        for process in range(2):
+            course = Course(config, SLICES, media, hard_rows, tmp_path, (0, 1, process), weights)
+            losses.append([loss.item() for loss in course(1, step)])
+    kinds = len(PHASES[1].batches)
+    theirs, ours = batches[:kinds], batches[kinds:]
+    expected = PHASES[1].batches if step else PHASES[1].glimpses
+    assert {kind: size for kind, size, _ in ours} == {
+        kind: (rows // 2, each) for kind, (rows, each) in expected.items()
+    }
+    for (kind, size, first), (_, _, second) in zip(theirs, ours, strict=True):
+        assert len(first.ids) == len(second.ids) == size[0], kind
+        assert first.ids.shape != second.ids.shape or (first.ids != second.ids).any()
+    uniform = math.log(config.vocab_size)
+    assert all(0.3 * uniform < 2 * loss < 3 * uniform for of_process in losses for loss in of_process)
+
+
+def some_media(config):
+    rng = np.random.default_rng(0)
+    pictures, sounds = [random_picture(rng) for _ in range(4)], [Sound("high", beeps, 0) for beeps in range(1, 5)]
+    image, audio = SOFT_TOKENS["image"], SOFT_TOKENS["audio"]
+    return Media(
+        pictures,
+        torch.randn(len(pictures), image, config.hidden_size).half(),
+        torch.randint(0, 2, (len(pictures), image)),
+        sounds,
+        torch.randn(len(sounds), audio, config.hidden_size).half(),
+        torch.randint(0, 2, (len(sounds), audio)),
+        torch.zeros(len(sounds), audio, dtype=torch.int64),
+    )
 
 
 def test_the_optimizer_finds_a_minimum():
