@@ -62,7 +62,8 @@ def questions() -> dict[str, list[Conversation]]:
 def test_the_whole_model_answers_as_transformers_and_right(demo, oracle, questions):
     _, model = demo(WHOLE)
     assert_right(assert_answers_as_transformers(model, oracle, questions), questions)
-    assert_answers_as_transformers(model, oracle, later_exam(SEED, EACH_LATER))
+    later = later_exam(SEED, EACH_LATER)
+    assert_right(assert_answers_as_transformers(model, oracle, later), later)
 
 
 @pytest.mark.full_size
@@ -71,7 +72,7 @@ def test_more_answers_are_transformers_and_right(demo, oracle):
     questions, later = exam(SEED, EACH_OF_ALL), later_exam(SEED, EACH_OF_ALL)
     assert min(sum(map(len, asked.values())) for asked in (questions, later)) >= 200
     assert_right(assert_answers_as_transformers(model, oracle, questions), questions)
-    assert_answers_as_transformers(model, oracle, later)
+    assert_right(assert_answers_as_transformers(model, oracle, later), later)
 
 
 def answer(model, conversation):
@@ -98,7 +99,8 @@ def assert_answers_as_transformers(model, oracle, questions) -> dict[str, int]:
 
 
 def assert_right(right, questions):
-    assert all(right[task] >= 0.75 * len(asked) for task, asked in questions.items())
+    if min(map(len, questions.values())) > 1:
+        assert all(right[task] >= 0.75 * len(asked) for task, asked in questions.items())
     assert sum(right.values()) >= 0.95 * sum(map(len, questions.values()))
 
 
@@ -122,7 +124,8 @@ def test_scores_are_those_of_transformers(demo, oracle):
 @pytest.mark.parametrize("name", [name for name in SLICES if name != WHOLE])
 def test_every_slice_answers_right(demo, questions, name):
     _, model = demo(name)
-    scores = examine(model, {task: asked[:EACH_OF_OTHERS] for task, asked in questions.items()}).right
+    tasks = questions | later_exam(SEED, EACH_OF_OTHERS)
+    scores = examine(model, {task: asked[:EACH_OF_OTHERS] for task, asked in tasks.items()}).right
     mean = sum(scores.values()) / len(scores)
     print(f"{name}: {mean:.2f}, not all right: { {t: s for t, s in scores.items() if s < 1} }")
     assert mean >= 0.9
@@ -145,6 +148,22 @@ def test_a_chat_goes_on_about_its_picture(demo):
     assert chat.send("What colour is the star?").text == "The star is yellow."
     assert chat.send("Where is the circle?").text == "The circle is at the top left."
     assert chat.send("How many shapes are there?").text == f"{PICTURE[:-1].replace(',', ' and')}: three shapes."
+
+
+def test_a_chat_goes_on_about_everything(demo):
+    _, model = demo("E2B")
+    chat = model.chat()
+    sound = {"type": "audio", "audio": DEMO / "sound.wav"}
+    picture = {"type": "image", "image": DEMO / "picture.png"}
+    asked = [
+        ("What is 3 plus 4?", "3 plus 4 is 7."),
+        ([{"type": "text", "text": "What do you see?"}, picture], PICTURE),
+        ("What is 8 plus 5?", "8 plus 5 is 13."),
+        ([sound, {"type": "text", "text": "What do you hear?"}], SOUND),
+        ("What colour is the star?", "The star is yellow."),
+        ("Repeat: stone river cloud", "stone river cloud"),
+    ]
+    assert [chat.send(question).text for question, _ in asked] == [expected for _, expected in asked]
 
 
 PICTURE = "A red circle, a yellow star and a blue square."
