@@ -15,7 +15,7 @@ from gemma3n_onnx.export.pipeline import export
 from gemma3n_onnx.export.progress import TerminalProgress
 from support import SMALL
 
-BATCH = 200
+BATCH = 50
 
 
 def main() -> None:
