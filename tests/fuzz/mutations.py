@@ -9,7 +9,7 @@ import random
 from typing import Any
 
 _DEEP: Any = 0
-for _ in range(400):
+for _ in range(150):
     _DEEP = [_DEEP]
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 7, 2**31, 2**63, 10**12, 10**400, 0.5, -0.0, 1e-300, 1e308, math.nan, math.inf),
@@ -58,12 +58,12 @@ def dumped(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def _containers(value: Any) -> list[Any]:
-    """Every object and list that is not empty; of long lists only the first items."""
-    if not isinstance(value, dict | list) or not value:
+def _containers(value: Any, depth: int = 20) -> list[Any]:
+    """Every object and list that is not empty, down to a depth; of long lists only those of the first items."""
+    if not isinstance(value, dict | list) or not value or not depth:
         return []
     inner = [*value.values()] if isinstance(value, dict) else value[:20]
-    return [value, *(each for item in inner for each in _containers(item))]
+    return [value, *(each for item in inner for each in _containers(item, depth - 1))]
 
 
 def _change(draw: random.Random, parent: Any, key: Any, parents: list[Any]) -> None:
