@@ -42,16 +42,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--rows", type=int, default=16)
     options = parser.parse_args()
-    code = "from gemma3n_onnx.runtime.cli.main import main; main()"
-    serve = ["serve", options.artifact, "--port", "8766", "--rows", options.rows, "--context", 1024]
-    command = [sys.executable, "-c", code, *map(str, serve), "--queue", str(2 * options.clients)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = start_server(options, 8766)
     try:
         good = asyncio.run(load(options, server.pid))
     finally:
         server.terminate()
         server.wait()
     sys.exit(not good)
+
+
+def start_server(options: argparse.Namespace, port: int) -> subprocess.Popen[bytes]:
+    """A server of `options.artifact` with `options.rows`, whose queue has room for twice `options.clients`."""
+    code = "from gemma3n_onnx.runtime.cli.main import main; main()"
+    serve = ["serve", options.artifact, "--port", port, "--rows", options.rows, "--context", 1024]
+    command = [sys.executable, "-c", code, *map(str, serve), "--queue", str(2 * options.clients)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 async def load(options: argparse.Namespace, pid: int) -> bool:

@@ -14,7 +14,6 @@ import asyncio
 import itertools
 import json
 import random
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -25,7 +24,7 @@ from typing import Any
 
 import httpx
 
-from load import BAD, SHAPES, answers_alone, picture, ready, user
+from load import BAD, SHAPES, answers_alone, picture, ready, start_server, user
 
 PORT = 8768
 URL = f"http://127.0.0.1:{PORT}"
@@ -71,10 +70,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--hostile", type=float, default=0.2, help="share of the requests")
     options = parser.parse_args()
-    code = "from gemma3n_onnx.runtime.cli.main import main; main()"
-    serve = ["serve", options.artifact, "--port", PORT, "--rows", options.rows, "--context", 1024]
-    command = [sys.executable, "-c", code, *map(str, serve), "--queue", str(2 * options.clients)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = start_server(options, PORT)
     try:
         soak = asyncio.run(run(options, server.pid))
     finally:
