@@ -55,7 +55,7 @@ def start_server(options: argparse.Namespace, port: int) -> subprocess.Popen[byt
     """A server of `options.artifact` with `options.rows`, whose queue has room for twice `options.clients`."""
     code = "from gemma3n_onnx.runtime.cli.main import main; main()"
     serve = ["serve", options.artifact, "--port", port, "--rows", options.rows, "--context", 1024]
-    command = [sys.executable, "-c", code, *map(str, serve), "--queue", str(2 * options.clients)]
+    command = [sys.executable, "-c", code, *map(str, serve), "--queue", str(2 * options.clients), "--refuse-max-tokens"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
